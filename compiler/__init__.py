@@ -1,0 +1,1 @@
+"""Build time: from a topology to a package of compiled kernels."""

@@ -1,0 +1,194 @@
+"""The ultrametric tree over the blocks of a sequence: how it is read, and what can be asked of it.
+
+Source: SciPy's linkage matrix Z (`scipy.cluster.hierarchy`) and p-adic digit paths, DESIGN of topology.json version 1.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from surgeon.runtime.errors import TopologyError, shown
+
+Merge = tuple[int, int, float, int]
+"""One row of a linkage: left node, right node, height, number of leaves below. Row r makes node `num_leaves + r`."""
+
+
+@dataclass(frozen=True)
+class Dendrogram:
+    """A rooted binary tree over blocks 0..num_blocks-1 whose heights do not decrease toward the root."""
+
+    num_blocks: int
+    linkage: tuple[Merge, ...]
+
+    @classmethod
+    def from_linkage(cls, rows: Sequence[Sequence[object]], num_blocks: int, where: str) -> "Dendrogram":
+        """Checks a linkage matrix of num_blocks−1 rows [left, right, height, count].
+
+        Raises:
+            TopologyError: the rows do not make one tree over the blocks; `where` is named with the row.
+        """
+        if len(rows) != num_blocks - 1:
+            raise TopologyError(
+                where,
+                f"{num_blocks - 1} merges for {num_blocks} blocks",
+                str(len(rows)),
+                "give one row for every merge, as scipy.cluster.hierarchy.linkage does",
+            )
+        heights = [0.0] * num_blocks
+        counts = [1] * num_blocks
+        merged = [False] * num_blocks
+        linkage: list[Merge] = []
+        for index, row in enumerate(rows):
+            place = f"{where}[{index}]"
+            left, right, height, count = _merge(row, place)
+            for side, child in (("left", left), ("right", right)):
+                if not 0 <= child < len(merged):
+                    raise TopologyError(
+                        place,
+                        f"a {side} node in 0..{len(merged) - 1}",
+                        str(child),
+                        "merge only blocks and nodes made by earlier rows",
+                    )
+                if merged[child]:
+                    kind = "block" if child < num_blocks else "node"
+                    raise TopologyError(
+                        place, "nodes not merged before", f"{kind} {child} again", "merge every node exactly once"
+                    )
+                if height < heights[child]:
+                    raise TopologyError(
+                        place,
+                        f"a height of at least {heights[child]!r}, its {side} child's",
+                        repr(height),
+                        "let heights grow toward the root (average, complete or single linkage do)",
+                    )
+                merged[child] = True
+            if count != counts[left] + counts[right]:
+                raise TopologyError(
+                    place,
+                    f"count {counts[left] + counts[right]}, the number of blocks below",
+                    str(count),
+                    "correct the fourth column",
+                )
+            heights.append(height)
+            counts.append(count)
+            merged.append(False)
+            linkage.append((left, right, height, count))
+        return cls(num_blocks, tuple(linkage))
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[Sequence[int]], arity: int, where: str) -> "Dendrogram":
+        """Builds the tree in which d(i,j) is the depth minus the length of the common prefix of paths i and j.
+
+        `paths` holds one row of digits a block, root digit first. A node with more than two children becomes a chain of
+        merges at one height.
+
+        Raises:
+            TopologyError: ragged rows, or a digit outside 0..arity-1.
+        """
+        depth = len(paths[0])
+        for block, path in enumerate(paths):
+            if len(path) != depth:
+                raise TopologyError(
+                    f"{where}[{block}]",
+                    f"{depth} digits, as in the first path",
+                    str(len(path)),
+                    "give every block a path of one length",
+                )
+            for level, digit in enumerate(path):
+                if not 0 <= digit < arity:
+                    raise TopologyError(
+                        f"{where}[{block}][{level}]",
+                        f"a digit in 0..{arity - 1}",
+                        str(digit),
+                        "raise arity or correct the digit",
+                    )
+        num_blocks = len(paths)
+        linkage: list[Merge] = []
+        counts = [1] * num_blocks
+        nodes = {block: tuple(path) for block, path in enumerate(paths)}
+        for height in range(depth + 1):  # blocks with equal paths merge at 0, those that differ in the last digit at 1
+            by_prefix: dict[tuple[int, ...], list[int]] = {}
+            for node, path in nodes.items():
+                by_prefix.setdefault(path[: depth - height], []).append(node)
+            nodes = {}
+            for prefix, siblings in by_prefix.items():
+                top = siblings[0]
+                for other in siblings[1:]:
+                    counts.append(counts[top] + counts[other])
+                    linkage.append((top, other, float(height), counts[-1]))
+                    top = len(counts) - 1
+                nodes[top] = prefix
+        return cls(num_blocks, tuple(linkage))
+
+    def leaf_order(self) -> tuple[int, ...]:
+        """The blocks from left to right in the drawn tree, as `scipy.cluster.hierarchy.leaves_list` gives them."""
+        nodes = nx.dfs_preorder_nodes(self._arborescence(), self._root)
+        return tuple(node for node in nodes if node < self.num_blocks)
+
+    def distance(self, first: int, second: int) -> float:
+        """d(first, second): the height of the lowest common ancestor, 0 for a block and itself."""
+        if first == second:
+            return 0.0
+        ancestor = nx.lowest_common_ancestor(self._arborescence(), first, second)
+        return self._height(ancestor)
+
+    def distances(self) -> npt.NDArray[np.float64]:
+        """d(i,j) for all pairs, `[num_blocks, num_blocks]`: SciPy's cophenetic distances in square form."""
+        table = np.zeros((self.num_blocks, self.num_blocks))
+        members: list[npt.NDArray[np.intp]] = [np.array([block]) for block in range(self.num_blocks)]
+        for left, right, height, _ in self.linkage:
+            table[np.ix_(members[left], members[right])] = height
+            table[np.ix_(members[right], members[left])] = height
+            members.append(np.concatenate([members[left], members[right]]))
+        return table
+
+    def clusters(self, cut: float) -> tuple[tuple[int, ...], ...]:
+        """The cut's clusters: blocks i and j are together iff d(i,j) ≤ cut.
+
+        Each cluster is in ascending order; clusters are ordered by their first block.
+        """
+        tree = self._arborescence()
+        cluster_of = {self._root: self._root}
+        members: dict[int, list[int]] = {}
+        for parent, child in nx.bfs_edges(tree, self._root):
+            together = self._height(parent) <= cut
+            cluster_of[child] = cluster_of[parent] if together else child
+        for block in range(self.num_blocks):
+            members.setdefault(cluster_of[block], []).append(block)
+        return tuple(tuple(blocks) for blocks in members.values())
+
+    @property
+    def _root(self) -> int:
+        return self.num_blocks + len(self.linkage) - 1
+
+    def _height(self, node: int) -> float:
+        return self.linkage[node - self.num_blocks][2] if node >= self.num_blocks else 0.0
+
+    def _arborescence(self) -> "nx.DiGraph[int]":
+        tree: nx.DiGraph[int] = nx.DiGraph()
+        tree.add_node(self._root)
+        parents = itertools.count(self.num_blocks)
+        for parent, (left, right, _, _) in zip(parents, self.linkage, strict=False):
+            tree.add_edge(parent, left)
+            tree.add_edge(parent, right)
+        return tree
+
+
+def _merge(row: Sequence[object], place: str) -> Merge:
+    if not isinstance(row, list | tuple) or len(row) != 4:
+        raise TopologyError(
+            place, "[left, right, height, count]", shown(row), "give four numbers, as SciPy's linkage does"
+        )
+    left, right, height, count = row
+    for name, value in (("left", left), ("right", right), ("count", count)):
+        # SciPy stores whole numbers as floats; anything else is a mistake.
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1 != 0:
+            raise TopologyError(place, f"a whole number for {name}", shown(value), "correct the entry")
+    if isinstance(height, bool) or not isinstance(height, int | float) or not math.isfinite(height) or height < 0:
+        raise TopologyError(place, "a finite height of at least 0", shown(height), "correct the third column")
+    return int(left), int(right), float(height), int(count)

@@ -1,0 +1,53 @@
+"""From schedules to kernel specifications: one kernel for each distinct layer schedule, within what the target can hold."""
+
+from collections.abc import Sequence
+
+from surgeon.compiler.schedule import LayerSchedule
+from surgeon.compiler.stages import KernelSpec
+from surgeon.compiler.topology import Topology
+from surgeon.runtime.errors import TargetError
+from surgeon.runtime.target import Target
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+
+
+def specialize(
+    topology: Topology, layers: Sequence[LayerSchedule], target: Target, dtypes: Sequence[str] | None = None
+) -> tuple[KernelSpec, ...]:
+    """The kernels that a target needs, in the order of their first layers.
+
+    `dtypes` restricts the storage types; None means every one of the target.
+
+    Raises:
+        TargetError: a dtype, head size or block size that the target cannot hold.
+    """
+    for dtype in dtypes or ():
+        if dtype not in target.dtypes:
+            raise TargetError(
+                f"dtype {dtype}", f"one of {', '.join(target.dtypes)} for {target}", dtype, "leave it out or change the target"
+            )
+    if topology.model.head_dim not in HEAD_DIMS:
+        raise TargetError(
+            "model.head_dim",
+            f"one of {', '.join(map(str, HEAD_DIMS))}",
+            str(topology.model.head_dim),
+            "no kernel template has this head size",
+        )
+    if target.backend != "cpu" and topology.block_size & (topology.block_size - 1):
+        raise TargetError(
+            "block_size", f"a power of two for {target}", str(topology.block_size), "learn the topology with blocks of 32, 64 or 128"
+        )
+    sharers: dict[LayerSchedule, list[int]] = {}
+    for index, layer in enumerate(layers):
+        sharers.setdefault(layer, []).append(index)
+    return tuple(
+        KernelSpec(
+            name=f"attention_{number:03d}",
+            target=target,
+            dtypes=tuple(dtype for dtype in target.dtypes if dtypes is None or dtype in dtypes),
+            layers=tuple(indices),
+            schedule=layer,
+            head_dim=topology.model.head_dim,
+        )
+        for number, (layer, indices) in enumerate(sharers.items())
+    )

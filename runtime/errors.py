@@ -1,0 +1,48 @@
+"""The exceptions that Surgeon raises: one tree, each text saying where, what was expected, what was found, what to do."""
+
+
+class SurgeonError(Exception):
+    """The root of every error that Surgeon raises on purpose.
+
+    `where` is a place in the user's input (`layers[3].heads[1].cut`, a file, a call), `remedy` an imperative sentence.
+    """
+
+    def __init__(self, where: str, expected: str, got: str, remedy: str) -> None:
+        super().__init__(where, expected, got, remedy)
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: expected {self.expected}, got {self.got}; {self.remedy}"
+
+
+class TopologyError(SurgeonError):
+    """A topology file or object that breaks the format, or a call that leaves what the topology covers."""
+
+
+class ModelError(SurgeonError):
+    """A model or text that cannot be read, or that Surgeon cannot work on."""
+
+
+class TargetError(SurgeonError):
+    """A target that does not exist, cannot hold the kernel, or is missing from a package."""
+
+
+class BuildError(SurgeonError):
+    """A compiler that is missing or that failed."""
+
+
+class PackageError(SurgeonError):
+    """A kernel package that is damaged, incomplete or not to be trusted."""
+
+
+class PatchError(SurgeonError):
+    """A package and a model, or a call and a patched model, that do not fit each other."""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

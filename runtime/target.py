@@ -1,0 +1,46 @@
+"""What a kernel is compiled for: a processor and the dtypes it takes."""
+
+import re
+from dataclasses import dataclass
+
+from surgeon.runtime.errors import TargetError, shown
+
+DTYPES = ("fp32", "bf16", "fp16")
+"""Storage types of q, k, v and the output, in the order of their codes in the CPU kernels' ABI."""
+
+_GPU_DTYPES = ("bf16", "fp16")
+_SPELLING = re.compile(r"cpu|cuda:(?P<cuda>\d{2,3})|hip:(?P<hip>gfx[0-9a-f]{3,4})")
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """A processor that kernels are compiled for: `cpu`, `cuda:90`, `hip:gfx942`."""
+
+    backend: str
+    arch: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Reads the command line's spelling.
+
+        Raises:
+            TargetError: the text names no target.
+        """
+        match = _SPELLING.fullmatch(text)
+        if match is None:
+            raise TargetError(
+                f"target {shown(text)}",
+                "cpu, cuda:<compute capability> or hip:<gfx name>",
+                shown(text),
+                "write for instance --target cpu or --target cuda:90",
+            )
+        backend = text.partition(":")[0]
+        return cls(backend, match["cuda"] or match["hip"] or "")
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The storage types that kernels for this target take."""
+        return DTYPES if self.backend == "cpu" else _GPU_DTYPES
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.arch}" if self.arch else self.backend

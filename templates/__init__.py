@@ -1,0 +1,1 @@
+"""The Jinja templates that the compiler renders: `triton/*.py.jinja` for GPUs, `cpu/*.jinja` for CPUs."""
