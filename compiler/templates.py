@@ -1,0 +1,27 @@
+"""The one Jinja set-up that every renderer shares."""
+
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+@cache
+def environment() -> Environment:
+    """Jinja over the `surgeon.templates` package.
+
+    A name that a template uses and the renderer did not give is an error, a line that holds only a tag leaves no trace
+    in the text, and nothing is escaped, since the output is source code.
+    """
+    return Environment(
+        loader=PackageLoader("surgeon.templates", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def render_template(name: str, **values: object) -> str:
+    """The text of one template, for instance `triton/attention.py.jinja`, with `values` filled in."""
+    return environment().get_template(name).render(**values)
