@@ -1,0 +1,242 @@
+"""The command line: `surgeon COMMAND …`, and `surgeon-compile …` for its first command.
+
+A command is an entry of COMMANDS: what argparse must know, and a function from its arguments to the lines to print.
+What holds for all of them (errors, exit status, safe printing) is here once. Heavy modules are imported where they are
+used: most of what a short command takes is imports.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from surgeon.runtime.errors import BuildError, SurgeonError
+from surgeon.runtime.target import DTYPES
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+READER_LEFT = 141  # 128 + SIGPIPE
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `configure` declares its arguments, `run` does the work and returns what standard output shows."""
+
+    name: str
+    summary: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Iterable[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `surgeon` with the arguments given, or the process's, and returns the exit status."""
+    summary = "Compiles a learned topology into block-sparse attention kernels."
+    parser = _Parser(prog="surgeon", description=summary, allow_abbrev=False)
+    _add_version(parser)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary, allow_abbrev=False
+        )
+        _configure(subparser, command)
+    return _status(parser, argv)
+
+
+def main_compile(argv: Sequence[str] | None = None) -> int:
+    """Runs `surgeon-compile`, which is `surgeon compile`, and returns the exit status."""
+    parser = _Parser(prog="surgeon-compile", description=COMPILE.summary, allow_abbrev=False)
+    _add_version(parser)
+    _configure(parser, COMPILE)
+    return _status(parser, argv)
+
+
+class _UsageError(Exception):
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as an exception, so that it is printed like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"surgeon {importlib.metadata.version('surgeon')}")
+
+
+def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
+    command.configure(parser)
+    parser.set_defaults(run=command.run)
+
+
+def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    try:
+        return _show(_lines(parser, argv))
+    except KeyboardInterrupt:
+        return _report("interrupted", INTERRUPTED)
+    except BuildError as error:
+        return _report(str(error), FAILED)
+    except (SurgeonError, _UsageError) as error:
+        return _report(str(error), BAD_INPUT)
+    except OSError as error:
+        return _report(_os_error(error), FAILED)
+
+
+def _lines(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Iterable[str]:
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit:  # --help and --version have printed
+        return ()
+    run: Callable[[argparse.Namespace], Iterable[str]] = arguments.run
+    return run(arguments)
+
+
+def _show(lines: Iterable[str]) -> int:
+    text = "".join(f"{_printable(line)}\n" for line in lines)
+    if sys.stdout is None:  # started with standard output closed
+        return DONE
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    except BrokenPipeError:
+        _abandon_stdout()
+        return READER_LEFT
+    except OSError as error:
+        _abandon_stdout()
+        return _report(f"standard output: {error.strerror or error}", FAILED)
+    return DONE
+
+
+def _abandon_stdout() -> None:
+    # The interpreter flushes once more at exit, and would complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nobody listens: the status still tells
+        if sys.stderr is not None:
+            print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _printable(text: str) -> str:
+    """The text on one line, with control, direction and other unprintable characters spelled out."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _os_error(error: OSError) -> str:
+    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place}: {reason}" if place else reason
+
+
+def _configure_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topology", metavar="topology.json", help="the learned topology")
+    parser.add_argument("--out", required=True, type=_path, metavar="FOLDER", help="the package to make or to replace")
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="cpu, cuda:<compute capability> or hip:<gfx name>, for instance cuda:90; repeatable; default: cpu",
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="repeatable; default: every dtype that each target takes"
+    )
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="compilers at once; default: one a processor")
+    parser.add_argument("--dump", type=_path, metavar="FOLDER", help="write the product of every stage there")
+    _add_json(parser)
+
+
+def _compile(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.read import read_topology
+
+    started = time.perf_counter()
+    topology = read_topology(arguments.topology)
+
+    from surgeon.compiler.pipeline import compile_package
+    from surgeon.compiler.progress import progress_bar
+
+    with progress_bar() as progress:
+        package = compile_package(
+            topology,
+            arguments.out,
+            targets=tuple(dict.fromkeys(arguments.target or ("cpu",))),
+            dtypes=arguments.dtype and tuple(dict.fromkeys(arguments.dtype)),
+            jobs=arguments.jobs,
+            dump=arguments.dump,
+            progress=progress,
+        )
+    return _compiled(package, time.perf_counter() - started, arguments.json)
+
+
+def _compiled(package: Path, seconds: float, as_json: bool) -> Iterable[str]:
+    import hashlib
+
+    from surgeon.runtime.manifest import Manifest
+
+    text = (package / "manifest.json").read_bytes()
+    manifest = Manifest.from_json(text.decode())
+    size = len(text) + sum(file.size for file in manifest.files)
+    if as_json:
+        made = {
+            "path": str(package),
+            "id": hashlib.sha256(text).hexdigest(),
+            "topology_sha256": manifest.topology_sha256,
+            "targets": manifest.targets,
+            "kernels": len(manifest.kernels),
+            "bytes": size,
+            "seconds": round(seconds, 3),
+        }
+        return (json.dumps(made),)
+    kernels = f"{len(manifest.kernels)} kernel{'s' * (len(manifest.kernels) != 1)}"
+    return (f"{package}: {kernels} for {', '.join(manifest.targets)}, {size:,} bytes, {seconds:.1f} s",)
+
+
+def _configure_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FILE_OR_FOLDER", help="a topology file or a package")
+    _add_json(parser)
+
+
+def _inspect(arguments: argparse.Namespace) -> Iterable[str]:
+    import shutil
+
+    from surgeon.compiler.inspection import inspect, report_json, report_lines
+
+    report = inspect(arguments.path)
+    if arguments.json:
+        return (report_json(report),)
+    encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
+    return report_lines(report, shutil.get_terminal_size().columns, encoding)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
+COMPILE = Command("compile", "Compile a topology into a package of attention kernels.", _configure_compile, _compile)
+INSPECT = Command("inspect", "Show what a topology file or a package holds.", _configure_inspect, _inspect)
+COMMANDS = (COMPILE, INSPECT)
