@@ -152,12 +152,14 @@ class Dendrogram:
 
         Each cluster is in ascending order; clusters are ordered by their first block.
         """
-        tree = self._arborescence()
-        cluster_of = {self._root: self._root}
+        # From the root down over the merges themselves: a model has a cut a head, and building a graph for each
+        # would take most of the time of scheduling it.
+        cluster_of = list(range(self._root + 1))
+        for row in range(len(self.linkage) - 1, -1, -1):
+            left, right, height, _ = self.linkage[row]
+            if height <= cut:
+                cluster_of[left] = cluster_of[right] = cluster_of[self.num_blocks + row]
         members: dict[int, list[int]] = {}
-        for parent, child in nx.bfs_edges(tree, self._root):
-            together = self._height(parent) <= cut
-            cluster_of[child] = cluster_of[parent] if together else child
         for block in range(self.num_blocks):
             members.setdefault(cluster_of[block], []).append(block)
         return tuple(tuple(blocks) for blocks in members.values())
