@@ -3,10 +3,10 @@
 Source: SciPy's linkage matrix Z (`scipy.cluster.hierarchy`) and p-adic digit paths, DESIGN of topology.json version 1.
 """
 
-import itertools
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import networkx as nx
 import numpy as np
@@ -51,7 +51,7 @@ class Dendrogram:
                     raise TopologyError(
                         place,
                         f"a {side} node in 0..{len(merged) - 1}",
-                        str(child),
+                        shown(child),
                         "merge only blocks and nodes made by earlier rows",
                     )
                 if merged[child]:
@@ -71,7 +71,7 @@ class Dendrogram:
                 raise TopologyError(
                     place,
                     f"count {counts[left] + counts[right]}, the number of blocks below",
-                    str(count),
+                    shown(count),
                     "correct the fourth column",
                 )
             heights.append(height)
@@ -127,14 +127,14 @@ class Dendrogram:
 
     def leaf_order(self) -> tuple[int, ...]:
         """The blocks from left to right in the drawn tree, as `scipy.cluster.hierarchy.leaves_list` gives them."""
-        nodes = nx.dfs_preorder_nodes(self._arborescence(), self._root)
+        nodes = nx.dfs_preorder_nodes(self._arborescence, self._root)
         return tuple(node for node in nodes if node < self.num_blocks)
 
     def distance(self, first: int, second: int) -> float:
         """d(first, second): the height of the lowest common ancestor, 0 for a block and itself."""
         if first == second:
             return 0.0
-        ancestor = nx.lowest_common_ancestor(self._arborescence(), first, second)
+        ancestor = nx.lowest_common_ancestor(self._arborescence, first, second)
         return self._height(ancestor)
 
     def distances(self) -> npt.NDArray[np.float64]:
@@ -171,13 +171,12 @@ class Dendrogram:
     def _height(self, node: int) -> float:
         return self.linkage[node - self.num_blocks][2] if node >= self.num_blocks else 0.0
 
+    @cached_property
     def _arborescence(self) -> "nx.DiGraph[int]":
         tree: nx.DiGraph[int] = nx.DiGraph()
         tree.add_node(self._root)
-        parents = itertools.count(self.num_blocks)
-        for parent, (left, right, _, _) in zip(parents, self.linkage, strict=False):
-            tree.add_edge(parent, left)
-            tree.add_edge(parent, right)
+        for parent, (left, right, _, _) in enumerate(self.linkage, start=self.num_blocks):
+            tree.add_edges_from(((parent, left), (parent, right)))
         return tree
 
 
@@ -191,6 +190,6 @@ def _merge(row: Sequence[object], place: str) -> Merge:
         # SciPy stores whole numbers as floats; anything else is a mistake.
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1 != 0:
             raise TopologyError(place, f"a whole number for {name}", shown(value), "correct the entry")
-    if isinstance(height, bool) or not isinstance(height, int | float) or not math.isfinite(height) or height < 0:
+    if isinstance(height, bool) or not isinstance(height, int | float) or not 0 <= height <= sys.float_info.max:
         raise TopologyError(place, "a finite height of at least 0", shown(height), "correct the third column")
-    return int(left), int(right), float(height), int(count)
+    return int(left), int(right), abs(float(height)), int(count)  # abs: −0.0 and 0.0 are one height

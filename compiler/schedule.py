@@ -1,7 +1,7 @@
-"""From a topology to block schedules: for every head and row of blocks, which blocks to read, exactly and compactly.
+"""From a topology to block schedules: which blocks every head and row of blocks reads, exactly and compactly.
 
-A head's schedule is a list of pieces. A piece is a range of rows that share a slice of constant runs and a last run that
-ends on the row itself. Because every row of a cluster reads a prefix of one list of runs, the size of the description
+A head's schedule is a list of pieces. A piece is a range of rows that share a slice of constant runs and a last run
+that ends on the row itself. Because every row of a cluster reads a prefix of one list of runs, the size of the description
 follows the number of cluster fragments, not the square of the length.
 """
 
@@ -199,7 +199,7 @@ class _RunTable:
 
 
 def _row_planner(runs: list[Run], window: int, last_row: int, table: _RunTable) -> Callable[[int], _RowPlan]:
-    """How each row up to last_row splits `runs`, its sink and cluster, around the window that begins inside or after them."""
+    """How each row up to last_row splits `runs`, its sink and cluster, around its window."""
     ends = [run.end for run in runs]
     # What some window covers in every row needs no constant; leaving it out lets clusters share their runs.
     first_run = table.add(run for run in runs if run.end < last_row - window + 1)
@@ -230,17 +230,21 @@ def _pieces_beyond(head: SparseHead, num_blocks: int, beyond: str, table: _RunTa
             yield Piece(begin, end, *_row_planner(sink, head.window, end, table)(begin))
 
 
-def _intervals(blocks: Iterable[int]) -> list[Run]:
-    return _merge_runs(Run(block, block + 1) for block in blocks)
+def _intervals(blocks: tuple[int, ...]) -> list[Run]:
+    """The runs of ascending blocks."""
+    breaks = [index for index in range(1, len(blocks)) if blocks[index] != blocks[index - 1] + 1]
+    ends = [*breaks, len(blocks)]
+    return [Run(blocks[begin], blocks[end - 1] + 1) for begin, end in zip([0, *breaks], ends, strict=True)]
 
 
 def _merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Joins runs that overlap or touch; empty ones vanish."""
+    """Joins runs that overlap or touch, given in the order of their begins; empty ones vanish."""
     merged: list[Run] = []
-    for run in sorted(run for run in runs if run.begin < run.end):
+    for run in runs:
         if merged and run.begin <= merged[-1].end:
-            merged[-1] = Run(merged[-1].begin, max(merged[-1].end, run.end))
-        else:
+            if run.end > merged[-1].end:
+                merged[-1] = Run(merged[-1].begin, run.end)
+        elif run.begin < run.end:
             merged.append(run)
     return merged
 
