@@ -11,7 +11,7 @@ from surgeon.compiler.read import parse_topology, read_topology
 from surgeon.compiler.schedule import LayerSchedule, schedule_layers, visible_blocks
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import PackageError, TopologyError
-from surgeon.runtime.manifest import FileEntry, KernelEntry, Manifest, ModelShape
+from surgeon.runtime.manifest import KernelEntry, Manifest, ModelShape
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = ".:-=+*%@"
@@ -52,10 +52,11 @@ class TopologyReport:
 
 @dataclass(frozen=True)
 class PackageReport:
-    """A verified package; `id` is the SHA-256 of its manifest."""
+    """A verified package; `id` is the SHA-256 of its manifest, `size` is that of all its files in bytes."""
 
     path: str
     id: str
+    size: int
     pattern: Pattern
     manifest: Manifest
 
@@ -100,7 +101,7 @@ def report_json(report: TopologyReport | PackageReport) -> str:
         "kind": "package",
         "path": report.path,
         "id": report.id,
-        "bytes": _total(manifest.files),
+        "bytes": report.size,
         "targets": manifest.targets,
         "kernels": [asdict(kernel) for kernel in manifest.kernels],
         "files": [asdict(file) for file in manifest.files],
@@ -123,11 +124,9 @@ def _inspect_package(folder: Path) -> PackageReport:
     from surgeon.runtime.package import read_package
 
     package = read_package(folder)
-    place = f"{folder / 'topology.json'}"
+    place = f"{folder}/topology.json"
     try:
         topology = parse_topology(package.files["topology.json"].decode())
-    except KeyError:
-        raise PackageError(place, "the package's topology", "no such file", "compile the package again") from None
     except (UnicodeDecodeError, TopologyError) as error:
         raise PackageError(place, "a topology", str(error), "compile the package again") from None
     if topology.sha256 != package.manifest.topology_sha256:
@@ -137,7 +136,8 @@ def _inspect_package(folder: Path) -> PackageReport:
             topology.sha256,
             "compile the package again",
         )
-    return PackageReport(str(folder), package.id, pattern_of(topology), package.manifest)
+    size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
+    return PackageReport(str(folder), package.id, size, pattern_of(topology), package.manifest)
 
 
 def _densities(layers: Sequence[LayerSchedule], num_blocks: int) -> tuple[tuple[float, ...], ...]:
@@ -162,7 +162,7 @@ def _package_lines(report: PackageReport) -> Iterator[str]:
         yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
     for tool in manifest.tools:
         yield f"tool       {tool.name}: {tool.version}"
-    yield f"files      {len(manifest.files)}, {_total(manifest.files):,} bytes"
+    yield f"files      {len(manifest.files)} and the manifest, {report.size:,} bytes"
     for file in manifest.files:
         yield f"{file.size:>13,}  {file.sha256[:12]}  {file.path}"
 
@@ -202,10 +202,6 @@ def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
 
 def _dtypes(kernels: Sequence[KernelEntry]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kernel.dtype for kernel in kernels))
-
-
-def _total(files: Sequence[FileEntry]) -> int:
-    return sum(file.size for file in files)
 
 
 def _counted(number: int, noun: str) -> str:

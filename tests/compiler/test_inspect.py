@@ -1,0 +1,224 @@
+"""What `surgeon inspect` finds and draws."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import topologies
+from surgeon.compiler import cli
+from surgeon.compiler.inspection import PackageReport, inspect, pattern_of, report_json, report_lines
+from surgeon.compiler.topology import Topology
+from surgeon.runtime.errors import PackageError
+from surgeon.runtime.manifest import FileEntry, KernelEntry, Manifest, Tool
+
+PATTERN_KEYS = [
+    "topology_sha256",
+    "model",
+    "block_size",
+    "num_blocks",
+    "beyond",
+    "dendrograms",
+    "distinct_layers",
+    "distinct_heads",
+    "density",
+    "mean_density",
+]
+
+
+def write(tmp_path: Path, *heads: dict[str, object], num_blocks: int = 4, layers: int = 2) -> Path:
+    tree = {"linkage": topologies.balanced_tree(num_blocks)}
+    file = tmp_path / "topology.json"
+    file.write_text(json.dumps(topologies.document([list(heads)] * layers, [tree], num_blocks=num_blocks)))
+    return file
+
+
+@pytest.mark.parametrize("beyond", ["window", "dense", "error"])
+@pytest.mark.parametrize(("seed", "num_blocks"), [(0, 1), (1, 7), (2, 33), (3, 64)])
+def test_density_is_that_of_the_definition(seed: int, num_blocks: int, beyond: str) -> None:
+    topology = topologies.random_topology(
+        np.random.default_rng(seed),
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        block_size=64,
+        num_blocks=num_blocks,
+        beyond=beyond,
+    )
+    pattern = pattern_of(topology)
+    expected = np.array([topology.density(layer) for layer in range(3)])
+    np.testing.assert_allclose(pattern.density, expected, rtol=1e-15)
+    assert pattern.mean_density == pytest.approx(expected.mean(), rel=1e-15)
+
+
+def test_equal_heads_and_layers_are_counted_once(tmp_path: Path) -> None:
+    heads = [topologies.head(cut=0.0), topologies.head(cut=0.5), topologies.DENSE]  # the tree has no height below 1
+    report = inspect(write(tmp_path, *heads, layers=3))
+    assert report.pattern.distinct_layers == 1
+    assert report.pattern.distinct_heads == 2
+
+
+def test_a_topology_file_as_json(tmp_path: Path) -> None:
+    file = write(tmp_path, topologies.DENSE, topologies.head())
+    found = json.loads(report_json(inspect(file)))
+    assert list(found) == ["kind", "path", "bytes", *PATTERN_KEYS]
+    assert found["kind"] == "topology"
+    assert found["bytes"] == file.stat().st_size
+    assert found["density"] == [[1.0, 0.4], [1.0, 0.4]]
+    assert found["mean_density"] == 0.7
+    assert found["model"]["num_attention_heads"] == 2
+
+
+def test_a_picture_has_a_row_a_layer_and_a_bar_a_head(tmp_path: Path) -> None:
+    file = write(tmp_path, topologies.DENSE, topologies.head(), topologies.head(window=2))
+    lines = report_lines(inspect(file), 80, "utf-8")
+    assert lines[-2:] == ("layer 0  █▄▆  0.700", "layer 1  █▄▆  0.700")
+
+
+def test_bars_are_ascii_where_the_encoding_has_none(tmp_path: Path) -> None:
+    report = inspect(write(tmp_path, topologies.DENSE, topologies.head()))
+    for encoding in ("ascii", "latin-1", "cp437", "no such encoding"):
+        lines = report_lines(report, 80, encoding)
+        assert "".join(lines).isascii()
+        assert lines[-1] == "layer 1  @=  0.700"
+
+
+@pytest.mark.parametrize("width", [1, 20, 40])
+def test_a_narrow_picture_puts_several_heads_into_a_cell(tmp_path: Path, width: int) -> None:
+    report = inspect(write(tmp_path, *[topologies.DENSE, topologies.head()] * 16))
+    lines = report_lines(report, width, "utf-8")
+    assert any("a cell is the mean of" in line for line in lines)
+    assert all(len(line) <= max(width, 17) for line in lines if line.startswith("layer "))
+    assert lines[-1].endswith("0.700")
+
+
+def test_a_wide_terminal_gives_every_head_its_cell(tmp_path: Path) -> None:
+    lines = report_lines(inspect(write(tmp_path, *[topologies.DENSE] * 32)), 80, "utf-8")
+    assert lines[-1] == f"layer 1  {'█' * 32}  1.000"
+    assert not any("a cell is the mean of" in line for line in lines)
+
+
+def test_a_long_topology_is_counted_without_being_expanded() -> None:
+    # Expanded, one head would be a table of 268 million entries.
+    topology = topologies.window_topology([1, 8], num_blocks=16_384)
+    num_blocks = topology.num_blocks
+    visible = [sum(min(row + 1, window + 1) for row in range(num_blocks)) for window in (1, 8)]
+    causal = num_blocks * (num_blocks + 1) / 2
+    assert pattern_of(topology).density == (tuple(pairs / causal for pairs in visible),)
+
+
+@pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "█"), ("ascii", "@")])
+def test_a_process_prints_no_escape_codes(tmp_path: Path, encoding: str, bar: str) -> None:
+    file = write(tmp_path, topologies.DENSE).rename(tmp_path / "to\x1b[31mpo\u20ac.json")
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys; from surgeon.compiler.cli import main; sys.exit(main())", "inspect", file],
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "FORCE_COLOR": "1", "COLUMNS": "20"},
+        timeout=300,
+    )
+    assert result.returncode == 0
+    assert result.stderr == b""
+    printed = result.stdout.decode(encoding)
+    assert printed.replace("\n", "").isprintable()
+    assert r"to\x1b[31mpo" in printed
+    assert f"layer 0  {bar}  1.000" in printed
+
+
+def test_the_command_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, topologies.DENSE)
+    assert cli.main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(report_json(inspect(file)))
+    assert cli.main(["inspect", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert inspect(file).pattern.topology_sha256 in text
+    assert "llama: 2 layers, 1 head, 1 KV head, head size 32" in text
+
+
+def package(folder: Path, topology: Topology, topology_text: str | None = None) -> Path:
+    """A package as the reader wants it, whose kernels are nothing that a processor could run."""
+    files = {
+        "cpu/attention.so": b"\x7fELF",
+        "schedule.safetensors": b"",
+        "topology.json": (topology.canonical() if topology_text is None else topology_text).encode(),
+    }
+    layers = tuple(range(topology.model.num_hidden_layers))
+    manifest = Manifest(
+        topology_sha256=topology.sha256,
+        model=topology.model,
+        block_size=topology.block_size,
+        num_blocks=topology.num_blocks,
+        beyond=topology.beyond,
+        kernels=tuple(
+            KernelEntry("cpu", dtype, layers, "attention_000", "cpu/attention.so", "f", (), None, 0, ())
+            for dtype in ("fp32", "bf16")
+        ),
+        files=tuple(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()),
+        tools=(Tool("g++", "g++ (Debian) 12"),),
+    )
+    for path, data in (files | {"manifest.json": manifest.to_json().encode()}).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder
+
+
+def test_a_package_as_json(tmp_path: Path) -> None:
+    topology = topologies.window_topology([1, 2], num_layers=2, num_blocks=4)
+    folder = package(tmp_path / "kernels", topology)
+    found = json.loads(report_json(inspect(folder)))
+    assert list(found) == ["kind", "path", "id", "bytes", "targets", "kernels", "files", "tools", *PATTERN_KEYS]
+    assert found["kind"] == "package"
+    assert found["id"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    assert found["topology_sha256"] == topology.sha256
+    assert found["targets"] == ["cpu"]
+    assert [kernel["dtype"] for kernel in found["kernels"]] == ["fp32", "bf16"]
+    assert found["bytes"] == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert found["tools"] == [{"name": "g++", "version": "g++ (Debian) 12"}]
+    np.testing.assert_allclose(found["density"], [topology.density(0), topology.density(1)])
+
+
+def test_a_package_for_people(tmp_path: Path) -> None:
+    folder = package(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
+    report = inspect(folder)
+    assert isinstance(report, PackageReport)
+    text = "\n".join(report_lines(report, 80, "utf-8"))
+    assert report.id in text
+    assert report.pattern.topology_sha256 in text
+    assert "cpu: 2 kernels, fp32, bf16" in text
+    assert "g++ (Debian) 12" in text
+    assert "cpu/attention.so" in text
+    assert "layer 1  " in text
+
+
+def test_a_damaged_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = package(tmp_path / "kernels", topologies.window_topology([1], num_blocks=4))
+    (folder / "cpu" / "attention.so").write_bytes(b"\x7fELG")
+    assert cli.main(["inspect", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"surgeon: {folder}/cpu/attention.so: expected SHA-256")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match=r"expected a package with manifest\.json"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (topologies.window_topology([1], sink=0, num_blocks=4).canonical(), "that the manifest names"),
+        ("{}", "expected a topology, got topology: expected the key 'format'"),
+    ],
+)
+def test_a_package_with_another_topology_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    topology = topologies.window_topology([1], sink=1, num_blocks=4)
+    with pytest.raises(PackageError, match=words):
+        inspect(package(tmp_path / "kernels", topology, text))

@@ -1,0 +1,134 @@
+"""kill -9 in the middle of a compile: under the package's name stands the old package or the new one, never less."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import topologies
+from surgeon.runtime import load
+from surgeon.runtime.package import read_package
+
+COMPILE = "import sys; from surgeon.compiler.cli import main_compile; sys.exit(main_compile())"
+
+# Kills its own process just before the n-th time that it changes something below a folder. `renameat2` is called
+# through ctypes, of which only the look-up of the library is seen; what follows it is seen again.
+COMPILE_UNTIL_STEP = """
+import os, signal, sys
+last, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
+steps = 0
+
+def changes(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        return str(path).startswith(folder) and flags & (os.O_WRONLY | os.O_RDWR)
+    if event == "ctypes.dlopen":
+        return arguments[0] is None
+    if event in ("os.mkdir", "os.chmod", "os.rename", "shutil.rmtree"):
+        return str(arguments[0]).startswith(folder)
+    return event in ("os.remove", "os.rmdir")
+
+def count(event, arguments):
+    global steps
+    if changes(event, arguments):
+        steps += 1
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+from surgeon.compiler.cli import main_compile
+sys.exit(main_compile())
+"""
+
+
+class Workshop:
+    """Two topologies, their finished packages, and a cache that already holds what both need."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {"SURGEON_CACHE": str(folder / "cache")}
+        self.ids = {}
+        for name, window in (("old", 1), ("new", 2)):
+            document = topologies.document(
+                [[topologies.head(window=window)]], [{"linkage": [[0, 1, 1.0, 2]]}], num_blocks=2
+            )
+            (folder / f"{name}.json").write_text(json.dumps(document))
+            self.compile(name, folder / name).check_returncode()
+            self.ids[name] = read_package(folder / name).id
+
+    def arguments(self, name: str, out: Path) -> list[str]:
+        return [str(self.folder / f"{name}.json"), "--out", str(out), "--dtype", "fp32", "--jobs", "1"]
+
+    def compile(self, name: str, out: Path, until_step: int | None = None) -> "subprocess.CompletedProcess[bytes]":
+        program = [COMPILE] if until_step is None else [COMPILE_UNTIL_STEP, str(until_step), str(out.parent)]
+        return subprocess.run(
+            [sys.executable, "-c", *program, *self.arguments(name, out)],
+            env=self.environment,
+            capture_output=True,
+            timeout=600,
+        )
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replaces", [True, False], ids=["over an old package", "where there was none"])
+def test_a_compile_killed_at_any_step_leaves_a_whole_package(
+    workshop: Workshop, tmp_path: Path, replaces: bool
+) -> None:
+    out = tmp_path / "kernels"
+    found = []
+    for step in range(1, 1000):
+        shutil.rmtree(out, ignore_errors=True)
+        if replaces:
+            shutil.copytree(workshop.folder / "old", out)
+        result = workshop.compile("new", out, until_step=step)
+        found.append(read_package(out).id if out.exists() else None)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    before, after = workshop.ids["old"] if replaces else None, workshop.ids["new"]
+    swapped = found.index(after)
+    assert found == [before] * swapped + [after] * (len(found) - swapped)
+    assert swapped >= 6, "a folder and at least five files come before the swap"
+    assert len(found) - swapped > replaces, "the old package was never seen to be removed after the swap"
+    # Every run but the last died and left its work beside the package; the last one was not disturbed by that.
+    assert load(out).id == after
+
+
+def test_a_compile_killed_while_compilers_run_leaves_the_old_package(workshop: Workshop, tmp_path: Path) -> None:
+    out, started, compiler = tmp_path / "kernels", tmp_path / "started", tmp_path / "slow-g++"
+    shutil.copytree(workshop.folder / "old", out)
+    compiler.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo slow; else : > "{started}"; exec sleep 600; fi\n'
+    )
+    compiler.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILE, *workshop.arguments("new", out)],
+        env=workshop.environment | {"CXX": str(compiler)},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not started.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert read_package(out).id == workshop.ids["old"]
+        assert load(out).id == workshop.ids["old"]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the compilers that outlived it
+
+    workshop.compile("new", out).check_returncode()
+    assert read_package(out).id == workshop.ids["new"]
