@@ -1,0 +1,44 @@
+# Everything a developer types. The first target of a fresh clone makes .venv and installs the project into it.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test format clean
+
+help:
+	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
+	@echo "make test    formatting, linting, types and tests"
+	@echo "make format  rewrite the sources as the formatter wants them"
+	@echo "make clean   remove .venv and what tools leave in the repository"
+	@echo "PYTHON=...   the interpreter to use, 3.11 or newer (now: $(PYTHON))"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/demo.py
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy benchmarks
+	$(VENV)/bin/python -m pytest
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .cache build dist kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 may lack ensurepip; its pip then installs into the environment from outside.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "surgeon: $(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.11" >&2; exit 1; }
+	@command -v $${CXX:-g++} > /dev/null || \
+		{ echo "surgeon: no C++ compiler found; install g++, or name one: make CXX=clang++" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
