@@ -4,8 +4,9 @@ Source: topology.json version 1 (`topology.schema.json` beside this file holds t
 """
 
 import json
-import math
 import os
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -31,16 +32,18 @@ def read_topology(path: str | os.PathLike[str]) -> Topology:
     """
     file = Path(path)
     try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise TopologyError(
-                str(file), f"at most {MAX_FILE_BYTES} bytes", f"{size} bytes", "share dendrograms between heads"
-            )
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise TopologyError(str(file), "a readable file", error.strerror or str(error), "check the path") from None
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)  # not by its size, which a device or a pipe does not have
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TopologyError(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TopologyError(str(file), "a readable file", reason, "check the path") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise TopologyError(
+            str(file), f"at most {MAX_FILE_BYTES} bytes", "a larger file", "share dendrograms between heads"
+        )
     try:
         return parse_topology(text)
     except TopologyError as error:
@@ -115,8 +118,10 @@ def _model(value: object) -> ModelShape:
         optional=("weights_sha256",),
     )
     model_type = fields["model_type"]
-    if not isinstance(model_type, str) or not model_type or len(model_type) > 100:
-        raise TopologyError("model.model_type", "a Transformers model type", shown(model_type), 'use for instance "llama"')
+    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", model_type):
+        raise TopologyError(
+            "model.model_type", "a Transformers model type", shown(model_type), 'use for instance "llama"'
+        )
     heads = _integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
     kv_heads = _integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
     if heads % kv_heads:
@@ -127,11 +132,12 @@ def _model(value: object) -> ModelShape:
             "copy both from the model's config.json",
         )
     weights = fields.get("weights_sha256")
-    if weights is not None and not (
-        isinstance(weights, str) and len(weights) == 64 and set(weights) <= set("0123456789abcdef")
-    ):
+    if weights is not None and not (isinstance(weights, str) and re.fullmatch(r"[0-9a-f]{64}", weights)):
         raise TopologyError(
-            "model.weights_sha256", "64 lower-case hexadecimal digits or null", shown(weights), "use surgeon.runtime.fingerprint"
+            "model.weights_sha256",
+            "64 lower-case hexadecimal digits or null",
+            shown(weights),
+            "use surgeon.runtime.fingerprint",
         )
     return ModelShape(
         model_type=model_type,
@@ -181,16 +187,19 @@ def _head(value: object, where: str, num_trees: int) -> Head:
         return DenseHead()
     fields = _object(value, where, required=("dendrogram", "cut", "sink", "window"))
     cut = fields["cut"]
-    if isinstance(cut, bool) or not isinstance(cut, int | float) or not math.isfinite(cut) or cut < 0:
+    if isinstance(cut, bool) or not isinstance(cut, int | float) or not 0 <= cut <= sys.float_info.max:
         raise TopologyError(f"{where}.cut", "a finite height of at least 0", shown(cut), "use 0.0 for no clusters")
     dendrogram = _integer(fields["dendrogram"], f"{where}.dendrogram", 0, MAX_LAYERS * MAX_HEADS)
     if dendrogram >= num_trees:
         raise TopologyError(
-            f"{where}.dendrogram", f"an index below {num_trees}", str(dendrogram), "add the tree to dendrograms or correct the index"
+            f"{where}.dendrogram",
+            f"an index below {num_trees}",
+            str(dendrogram),
+            "add the tree to dendrograms or correct the index",
         )
     return SparseHead(
         dendrogram=dendrogram,
-        cut=float(cut),
+        cut=abs(float(cut)),  # abs: −0.0 and 0.0 are one height
         sink=_integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS),
         window=_integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS),
     )
@@ -202,9 +211,7 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _object(
-    value: object, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> Mapping[str, Any]:
+def _object(value: object, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
     fields = _mapping(value, where)
     for key in required:
         if key not in fields:
@@ -212,7 +219,9 @@ def _object(
     for key in fields:
         if key not in required and key not in optional:
             known = ", ".join((*required, *optional))
-            raise TopologyError(f"{where}.{key[:60]}", f"one of {known}", "an unknown key", "remove it or correct its spelling")
+            raise TopologyError(
+                where, f"the keys {known}", f"an unknown key {shown(key)}", "remove it or correct its spelling"
+            )
     return fields
 
 

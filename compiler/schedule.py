@@ -1,8 +1,8 @@
 """From a topology to block schedules: which blocks every head and row of blocks reads, exactly and compactly.
 
 A head's schedule is a list of pieces. A piece is a range of rows that share a slice of constant runs and a last run
-that ends on the row itself. Because every row of a cluster reads a prefix of one list of runs, the size of the description
-follows the number of cluster fragments, not the square of the length.
+that ends on the row itself. Because every row of a cluster reads a prefix of one list of runs, the size of the
+description follows the number of cluster fragments, not the square of the length.
 """
 
 from bisect import bisect_left

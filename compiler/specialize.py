@@ -1,11 +1,11 @@
-"""From schedules to kernel specifications: one kernel for each distinct layer schedule, within what the target can hold."""
+"""From schedules to kernel specifications: one kernel for each distinct layer schedule, as the target can hold it."""
 
 from collections.abc import Sequence
 
 from surgeon.compiler.schedule import LayerSchedule
 from surgeon.compiler.stages import KernelSpec
 from surgeon.compiler.topology import Topology
-from surgeon.runtime.errors import TargetError
+from surgeon.runtime.errors import TargetError, shown
 from surgeon.runtime.target import Target
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -21,10 +21,15 @@ def specialize(
     Raises:
         TargetError: a dtype, head size or block size that the target cannot hold.
     """
+    if dtypes is not None and not dtypes:
+        raise TargetError("dtypes", "at least one", "none", "leave it out for every dtype of the target")
     for dtype in dtypes or ():
         if dtype not in target.dtypes:
             raise TargetError(
-                f"dtype {dtype}", f"one of {', '.join(target.dtypes)} for {target}", dtype, "leave it out or change the target"
+                "dtypes",
+                f"one of {', '.join(target.dtypes)} for {target}",
+                shown(dtype),
+                "leave it out or change the target",
             )
     if topology.model.head_dim not in HEAD_DIMS:
         raise TargetError(
@@ -35,7 +40,10 @@ def specialize(
         )
     if target.backend != "cpu" and topology.block_size & (topology.block_size - 1):
         raise TargetError(
-            "block_size", f"a power of two for {target}", str(topology.block_size), "learn the topology with blocks of 32, 64 or 128"
+            "block_size",
+            f"a power of two for {target}",
+            str(topology.block_size),
+            "learn the topology with blocks of 32, 64 or 128",
         )
     sharers: dict[LayerSchedule, list[int]] = {}
     for index, layer in enumerate(layers):

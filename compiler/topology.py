@@ -56,7 +56,7 @@ class Topology:
     provenance: Mapping[str, Any]
 
     def block_mask(self, layer: int, num_blocks: int) -> npt.NDArray[np.bool_]:
-        """Which blocks each block sees, straight from the definition: bool `[num_attention_heads, num_blocks, num_blocks]`.
+        """Which blocks each sees, straight from the definition: bool `[num_attention_heads, num_blocks, num_blocks]`.
 
         visible(i, j) ⇔ j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut). `num_blocks` may be any length.
 
@@ -73,6 +73,8 @@ class Topology:
         row = np.arange(num_blocks)[:, None]
         column = np.arange(num_blocks)[None, :]
         causal = column <= row
+        used = {head.dendrogram for head in self.layers[layer] if isinstance(head, SparseHead)}
+        distances = {index: self.dendrograms[index].distances() for index in used}
         mask = np.zeros((len(self.layers[layer]), num_blocks, num_blocks), dtype=np.bool_)
         for index, head in enumerate(self.layers[layer]):
             if isinstance(head, DenseHead):
@@ -80,7 +82,7 @@ class Topology:
                 continue
             near = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
             known = min(num_blocks, self.num_blocks)
-            near[:known, :known] = self._distances[head.dendrogram][:known, :known] <= head.cut
+            near[:known, :known] = distances[head.dendrogram][:known, :known] <= head.cut
             if self.beyond == "dense":
                 near[self.num_blocks :, :] = True
             mask[index] = causal & ((column < head.sink) | (row - column < head.window) | near)
@@ -113,10 +115,6 @@ class Topology:
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
-
-    @cached_property
-    def _distances(self) -> tuple[npt.NDArray[np.float64], ...]:
-        return tuple(tree.distances() for tree in self.dendrograms)
 
 
 def _head_json(head: Head) -> dict[str, Any]:

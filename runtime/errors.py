@@ -1,4 +1,6 @@
-"""The exceptions that Surgeon raises: one tree, each text saying where, what was expected, what was found, what to do."""
+"""The exceptions that Surgeon raises: one tree, each text saying where, what was expected, what came, what to do."""
+
+import reprlib
 
 
 class SurgeonError(Exception):
@@ -44,5 +46,9 @@ class PatchError(SurgeonError):
 
 def shown(value: object, limit: int = 60) -> str:
     """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
-    text = repr(value).replace("\n", " ")
+    # reprlib bounds depth and length, so that neither a huge nor a deeply nested value makes the error fail.
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxlong = brief.maxother = 2 * limit
+    brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = brief.maxfrozenset = limit
+    text = brief.repr(value).replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
