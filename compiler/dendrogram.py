@@ -185,11 +185,19 @@ def _merge(row: Sequence[object], place: str) -> Merge:
         raise TopologyError(
             place, "[left, right, height, count]", shown(row), "give four numbers, as SciPy's linkage does"
         )
-    left, right, height, count = row
-    for name, value in (("left", left), ("right", right), ("count", count)):
-        # SciPy stores whole numbers as floats; anything else is a mistake.
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1 != 0:
-            raise TopologyError(place, f"a whole number for {name}", shown(value), "correct the entry")
+    height = row[2]
     if isinstance(height, bool) or not isinstance(height, int | float) or not 0 <= height <= sys.float_info.max:
         raise TopologyError(place, "a finite height of at least 0", shown(height), "correct the third column")
-    return int(left), int(right), abs(float(height)), int(count)  # abs: −0.0 and 0.0 are one height
+    return (
+        _whole(row[0], "left", place),
+        _whole(row[1], "right", place),
+        abs(float(height)),  # −0.0 and 0.0 are one height
+        _whole(row[3], "count", place),
+    )
+
+
+def _whole(value: object, name: str, place: str) -> int:
+    # SciPy stores whole numbers as floats; anything else is a mistake.
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
+        raise TopologyError(place, f"a whole number for {name}", shown(value), "correct the entry")
+    return int(value)

@@ -26,7 +26,7 @@ def specialize(
     for dtype in dtypes or ():
         if dtype not in target.dtypes:
             raise TargetError(
-                "dtypes",
+                f"dtype {dtype}",
                 f"one of {', '.join(target.dtypes)} for {target}",
                 shown(dtype),
                 "leave it out or change the target",
