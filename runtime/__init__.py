@@ -1,1 +1,30 @@
-"""Serve time: verify and load a package, run its kernels, patch a model."""
+"""Serve time: verify and load a package, run its kernels, patch a model.
+
+The names below are imported when they are first used, so that reading a package does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgeon.runtime.fingerprints import fingerprint
+    from surgeon.runtime.loading import Package, load
+    from surgeon.runtime.patching import patch, unpatch
+    from surgeon.runtime.tracing import trace
+
+__all__ = ["Package", "fingerprint", "load", "patch", "trace", "unpatch"]
+
+_HOMES = {
+    "Package": "loading",
+    "fingerprint": "fingerprints",
+    "load": "loading",
+    "patch": "patching",
+    "trace": "tracing",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

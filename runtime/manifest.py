@@ -1,6 +1,6 @@
 """What a kernel package says of itself: `manifest.json` as frozen dataclasses, its writer and its strict reader.
 
-Source: package format version 1. One kernel is one attention function for one dtype; layers with equal schedules share it.
+Source: package format version 1. A kernel is one attention function for one dtype; equal layers share it.
 """
 
 import dataclasses
@@ -13,6 +13,10 @@ from typing import Any
 from surgeon.runtime.errors import PackageError, shown
 
 MAX_MANIFEST_BYTES = 16 * 2**20
+
+CPU_ABI_VERSION = 1
+"""Version of the call structure between the runtime and a CPU library."""
+
 _ROOT = {"format": "surgeon.package", "version": 1}
 
 
@@ -42,7 +46,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a kernel in the order of its binary interface: type is "pointer", "i32", "i64", "fp32" or "struct"."""
+    """One argument of a kernel, in binary order: type is "pointer", "i32", "i64", "fp32" or "struct"."""
 
     name: str
     type: str
@@ -66,9 +70,9 @@ class Launch:
 class KernelEntry:
     """One compiled attention function.
 
-    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors; `launch` is None
-    for a CPU kernel, which is called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what
-    the caller must have checked, as "name % 16 == 0".
+    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors; `launch` is
+    None for a CPU kernel, which is called; `scratch_bytes` is device memory that the caller provides; `preconditions`
+    are what the caller must have checked, as "name % 16 == 0".
     """
 
     target: str
@@ -153,7 +157,9 @@ def _read(kind: Any, value: object, where: str) -> object:
         names = {field.name: field.type for field in dataclasses.fields(kind)}
         if set(names) != set(value):
             raise _fault(where, "the keys " + ", ".join(names), sorted(value))
-        return kind(**{name: _read(typ, value[name], f"{where}: {name}") for name, typ in names.items()})
+        return typing.cast(Any, kind)(
+            **{name: _read(typ, value[name], f"{where}: {name}") for name, typ in names.items()}
+        )
     if type(value) is not kind:
         raise _fault(where, f"a value of type {kind.__name__}", value)
     return value

@@ -1,0 +1,62 @@
+"""Writes every stage's product to a folder, for people who want to read what the compiler did."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgeon.compiler.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
+from surgeon.compiler.stages import Binary, KernelSpec, Source
+from surgeon.compiler.topology import Topology
+from surgeon.runtime.target import Target
+
+
+class Dump:
+    """The folder given with --dump, numbered in the order of the stages; None writes nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def schedules(self, topology: Topology, layers: Sequence[LayerSchedule]) -> None:
+        """The canonical topology and the schedule of every layer as text."""
+        self._write("1-topology.json", topology.canonical().encode())
+        text = "\n".join(f"layer {index}\n{_layer_text(layer)}" for index, layer in enumerate(layers))
+        self._write("2-schedule.txt", text.encode())
+
+    def specs(self, target: Target, specs: Sequence[KernelSpec]) -> None:
+        """Which kernels a target needs and which layers they serve."""
+        lines = [f"{spec.name}: layers {', '.join(map(str, spec.layers))}; {', '.join(spec.dtypes)}" for spec in specs]
+        self._write(f"3-kernels-{str(target).replace(':', '-')}.txt", ("\n".join(lines) + "\n").encode())
+
+    def sources(self, sources: Sequence[Source]) -> None:
+        """The rendered sources."""
+        for source in sources:
+            for file in source.files:
+                self._write(f"4-sources/{file.path}", file.text.encode())
+
+    def binaries(self, binaries: Sequence[Binary]) -> None:
+        """The compiled files."""
+        for binary in binaries:
+            self._write(f"5-binaries/{binary.path}", binary.data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _layer_text(layer: LayerSchedule) -> str:
+    lines = []
+    names: dict[HeadSchedule, int] = {}
+    for index, head in enumerate(layer.heads):
+        if head in names:
+            lines.append(f"  head {index}: as head {names[head]}")
+            continue
+        names[head] = index
+        lines.append(f"  head {index}:")
+        for piece in head.pieces:
+            runs = [f"{run.begin}..{run.end - 1}" for run in head.runs[piece.first_run : piece.end_run]]
+            begin = f"row{piece.last_begin:+d}" if piece.follows_row else str(piece.last_begin)
+            end = "" if piece.end_row == UNBOUNDED else str(piece.end_row - 1)
+            lines.append(f"    rows {piece.first_row}..{end}: blocks {', '.join([*runs, f'{begin}..row'])}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,111 @@
+"""From kernel specifications to the C++ of one CPU library: kernels for each instruction set, driver, schedule."""
+
+from dataclasses import dataclass
+
+from surgeon.compiler.schedule import HeadSchedule
+from surgeon.compiler.stages import KernelSpec, Source, SourceFile
+from surgeon.compiler.templates import render_template
+from surgeon.runtime.manifest import CPU_ABI_VERSION
+from surgeon.runtime.target import DTYPES
+
+_TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))
+_CHUNK = 128  # keys
+_SPLIT_KEYS = 256
+_SPLITS_PER_THREAD = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One instruction set and the register tile that fits it.
+
+    `flags` go to the compiler; `features` are what the processor must have, as `__builtin_cpu_supports` spells it;
+    `lanes` is floats a vector, `panel_vectors` vectors of queries a panel, `tile_keys` and `tile_dims` the other side
+    of the two matrix products' register tiles.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+    lanes: int
+    panel_vectors: int
+    tile_keys: int
+    tile_dims: int
+
+
+PORTABLE = Variant("portable", (), (), lanes=4, panel_vectors=2, tile_keys=6, tile_dims=6)
+X86_64 = (
+    Variant(
+        "x86_64_v4",
+        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi", "bmi2"),
+        lanes=16,
+        panel_vectors=2,
+        tile_keys=8,
+        tile_dims=8,
+    ),
+    Variant(
+        "x86_64_v3",
+        ("-march=x86-64-v3",),
+        ("avx2", "fma", "f16c", "bmi", "bmi2"),
+        lanes=8,
+        panel_vectors=2,
+        tile_keys=6,
+        tile_dims=6,
+    ),
+    PORTABLE,
+)
+"""The variants of an x86-64 library, fastest first."""
+
+
+def variants_for(machine: str) -> tuple[Variant, ...]:
+    """The variants to build on a machine, as `platform.machine()` names it."""
+    return X86_64 if machine in ("x86_64", "AMD64") else (PORTABLE,)
+
+
+def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> Source:
+    """The C++ sources of one library that holds all of the specifications' kernels."""
+    dtypes = {dtype: _TYPES[dtype] for dtype in specs[0].dtypes}
+    files = {
+        "call.h": render_template(
+            "cpu/call.h.jinja", head_dim=specs[0].head_dim, abi_version=CPU_ABI_VERSION, dtypes=DTYPES
+        ),
+        "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
+        "vectors.h": render_template("cpu/vectors.h.jinja"),
+        "prefill.h": render_template("cpu/prefill.h.jinja"),
+        "decode.h": render_template("cpu/decode.h.jinja"),
+        "driver.cpp": render_template(
+            "cpu/driver.cpp.jinja", variants=variants, split_keys=_SPLIT_KEYS, splits_per_thread=_SPLITS_PER_THREAD
+        ),
+        "schedule.cpp": _render_schedule(specs),
+    }
+    for variant in variants:
+        files[f"{variant.name}.cpp"] = render_template("cpu/variant.cpp.jinja", variant=variant, dtypes=dtypes)
+    return Source(
+        target=specs[0].target,
+        specs=specs,
+        files=tuple(SourceFile(f"cpu/{name}", text) for name, text in files.items()),
+    )
+
+
+def symbol_of(spec: KernelSpec) -> str:
+    """The function in the library that runs a kernel."""
+    return f"surgeon_{spec.name}"
+
+
+def _render_schedule(specs: tuple[KernelSpec, ...]) -> str:
+    numbers: dict[HeadSchedule, int] = {}
+    for spec in specs:
+        for head in spec.schedule.heads:
+            numbers.setdefault(head, len(numbers))
+    layers = [
+        {
+            "name": spec.name,
+            "heads": [numbers[head] for head in spec.schedule.heads],
+            "num_key_value_heads": spec.schedule.num_key_value_heads,
+            "group": len(spec.schedule.heads) // spec.schedule.num_key_value_heads,
+            "block_size": spec.schedule.block_size,
+            "num_rows": spec.schedule.num_rows,
+        }
+        for spec in specs
+    ]
+    return render_template("cpu/schedule.cpp.jinja", heads=list(numbers), layers=layers)

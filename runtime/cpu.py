@@ -1,0 +1,191 @@
+"""Calls the kernels of a CPU library: the other side of `call.h`."""
+
+import ctypes
+import os
+import tempfile
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from surgeon.runtime.errors import PackageError, TargetError, TopologyError
+from surgeon.runtime.manifest import CPU_ABI_VERSION
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY = range(4)
+
+
+class Call(ctypes.Structure):
+    """Mirrors `struct Call` in templates/cpu/call.h.jinja field by field."""
+
+    _fields_ = [
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("out", c_void_p),
+        ("log_sum_exp", c_void_p),
+        ("position", c_void_p),
+        ("first_key", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("batch", c_int64),
+        ("q_length", c_int64),
+        ("k_length", c_int64),
+        ("scale", c_float),
+        ("dtype", c_int32),
+        ("variant", c_int32),
+        ("threads", c_int32),
+    ]
+
+
+class CpuLibrary:
+    """A loaded CPU library and the variant of it that this processor runs fastest.
+
+    `variant` asks for one by name.
+
+    Raises:
+        PackageError: the bytes are no such library, or of another version.
+        TargetError: the library holds no variant of that name, or the processor lacks what it needs.
+    """
+
+    def __init__(self, data: bytes, where: str, variant: str | None = None) -> None:
+        library = _open(data, where)
+        try:
+            found = library.surgeon_abi_version()
+            library.surgeon_variant.restype = c_char_p
+            library.surgeon_variant.argtypes = [c_int32]
+            library.surgeon_supports.argtypes = [c_int32]
+        except AttributeError:
+            raise PackageError(
+                where, "a library made by surgeon", "one without its entry points", "compile the package again"
+            ) from None
+        if found != CPU_ABI_VERSION:
+            raise PackageError(
+                where,
+                f"interface version {CPU_ABI_VERSION}",
+                str(found),
+                "compile the package with this version of surgeon",
+            )
+        names: list[str] = []
+        while (name := library.surgeon_variant(len(names))) is not None:
+            names.append(name.decode())
+        usable = [index for index in range(len(names)) if library.surgeon_supports(index)]
+        chosen = [index for index in usable if variant in (None, names[index])]
+        if not chosen:
+            raise TargetError(
+                f"{where}: variant {variant}",
+                "one of " + ", ".join(names[index] for index in usable),
+                "one that the library lacks" if variant not in names else "one that this processor cannot run",
+                "leave the choice to surgeon",
+            )
+        self._library = library
+        self._variant = chosen[0]
+        self._where = where
+        self.variant = names[chosen[0]]
+        self.variants = tuple(names[index] for index in usable)
+
+    def kernel(self, symbol: str) -> "ctypes._NamedFuncPointer":
+        """The function behind a symbol of the manifest.
+
+        Raises:
+            PackageError: the library has no such function.
+        """
+        try:
+            function: ctypes._NamedFuncPointer = getattr(self._library, symbol)
+        except AttributeError:
+            raise PackageError(
+                self._where, f"the function {symbol}", "a library without it", "compile the package again"
+            ) from None
+        function.argtypes = [POINTER(Call)]
+        function.restype = c_int32
+        return function
+
+    def attend(
+        self,
+        kernel: "ctypes._NamedFuncPointer",
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+        scale: float,
+        log_sum_exp: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Runs a kernel on torch's thread pool; shapes as `Package.attention`, positions integers `[batch]`.
+
+        Raises:
+            TopologyError: a row of blocks lies beyond what the topology covers.
+        """
+        q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        batch, heads, q_length, head_dim = q.shape
+        out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
+        positions = _positions(position, batch, k.shape[2] - q_length)
+        first_keys = _positions(first_key, batch, 0)
+        call = Call(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            None if log_sum_exp is None else log_sum_exp.data_ptr(),
+            ctypes.addressof(positions) if isinstance(positions, ctypes.Array) else positions.data_ptr(),
+            ctypes.addressof(first_keys) if isinstance(first_keys, ctypes.Array) else first_keys.data_ptr(),
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            batch,
+            q_length,
+            k.shape[2],
+            scale,
+            _CODES[q.dtype],
+            self._variant,
+            torch.get_num_threads(),
+        )
+        status = kernel(call)
+        if status != _OK:
+            raise _fault(status, q_length, k.shape[2], position)
+        return out
+
+
+def _positions(tensor: torch.Tensor | None, batch: int, default: int) -> "torch.Tensor | ctypes.Array[c_int64]":
+    if tensor is None:
+        return (c_int64 * batch)(*[default] * batch)
+    return tensor.to(torch.int64).contiguous()
+
+
+def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | None) -> Exception:
+    if status == _OUT_OF_RANGE:
+        positions = "Sk − Sq" if position is None else str(position.tolist())
+        return TopologyError(
+            "attention: position, first_key",
+            f"first_key ≥ 0 and 0 ≤ position ≤ {k_length} − {q_length} (keys − queries)",
+            f"position {positions}",
+            "pass the index in k of each sequence's first query's own key",
+        )
+    if status == _BEYOND_TOPOLOGY:
+        return TopologyError(
+            "attention",
+            "a sequence within the topology's blocks (beyond: error)",
+            "a longer one",
+            'shorten it, or compile a topology with "beyond" set to "window" or "dense"',
+        )
+    return MemoryError("attention: no memory for the kernel's workspace")
+
+
+def _open(data: bytes, where: str) -> ctypes.CDLL:
+    """Loads a library from the very bytes that were verified. torch is loaded, so both share its OpenMP pool."""
+    try:
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("surgeon-attention")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
+            path = os.path.join(folder, "attention.so")  # noqa: PTH118
+            with open(path, "wb") as file:  # noqa: PTH123
+                file.write(data)
+            return ctypes.CDLL(path)
+    except OSError as error:
+        raise PackageError(
+            where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
+        ) from None

@@ -1,0 +1,95 @@
+"""The torch ops that stand for a packaged attention kernel in eager code, `torch.compile` and `torch.export`."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgeon.runtime.errors import PackageError, PatchError
+
+if TYPE_CHECKING:
+    from surgeon.runtime.loading import Package
+
+# define/impl on a Library costs a fraction of the custom_op decorator's overhead a call.
+_LIBRARY = torch.library.Library("surgeon", "DEF")
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key, float scale, str package, int layer)"
+_LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
+_LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
+
+_packages: weakref.WeakValueDictionary[str, "Package"] = weakref.WeakValueDictionary()
+
+
+def register(package: "Package") -> None:
+    """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
+    _packages[package.id] = package
+
+
+def find(package: str) -> "Package":
+    """The loaded package with this id.
+
+    Raises:
+        PackageError: it is not loaded in this process.
+    """
+    found = _packages.get(package)
+    if found is None:
+        raise PackageError(
+            "surgeon.attention",
+            f"package {package[:12]} loaded in this process",
+            "none with this id",
+            "call surgeon.runtime.load on its folder first and keep the result",
+        )
+    return found
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor | None,
+    first_key: torch.Tensor | None,
+    scale: float,
+    package: str,
+    layer: int,
+) -> torch.Tensor:
+    return find(package).run(layer, q, k, v, position, first_key, scale)
+
+
+def _attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor | None,
+    first_key: torch.Tensor | None,
+    scale: float,
+    package: str,
+    layer: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32)
+    return find(package).run(layer, q, k, v, position, first_key, scale, log_sum_exp), log_sum_exp
+
+
+def _fake_attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty((batch, length, heads, head_dim))
+
+
+def _fake_attention_with_lse(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward(_context: Any, *_gradients: torch.Tensor) -> None:
+    raise PatchError(
+        "surgeon.attention",
+        "a forward pass only",
+        "a call of backward",
+        "run under torch.no_grad(), or unpatch the model to train it",
+    )
+
+
+_LIBRARY.impl("attention", _attention, "CPU")
+_LIBRARY.impl("attention_with_lse", _attention_with_lse, "CPU")
+torch.library.register_fake("surgeon::attention", _fake_attention, lib=_LIBRARY)
+torch.library.register_fake("surgeon::attention_with_lse", _fake_attention_with_lse, lib=_LIBRARY)
+# Without these, autograd would drop the gradient in silence.
+torch.library.register_autograd("surgeon::attention", _backward, lib=_LIBRARY)
+torch.library.register_autograd("surgeon::attention_with_lse", _backward, lib=_LIBRARY)
