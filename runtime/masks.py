@@ -1,0 +1,173 @@
+"""The mask of a patched model: not which pairs are visible, which the kernels know, but where each sequence stands.
+
+Transformers asks a mask function once a forward pass and hands what it returns to every layer as `attention_mask`.
+Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first query and the first valid key,
+repeated (in no memory) along the keys, so that its shape says how many keys it was made for. Every real mask there is
+bool or float.
+
+Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask gives.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from transformers.masking_utils import causal_mask_function
+
+from surgeon.runtime.errors import PatchError
+
+_LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
+# What a mask says is data: as ops, its checks also stand in exported and compiled graphs.
+_LIBRARY.define("first_key(Tensor attention_mask, Tensor position, SymInt length) -> Tensor")
+_LIBRARY.define("valid_keys(Tensor input_ids, Tensor? attention_mask) -> Tensor")
+
+
+def _first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+    """Each sequence's first valid key, int64 `[batch]`; the number of keys so far where it has none yet.
+
+    `attention_mask` `[batch, keys]` is true where a key is valid, `position` `[batch]` is the index of the first of
+    `length` queries. Padding behind the last valid key is let through: only padding queries come after it.
+
+    Raises:
+        PatchError: the mask does not cover the queries, or valid keys lie on both sides of masked ones.
+    """
+    end = int(position.max()) + length
+    batch, covered = attention_mask.shape
+    if batch != position.shape[0] or covered < end:
+        raise PatchError(
+            "attention_mask",
+            f"shape [{position.shape[0]}, {end}]: a sequence's cached tokens, then the new ones",
+            f"shape [{batch}, {covered}]",
+            "pass the mask of all tokens so far, as generate() does",
+        )
+    valid = attention_mask[:, :end] != 0  # later keys of a static cache are not filled yet
+    starts = valid[:, 0].long() + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
+    if bool((starts > 1).any()):
+        raise PatchError(
+            f"attention_mask[{int(starts.argmax())}]",
+            "valid keys in one run",
+            "masked keys between valid ones",
+            "pad on the left (padding_side='left'), and mask nothing else",
+        )
+    return (valid.cumsum(dim=1) == 0).sum(dim=1)
+
+
+def valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens are no padding, bool of the shape of `input_ids` `[batch, length]`: all, where no mask is given.
+
+    Raises:
+        PatchError: the shapes differ.
+    """
+    return cast(torch.Tensor, torch.ops.surgeon.valid_keys(input_ids, attention_mask))
+
+
+def _valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if input_ids.ndim != 2:
+        raise PatchError("input_ids", "two dimensions [batch, length]", f"{input_ids.ndim}", "add the batch dimension")
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise PatchError(
+            "attention_mask",
+            f"shape {list(input_ids.shape)}, as input_ids",
+            f"{list(attention_mask.shape)}",
+            "pass 1 for every token and 0 for padding on the left",
+        )
+    return attention_mask != 0
+
+
+def _fake_first_key(_attention_mask: torch.Tensor, position: torch.Tensor, _length: int) -> torch.Tensor:
+    return torch.empty_like(position)
+
+
+def _fake_valid_keys(input_ids: torch.Tensor, _attention_mask: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(input_ids, dtype=torch.bool)
+
+
+_LIBRARY.impl("first_key", _first_key, "CompositeExplicitAutograd")
+_LIBRARY.impl("valid_keys", _valid_keys, "CompositeExplicitAutograd")
+torch.library.register_fake("surgeon::first_key", _fake_first_key, lib=_LIBRARY)
+torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
+
+
+def placement(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+    **_unused: Any,
+) -> torch.Tensor:
+    """The mask function "surgeon" of Transformers: a placement, int64 `[batch, 1, 2, keys]` (see the module).
+
+    Raises:
+        PatchError: the model asks for anything else than plain causal attention over all keys so far.
+    """
+    if mask_function is not causal_mask_function:
+        raise PatchError(
+            "mask",
+            "plain causal attention",
+            f"{getattr(mask_function, '__qualname__', 'another mask')}: sliding, packed, bidirectional or overlaid",
+            "pass an attention_mask and no packed position_ids, or unpatch the model for such calls",
+        )
+    if kv_offset != 0:
+        raise PatchError(
+            "past_key_values",
+            "a cache that holds every token since the first",
+            f"one whose first key is token {kv_offset}",
+            "use a DynamicCache or StaticCache without a sliding window",
+        )
+    if isinstance(q_offset, torch.Tensor):
+        position = q_offset.to(device=device, dtype=torch.int64).expand(batch_size)
+    else:
+        position = torch.full((batch_size,), q_offset, dtype=torch.int64, device=device)
+    if attention_mask is None:
+        first_key = torch.zeros_like(position)
+    elif attention_mask.ndim == 2:
+        first_key = torch.ops.surgeon.first_key(attention_mask, position, q_length)
+    else:
+        raise PatchError(
+            "attention_mask",
+            "two dimensions [batch, keys]",
+            f"{attention_mask.ndim} dimensions",
+            "pass 1 for tokens and 0 for padding on the left",
+        )
+    # The stack copies: a static cache counts on in the tensor that it gives as offset.
+    pair = torch.stack((position, first_key), dim=1)
+    return pair[:, None, :, None].expand(batch_size, 1, 2, kv_length)
+
+
+def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position of the first query and first valid key, each int64 `[batch]`, from the placement that a layer was given.
+
+    Raises:
+        PatchError: it is no placement, or it was made for another number of keys.
+    """
+    if mask is None:
+        raise PatchError(
+            "attention_mask",
+            "the placement that the model makes in its forward",
+            "None",
+            "call the model, not one of its layers",
+        )
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.int64 or mask.ndim != 4 or mask.shape[2] != 2:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise PatchError(
+            "attention_mask",
+            "a mask of two dimensions [batch, keys]",
+            f"a mask of its own: {got}",
+            "pass 1 for tokens and 0 for padding on the left, or unpatch the model for such calls",
+        )
+    if mask.shape[3] != num_keys:
+        raise PatchError(
+            "attention_mask",
+            f"{num_keys} keys, as the layer has",
+            f"{mask.shape[3]}",
+            "pass the cache that the mask belongs to, and one whose layers have equal lengths",
+        )
+    position, first_key = mask[..., 0].squeeze(1).unbind(dim=1)
+    return position, first_key

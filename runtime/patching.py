@@ -1,0 +1,84 @@
+"""Puts compiled attention into a Transformers model and takes it out again."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from surgeon.runtime import sites
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.fit import check_fit
+from surgeon.runtime.loading import Package
+
+_ATTRIBUTE = "_surgeon_patch"
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `unpatch` needs: the original config, the module attributes that held it, and the bound modules."""
+
+    config: PreTrainedConfig
+    holders: tuple[tuple[torch.nn.Module, str], ...]
+    bound: tuple[torch.nn.Module, ...]
+
+
+def patch(model: PreTrainedModel, package: Package) -> None:
+    """Makes every attention of the model run on the package's kernels, in place; the weights are not touched.
+
+    generate(), dynamic and static caches, chunked prefill and left padding work as before. All is checked first: after
+    an error the model is as it was. The model gets a config of its own, so another model made from the same config
+    object keeps its attention; what is changed in that config while patched is gone after `unpatch`.
+
+    Raises:
+        PatchError: the package does not fit the model, or the model or a part of it is patched already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, _ATTRIBUTE) or sites.is_bound(module):
+            raise PatchError(
+                name or type(model).__name__,
+                "a model that is not patched",
+                "a patched one",
+                "call unpatch(model) first",
+            )
+    check_fit(model, package)
+    original = model.config
+    own = copy.deepcopy(original)
+    own._attn_implementation = sites.IMPLEMENTATION
+    holders = tuple(
+        (module, name) for module in model.modules() for name, value in vars(module).items() if value is original
+    )
+    found = sites.find(model)
+    sites.register()
+    for module, name in holders:
+        setattr(module, name, own)
+    for layer, (_, module) in enumerate(found):
+        sites.bind(module, sites.Site(package, layer))
+    record = _Patch(original, holders, tuple(module for _, module in found))
+    setattr(model, _ATTRIBUTE, record)
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Takes the kernels out again: the model has its original config object and attention back.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    record: _Patch | None = getattr(model, _ATTRIBUTE, None)
+    if record is None:
+        raise PatchError(
+            type(model).__name__,
+            "a patched model",
+            "one that is not",
+            "pass the model that patch(model, package) was given",
+        )
+    for module, name in record.holders:
+        setattr(module, name, record.config)
+    for module in record.bound:
+        sites.release(module)
+    delattr(model, _ATTRIBUTE)
+
+
+def is_patched(model: torch.nn.Module) -> bool:
+    """Whether `patch` has been called on this model and `unpatch` has not since."""
+    return hasattr(model, _ATTRIBUTE)
