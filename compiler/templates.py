@@ -22,6 +22,6 @@ def environment() -> Environment:
     )
 
 
-def render_template(name: str, **values: object) -> str:
+def render_template(name: str, /, **values: object) -> str:
     """The text of one template, for instance `triton/attention.py.jinja`, with `values` filled in."""
     return environment().get_template(name).render(**values)

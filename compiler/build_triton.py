@@ -1,0 +1,169 @@
+"""Source ─▶ Binary for GPU targets: Triton ahead of time, on a machine that needs no GPU."""
+
+import contextlib
+import importlib.util
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from surgeon.compiler.render_triton import ARGUMENTS, tiling
+from surgeon.compiler.stages import Binary, KernelSpec, Source
+from surgeon.runtime.errors import BuildError, TargetError
+from surgeon.runtime.manifest import Argument, KernelEntry, Launch, Tool
+from surgeon.runtime.target import Target
+
+GRID = ("query_heads", "batch", "row_tiles")
+
+PRECONDITIONS = tuple(
+    f"{argument.name} % 16 == 0"
+    for argument in ARGUMENTS
+    if argument.name in ("q", "k", "v", "out") or argument.name.endswith("_stride")
+) + tuple(f"{tensor}_dim_stride == 1" for tensor in ("q", "k", "v"))
+"""What the code was compiled to rely on: addresses in bytes and strides in elements. `*_dim_stride`, the stride along
+head_dim, is no argument of the kernel."""
+
+# Shared memory that one program may have, in bytes, and threads a warp.
+# Source: NVIDIA CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 ISA guide.
+_CUDA = {"80": 166_912, "86": 101_376, "89": 101_376, "90": 232_448, "100": 232_448, "120": 101_376}
+_HIP = {"gfx90a": 65_536, "gfx942": 65_536}
+
+_SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
+_POINTEES = {"lse": "fp32", "first_key": "i64", "position": "i64"}
+
+
+@dataclass(frozen=True)
+class _Device:
+    triton_arch: int | str
+    warp_size: int
+    shared_bytes: int
+    extension: str
+
+
+def build_triton(source: Source, dtype: str) -> Binary:
+    """Compiles one rendered kernel for one dtype; the file is `triton/<name>.<dtype>.cubin`, or `.hsaco` for hip.
+
+    Nothing of the machine gets into the file: equal sources make equal bytes with one version of Triton.
+
+    Raises:
+        TargetError: Triton is missing or has no code generator for the target, or the kernel needs more shared memory
+            than the target has.
+        BuildError: the compilation failed.
+    """
+    (spec,) = source.specs
+    device = _device(source.target)
+    compiled, version = _compile(source, spec, dtype, device)
+    metadata = compiled.metadata
+    if metadata.shared > device.shared_bytes:
+        raise TargetError(
+            f"{spec.name} for {source.target}",
+            f"at most {device.shared_bytes} bytes of shared memory",
+            f"{metadata.shared} bytes",
+            "no tile of this head size fits the target; leave the target out",
+        )
+    path = f"triton/{spec.name}.{dtype}.{device.extension}"
+    entry = KernelEntry(
+        target=str(source.target),
+        dtype=dtype,
+        layers=spec.layers,
+        schedule=spec.name,
+        file=path,
+        symbol=metadata.name,
+        arguments=ARGUMENTS + _SCRATCH,
+        launch=Launch(
+            grid=GRID,
+            tile_rows=tiling(spec).query_tile,
+            threads=metadata.num_warps * device.warp_size,
+            shared_bytes=metadata.shared,
+        ),
+        scratch_bytes=metadata.global_scratch_size,
+        preconditions=PRECONDITIONS,
+    )
+    return Binary(path, compiled.asm[device.extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
+
+
+def _device(target: Target) -> _Device:
+    known = {"cuda": _CUDA, "hip": _HIP}[target.backend]
+    if target.arch not in known:
+        raise TargetError(
+            f"target {target}",
+            f"{target.backend}: with one of {', '.join(known)}",
+            target.arch,
+            "compile for the nearest lower one",
+        )
+    if target.backend == "cuda":
+        return _Device(int(target.arch), 32, known[target.arch], "cubin")
+    return _Device(target.arch, 64, known[target.arch], "hsaco")
+
+
+def _compile(source: Source, spec: KernelSpec, dtype: str, device: _Device) -> tuple[Any, str]:
+    """Triton's CompiledKernel and Triton's version."""
+    try:
+        import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise TargetError(
+            f"target {source.target}",
+            "the Python package triton",
+            str(error),
+            "pip install triton, or leave the target out",
+        ) from None
+    if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
+        raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
+    tiles = tiling(spec)
+    signature = {argument.name: _triton_type(argument, dtype) for argument in ARGUMENTS}
+    divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in PRECONDITIONS]
+    with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
+        try:
+            kernel = getattr(_load(source, Path(folder)), spec.name)
+            compiled = triton.compile(
+                ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", 16]] for index in divisible}),
+                target=GPUTarget(source.target.backend, device.triton_arch, device.warp_size),
+                options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
+            )
+        except Exception as error:  # Triton, LLVM's binding and ptxas raise types of their own, up to bare RuntimeError
+            raise BuildError(
+                f"{spec.name} for {source.target}, {dtype}",
+                "a kernel that Triton compiles",
+                f"{type(error).__name__}: {str(error).strip()[-2000:]}",
+                "report it with the topology and Triton's version",
+            ) from error
+    return compiled, triton.__version__
+
+
+@contextlib.contextmanager
+def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
+    """Triton without what the environment or an earlier run could change, and silent: errors go to BuildError."""
+    with (
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+        knobs.language.scope(),
+        knobs.runtime.scope(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        knobs.cache.dir = cache
+        knobs.compilation.disable_line_info = True  # keeps the source's path out of the binary
+        knobs.language.force_disable_fp_fusion = False
+        knobs.runtime.override_arch = None
+        yield
+
+
+def _load(source: Source, folder: Path) -> ModuleType:
+    """The rendered module. Triton reads a kernel's text back from its file, so there must be one."""
+    (file,) = source.files
+    path = folder / Path(file.path).name
+    path.write_text(file.text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _triton_type(argument: Argument, dtype: str) -> str:
+    return "*" + _POINTEES.get(argument.name, dtype) if argument.type == "pointer" else argument.type

@@ -1,0 +1,111 @@
+"""KernelSpec ─▶ Source for GPU targets: one Triton module a kernel, with the schedule baked in."""
+
+import math
+from dataclasses import dataclass
+
+from surgeon.compiler.decision_tree import schedule_trees
+from surgeon.compiler.schedule import UNBOUNDED
+from surgeon.compiler.stages import KernelSpec, Source, SourceFile
+from surgeon.compiler.templates import render_template
+from surgeon.runtime.errors import TargetError
+from surgeon.runtime.manifest import Argument
+
+ARGUMENTS = (
+    *(Argument(name, "pointer") for name in ("q", "k", "v", "out", "lse", "first_key", "position")),
+    *(Argument(f"{name}_{axis}_stride", "i64") for name in ("q", "k", "v") for axis in ("batch", "head", "token")),
+    Argument("num_queries", "i32"),
+    Argument("write_lse", "i32"),
+    Argument("scale", "fp32"),
+)
+"""What the kernel function takes. Strides are in elements; q, k and v have stride 1 along head_dim, out and lse are
+contiguous; first_key and position are int64, lse is float32. `write_lse` 0 leaves lse alone, which may then be null."""
+
+_MAX_KEY_LIST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel's work is cut: tokens a tile of queries and of keys, the padded head size, the warps and the stages.
+
+    All sizes are powers of two, `*_shift` their logarithms; a tile lies inside one block. `warps` share a tile of
+    queries, `stages` tiles of keys are under way at once.
+    """
+
+    query_tile: int
+    key_tile: int
+    padded_head_dim: int
+    block_shift: int
+    query_tile_shift: int
+    key_tile_shift: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    num_heads: int
+    num_key_value_heads: int
+    heads_per_kv_head: int
+    head_dim: int
+    block_size: int
+
+
+def tiling(spec: KernelSpec) -> Tiling:
+    """The tiles of a kernel, which follow from its block size, head size and target."""
+    block_size = spec.schedule.block_size
+    padded_head_dim = 1 << (spec.head_dim - 1).bit_length()
+    wide = padded_head_dim > 128  # twice the warps and half the keys a tile, or accumulators spill
+    query_tile = min(block_size, 64 if wide else 128)
+    key_tile = min(block_size, 32 if wide else 64)
+    return Tiling(
+        query_tile=query_tile,
+        key_tile=key_tile,
+        padded_head_dim=padded_head_dim,
+        block_shift=block_size.bit_length() - 1,
+        query_tile_shift=query_tile.bit_length() - 1,
+        key_tile_shift=key_tile.bit_length() - 1,
+        warps=query_tile // (8 if wide else 16),  # a matrix instruction has 16 rows
+        stages=2 if wide or spec.target.backend == "hip" else 3,
+    )
+
+
+def render_triton(spec: KernelSpec) -> Source:
+    """Renders one kernel; its file is `triton/<spec.name>.py` and its function is called `spec.name`.
+
+    Raises:
+        TargetError: the schedule lists more keys than a 32-bit number counts.
+    """
+    schedule = spec.schedule
+    trees = schedule_trees(schedule)
+    if trees.num_entries > _MAX_KEY_LIST:
+        raise TargetError(
+            spec.name,
+            f"lists of at most {_MAX_KEY_LIST} keys for {spec.target}",
+            str(trees.num_entries),
+            "lower the number of distinct cuts in a layer",
+        )
+    num_heads = len(schedule.heads)
+    text = render_template(
+        "triton/attention.py.jinja",
+        name=spec.name,
+        layers=_layers_text(spec.layers),
+        shape=_Shape(
+            num_heads,
+            schedule.num_key_value_heads,
+            num_heads // schedule.num_key_value_heads,
+            spec.head_dim,
+            schedule.block_size,
+        ),
+        tiling=tiling(spec),
+        trees=trees,
+        num_rows=None if schedule.num_rows == UNBOUNDED else schedule.num_rows,
+        arguments=ARGUMENTS,
+        log2_e=repr(math.log2(math.e)),
+        ln_2=repr(math.log(2)),
+    )
+    return Source(spec.target, (spec,), (SourceFile(f"triton/{spec.name}.py", text),))
+
+
+def _layers_text(layers: tuple[int, ...]) -> str:
+    noun = "layer" if len(layers) == 1 else "layers"
+    return f"{noun} {', '.join(map(str, layers))}"
