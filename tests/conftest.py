@@ -1,9 +1,13 @@
-"""What all tests share: golden files and the flag that rewrites them."""
+"""What all tests share: golden files, the flag that rewrites them, and a cache of compiled parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("surgeon", deadline=None)  # other work may share the processor
+settings.load_profile("surgeon")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -14,6 +18,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="rewrite the golden files with what the code makes now, then read the diff",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_parts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiled parts are kept beside pytest's own cache, away from the user's, so that a second run is quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SURGEON_CACHE", str(request.config.cache.mkdir("surgeon")))
+        yield
 
 
 @pytest.fixture
