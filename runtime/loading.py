@@ -58,9 +58,14 @@ class Package:
             for layer in kernel.layers:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
         self.cpu_variant: str = next(iter(libraries.values())).variant
+        self.cpu_variants: tuple[str, ...] = next(iter(libraries.values())).variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
         self._warned: set[torch.dtype] = set()
         ops.register(self)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Package":
+        """The package itself: a copy of a patched model runs on the same loaded kernels."""
+        return self
 
     def attention(
         self,
