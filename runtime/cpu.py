@@ -1,6 +1,7 @@
 """Calls the kernels of a CPU library: the other side of `call.h`."""
 
 import ctypes
+import hashlib
 import os
 import tempfile
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -171,21 +172,33 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
     return MemoryError("attention: no memory for the kernel's workspace")
 
 
+_opened: dict[bytes, ctypes.CDLL] = {}
+
+
 def _open(data: bytes, where: str) -> ctypes.CDLL:
-    """Loads a library from the very bytes that were verified. torch is loaded, so both share its OpenMP pool."""
-    try:
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("surgeon-attention")
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-        with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
-            path = os.path.join(folder, "attention.so")  # noqa: PTH118
-            with open(path, "wb") as file:  # noqa: PTH123
-                file.write(data)
-            return ctypes.CDLL(path)
-    except OSError as error:
-        raise PackageError(
-            where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
-        ) from None
+    """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool."""
+    digest = hashlib.sha256(data).digest()
+    if digest not in _opened:
+        try:
+            _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
+        except OSError as error:
+            raise PackageError(
+                where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
+            ) from None
+    return _opened[digest]
+
+
+def _open_memory(data: bytes) -> ctypes.CDLL:
+    # The descriptor stays open: the linker knows a library by its name, and would take the next file under the same
+    # number for this one.
+    descriptor = os.memfd_create("surgeon-attention")
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+
+
+def _open_file(data: bytes) -> ctypes.CDLL:
+    with tempfile.NamedTemporaryFile(prefix="surgeon-", suffix=".so") as file:
+        file.write(data)
+        file.flush()
+        return ctypes.CDLL(file.name)
