@@ -24,16 +24,31 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def check_replaceable(out: Path) -> None:
+    """Refuses to put a package where something else stands, or where the process itself does.
+
+    Raises:
+        PackageError: `out` exists and is neither a kernel package nor an empty folder, or holds the current folder.
+    """
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents):  # the swap would take it away from under this process and its shell
+        raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
+    if not (out.is_symlink() or out.exists()):
+        return
+    ours = out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+    if out.is_symlink() or not ours:
+        raise PackageError(
+            str(out), "a kernel package, an empty folder or nothing", "something else", "name another --out"
+        )
+
+
 def write_package(out: Path, topology: Topology, sources: Sequence[Source], binaries: Sequence[Binary]) -> Path:
     """Writes the package to a folder beside `out` and renames it into place; what stood there before goes only then.
 
     Raises:
         PackageError: `out` exists and is not a kernel package.
     """
-    if out.is_symlink() or (out.exists() and not _replaceable(out)):
-        raise PackageError(
-            str(out), "a kernel package, an empty folder or nothing", "something else", "name another --out"
-        )
+    check_replaceable(out)
     specs = {spec.name: spec for source in sources for spec in source.specs}
     files = {
         "topology.json": (topology.canonical() + "\n").encode(),
@@ -55,20 +70,17 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
     )
     files["manifest.json"] = manifest.to_json().encode()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    place = out.resolve()  # a name for the folder beside it, also where `out` ends in ".."
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     try:
         temporary.chmod(0o755)
         for path, data in files.items():
             _write_durably(temporary / path, data)
-        _put_in_place(temporary, out)
+        _put_in_place(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
-
-
-def _replaceable(out: Path) -> bool:
-    return out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
 
 
 def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:

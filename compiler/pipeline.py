@@ -8,7 +8,7 @@ from pathlib import Path
 from surgeon.compiler.build import build
 from surgeon.compiler.cache import Cache
 from surgeon.compiler.dump import Dump
-from surgeon.compiler.package import write_package
+from surgeon.compiler.package import check_replaceable, write_package
 from surgeon.compiler.render import render
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
@@ -39,20 +39,24 @@ def compile_package(
         BuildError: a compiler is missing or fails.
         PackageError: `out` exists and is not a kernel package.
     """
+    out = Path(out)
+    check_replaceable(out)
     cache, jobs = Cache.default(), jobs or os.cpu_count() or 1
     stages = Dump(None if dump is None else Path(dump))
 
     layers = schedule_layers(topology)
     stages.schedules(topology, layers)
+    # Every target's specs come before the first compiler, so that what cannot be made is refused at once.
+    chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
+    specs = {target: specialize(topology, layers, target, dtypes) for target in chosen}
     sources: list[Source] = []
     binaries: list[Binary] = []
-    for target in dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets):
-        specs = specialize(topology, layers, target, dtypes)
-        stages.specs(target, specs)
-        rendered = render(specs, platform.machine())
+    for target in chosen:
+        stages.specs(target, specs[target])
+        rendered = render(specs[target], platform.machine())
         stages.sources(rendered)
         built = build(rendered, cache, jobs, progress)
         stages.binaries(built)
         sources += rendered
         binaries += built
-    return write_package(Path(out), topology, sources, binaries)
+    return write_package(out, topology, sources, binaries)

@@ -264,6 +264,22 @@ def test_compile_refuses_an_out_that_is_a_file(topology_file: Path, capsys: pyte
     assert topology_file.read_bytes() == before
 
 
+@pytest.mark.parametrize("out", [".", "..", "../new/.."])
+def test_compile_refuses_the_current_folder(
+    out: str, topology_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = topology_file.parent / "new"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "the current folder or one above it" in fails(capsys, 2, "compile", topology_file, "--out", out)
+
+
+def test_compile_refuses_a_folder_with_other_things(topology_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, 2, "compile", topology_file, "--out", topology_file.parent)
+    assert "expected a kernel package, an empty folder or nothing" in line
+    assert topology_file.exists()
+
+
 def test_compile_reports_an_out_that_cannot_be_made(topology_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, 1, "compile", topology_file, "--out", topology_file / "kernels")
     assert line == f"surgeon: {topology_file}: File exists\n"
