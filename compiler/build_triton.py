@@ -129,10 +129,17 @@ def _compile(source: Source, spec: KernelSpec, dtype: str, device: _Device) -> t
             raise BuildError(
                 f"{spec.name} for {source.target}, {dtype}",
                 "a kernel that Triton compiles",
-                f"{type(error).__name__}: {str(error).strip()[-2000:]}",
+                _innermost(error),
                 "report it with the topology and Triton's version",
             ) from error
     return compiled, triton.__version__
+
+
+def _innermost(error: BaseException) -> str:
+    """One line on what went wrong: Triton wraps the cause once for every function that a kernel calls."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 @contextlib.contextmanager

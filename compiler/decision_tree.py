@@ -123,7 +123,7 @@ def _length(runs: Iterable[Run]) -> int:
 
 
 def _search(variable: str, cases: Sequence[tuple[int, Tree[Value]]]) -> Tree[Value]:
-    """A balanced search for the last case whose number is at most `variable`; cases ascend, the first also holds below."""
+    """A balanced search for the last case whose number is at most `variable`; the first also holds below its own."""
     distinct = [
         case for before, case in zip([None, *cases], cases, strict=False) if before is None or before[1] != case[1]
     ]
