@@ -17,33 +17,39 @@ from surgeon.runtime.package import read_package
 
 COMPILE = "import sys; from surgeon.compiler.cli import main_compile; sys.exit(main_compile())"
 
-# Kills its own process just before the n-th time that it changes something below a folder. `renameat2` is called
-# through ctypes, of which only the look-up of the library is seen; what follows it is seen again.
-COMPILE_UNTIL_STEP = """
+# Reads numbers. For each n, forks a compile that kills itself just before the n-th time that it changes something
+# below a folder, and prints how that ended. The swap of the two folders is a call through ctypes, of which only the
+# look-up of the library is seen; the removal of the old package, which follows it, is seen again.
+COMPILES_CUT_SHORT = """
 import os, signal, sys
-last, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
-steps = 0
+from surgeon.compiler.cli import main_compile
+folder, arguments = sys.argv[1], sys.argv[2:]
 
-def changes(event, arguments):
+def changes(event, details):
     if event == "open":
-        path, mode, flags = arguments
+        path, _, flags = details
         return str(path).startswith(folder) and flags & (os.O_WRONLY | os.O_RDWR)
     if event == "ctypes.dlopen":
-        return arguments[0] is None
+        return details[0] is None
     if event in ("os.mkdir", "os.chmod", "os.rename", "shutil.rmtree"):
-        return str(arguments[0]).startswith(folder)
+        return str(details[0]).startswith(folder)
     return event in ("os.remove", "os.rmdir")
 
-def count(event, arguments):
-    global steps
-    if changes(event, arguments):
-        steps += 1
-        if steps == last:
+def count(event, details):
+    global steps_left
+    if changes(event, details):
+        steps_left -= 1
+        if steps_left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(count)
-from surgeon.compiler.cli import main_compile
-sys.exit(main_compile())
+for line in sys.stdin:
+    steps_left = int(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        sys.addaudithook(count)
+        os._exit(main_compile(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -59,20 +65,15 @@ class Workshop:
                 [[topologies.head(window=window)]], [{"linkage": [[0, 1, 1.0, 2]]}], num_blocks=2
             )
             (folder / f"{name}.json").write_text(json.dumps(document))
-            self.compile(name, folder / name).check_returncode()
+            self.compile(name, folder / name)
             self.ids[name] = read_package(folder / name).id
 
     def arguments(self, name: str, out: Path) -> list[str]:
         return [str(self.folder / f"{name}.json"), "--out", str(out), "--dtype", "fp32", "--jobs", "1"]
 
-    def compile(self, name: str, out: Path, until_step: int | None = None) -> "subprocess.CompletedProcess[bytes]":
-        program = [COMPILE] if until_step is None else [COMPILE_UNTIL_STEP, str(until_step), str(out.parent)]
-        return subprocess.run(
-            [sys.executable, "-c", *program, *self.arguments(name, out)],
-            env=self.environment,
-            capture_output=True,
-            timeout=600,
-        )
+    def compile(self, name: str, out: Path) -> None:
+        command = [sys.executable, "-c", COMPILE, *self.arguments(name, out)]
+        subprocess.run(command, env=self.environment, check=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +81,29 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("workshop"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("replaces", [True, False], ids=["over an old package", "where there was none"])
 def test_a_compile_killed_at_any_step_leaves_a_whole_package(
     workshop: Workshop, tmp_path: Path, replaces: bool
 ) -> None:
     out = tmp_path / "kernels"
     found = []
-    for step in range(1, 1000):
-        shutil.rmtree(out, ignore_errors=True)
-        if replaces:
-            shutil.copytree(workshop.folder / "old", out)
-        result = workshop.compile("new", out, until_step=step)
-        found.append(read_package(out).id if out.exists() else None)
-        if result.returncode == 0:
-            break
-        assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    command = [sys.executable, "-c", COMPILES_CUT_SHORT, str(tmp_path), *workshop.arguments("new", out)]
+    with subprocess.Popen(
+        command, env=workshop.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as compiles:
+        assert compiles.stdin is not None
+        assert compiles.stdout is not None
+        for step in range(1, 1000):
+            shutil.rmtree(out, ignore_errors=True)
+            if replaces:
+                shutil.copytree(workshop.folder / "old", out)
+            print(step, file=compiles.stdin, flush=True)
+            status = int(compiles.stdout.readline())
+            found.append(read_package(out).id if out.exists() else None)
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+        compiles.stdin.close()
     before, after = workshop.ids["old"] if replaces else None, workshop.ids["new"]
     swapped = found.index(after)
     assert found == [before] * swapped + [after] * (len(found) - swapped)
@@ -130,5 +138,5 @@ def test_a_compile_killed_while_compilers_run_leaves_the_old_package(workshop: W
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the compilers that outlived it
 
-    workshop.compile("new", out).check_returncode()
+    workshop.compile("new", out)
     assert read_package(out).id == workshop.ids["new"]
