@@ -106,8 +106,12 @@ def _json(text: str) -> object:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise TopologyError(place, "JSON", error.msg, "correct the syntax") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number with thousands of digits
-        raise TopologyError("topology", "JSON of sane nesting and numbers", str(error), "correct the file") from None
+    except RecursionError:
+        raise TopologyError(
+            "topology", "JSON of a few levels", "nesting too deep to read", "correct the file"
+        ) from None
+    except ValueError:  # Python's limit of digits
+        raise TopologyError("topology", "numbers of a few digits", "one of thousands", "correct the file") from None
 
 
 def _model(value: object) -> ModelShape:
@@ -159,7 +163,7 @@ def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
     place = f"{where}.paths"
     paths = [
         [
-            _integer(digit, f"{place}[{block}][{level}]", 0, 1024)
+            _integer(digit, f"{place}[{block}][{level}]", 0, 1023)
             for level, digit in enumerate(_list(path, f"{place}[{block}]", 0, MAX_DEPTH))
         ]
         for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))

@@ -48,7 +48,7 @@ def shown(value: object, limit: int = 60) -> str:
     """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
     # reprlib bounds depth and length, so that neither a huge nor a deeply nested value makes the error fail.
     brief = reprlib.Repr()
-    brief.maxstring = brief.maxlong = brief.maxother = 2 * limit
+    brief.maxstring = brief.maxlong = brief.maxother = 4 * limit
     brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = brief.maxfrozenset = limit
     text = brief.repr(value).replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
