@@ -82,8 +82,8 @@ def document(
         },
         "block_size": block_size,
         "num_blocks": num_blocks,
-        "dendrograms": list(dendrograms),
-        "layers": [{"heads": list(heads)} for heads in layers],
+        "dendrograms": [dict(tree) for tree in dendrograms],
+        "layers": [{"heads": [dict(head) for head in heads]} for heads in layers],
         "beyond": beyond,
         "provenance": {},
     }
@@ -94,6 +94,13 @@ def build(
 ) -> Topology:
     """The checked topology of `document`, which takes the same arguments."""
     return parse_topology(json.dumps(document(layers, dendrograms, **shape)))
+
+
+def example() -> dict[str, Any]:
+    """A small valid document with both kinds of heads and both kinds of trees."""
+    heads = [head(0, 1.0, 1, 2), DENSE, head(1, 2.0), head()]
+    trees = [{"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]}, {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2}]
+    return document([heads, heads[::-1]], trees, num_kv_heads=2, num_blocks=3)
 
 
 def random_topology(

@@ -112,13 +112,6 @@ def test_the_random_builder_covers_every_kind_of_head() -> None:
 # The canonical hash
 
 
-def example() -> dict[str, Any]:
-    """A document in which every field can change."""
-    heads = [topologies.head(0, 1.0, 1, 2), topologies.DENSE, topologies.head(1, 2.0), topologies.head()]
-    trees = [{"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]}, {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2}]
-    return topologies.document([heads, heads[::-1]], trees, num_kv_heads=2, num_blocks=3)
-
-
 def digest(document: dict[str, Any]) -> str:
     return parse_topology(json.dumps(document)).sha256
 
@@ -130,7 +123,7 @@ def reversed_keys(value: object) -> object:
 
 
 def test_the_hash_does_not_follow_the_spelling() -> None:
-    document = example()
+    document = topologies.example()
     expected = digest(document)
     assert parse_topology(json.dumps(document, indent=3)).sha256 == expected
     assert parse_topology(json.dumps(reversed_keys(document))).sha256 == expected
@@ -143,12 +136,12 @@ def test_the_hash_does_not_follow_the_spelling() -> None:
 
 
 def test_the_hash_does_not_follow_the_provenance() -> None:
-    assert digest(example() | {"provenance": {"text": "another", "nested": [1, {"deep": None}]}}) == digest(example())
+    assert digest(topologies.example() | {"provenance": {"text": "another", "nested": [1, {"deep": None}]}}) == digest(topologies.example())
 
 
 def test_the_hash_is_equal_for_paths_and_the_equal_linkage() -> None:
-    topology = parse_topology(json.dumps(example()))
-    document = example()
+    topology = parse_topology(json.dumps(topologies.example()))
+    document = topologies.example()
     document["dendrograms"][1] = {"linkage": topology.dendrograms[1].linkage}
     assert digest(document) == topology.sha256
 
@@ -183,9 +176,9 @@ def _set(*place: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_the_hash_follows_every_change_that_matters(change: Callable[[dict[str, Any]], None]) -> None:
-    document = example()
+    document = topologies.example()
     change(document)
-    assert digest(document) != digest(example())
+    assert digest(document) != digest(topologies.example())
 
 
 @given(strategies.documents())
