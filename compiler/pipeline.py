@@ -2,22 +2,20 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgeon.compiler.build import build
 from surgeon.compiler.cache import Cache
 from surgeon.compiler.dump import Dump
 from surgeon.compiler.package import check_replaceable, write_package
+from surgeon.compiler.progress import Progress
 from surgeon.compiler.render import render
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
 from surgeon.compiler.stages import Binary, Source
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.target import Target
-
-Progress = Callable[[str, int, int], None]
-"""Told of long work as (what, done, total)."""
 
 
 def compile_package(
