@@ -1,0 +1,60 @@
+"""The oracle of every attention kernel: masked softmax in fp64, the mask straight from the topology's definition."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from surgeon.compiler import Topology
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""The largest relative Frobenius error that a kernel may have."""
+
+
+def token_mask(
+    topology: Topology, layer: int, q_length: int, k_length: int, position: int, first_key: int
+) -> torch.Tensor:
+    """Which keys each query of one sequence sees, bool `[heads, q_length, k_length]`."""
+    block_size = topology.block_size
+    query = torch.arange(q_length) + position - first_key
+    key = torch.arange(k_length) - first_key
+    num_blocks = max(1, math.ceil((position + q_length - first_key) / block_size))
+    blocks = torch.from_numpy(topology.block_mask(layer, num_blocks))
+    visible = blocks[:, query.clamp(min=0) // block_size][:, :, key.clamp(0, num_blocks * block_size - 1) // block_size]
+    return visible & (key >= 0) & (key <= query[:, None])
+
+
+def attention(
+    topology: Topology,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: Sequence[int] | None = None,
+    first_key: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[batch, q_length, heads, head_dim]` and log-sum-exp `[batch, heads, q_length]`, both fp64.
+
+    Queries before first_key, which see nothing, have zeros and minus infinity.
+    """
+    batch, heads, q_length, head_dim = q.shape
+    k_length = k.shape[2]
+    group = heads // k.shape[1]
+    k, v = (tensor.double().repeat_interleave(group, dim=1) for tensor in (k, v))
+    out, lse = [], []
+    for sequence in range(batch):
+        start = k_length - q_length if position is None else position[sequence]
+        first = 0 if first_key is None else first_key[sequence]
+        end = start + q_length  # a longer k and v may hold anything behind it
+        mask = token_mask(topology, layer, q_length, end, start, first)
+        scores = q[sequence].double() @ k[sequence, :, :end].transpose(-1, -2) * (scale or head_dim**-0.5)
+        scores = scores.masked_fill(~mask, -math.inf)
+        out.append((torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v[sequence, :, :end]).transpose(0, 1))
+        lse.append(torch.logsumexp(scores, dim=-1))
+    return torch.stack(out), torch.stack(lse)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error in the Frobenius norm."""
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-300))
