@@ -79,7 +79,7 @@ class LayerSchedule:
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
     """The schedule of every layer. Equal heads, and equal layers, are one object."""
-    clusters: dict[tuple[int, float], tuple[tuple[int, ...], ...]] = {}
+    clusters: dict[tuple[int, float], tuple[_Cluster, ...]] = {}
     schedules: dict[Head, HeadSchedule] = {}
     for head in {head for heads in topology.layers for head in heads}:
         if isinstance(head, DenseHead):
@@ -87,7 +87,8 @@ def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
             continue
         cut = (head.dendrogram, head.cut)
         if cut not in clusters:
-            clusters[cut] = topology.dendrograms[head.dendrogram].clusters(head.cut)
+            found = topology.dendrograms[head.dendrogram].clusters(head.cut)
+            clusters[cut] = tuple(_Cluster(blocks, _intervals(blocks)) for blocks in found)
         schedules[head] = _sparse_schedule(head, clusters[cut], topology.num_blocks, topology.beyond)
 
     shared_heads: dict[HeadSchedule, HeadSchedule] = {}
@@ -161,15 +162,18 @@ def _dense_schedule() -> HeadSchedule:
     return HeadSchedule((), (Piece(0, UNBOUNDED, 0, 0, 0, False),))
 
 
-def _sparse_schedule(
-    head: SparseHead, clusters: tuple[tuple[int, ...], ...], num_blocks: int, beyond: str
-) -> HeadSchedule:
+class _Cluster(NamedTuple):
+    blocks: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+
+def _sparse_schedule(head: SparseHead, clusters: tuple[_Cluster, ...], num_blocks: int, beyond: str) -> HeadSchedule:
     table = _RunTable()
     rows: list[_RowPlan] = [_RowPlan(0, 0, 0, False)] * num_blocks
     for cluster in clusters:
-        runs = _merge_runs([Run(0, head.sink), *_intervals(cluster)])
-        plan = _row_planner(runs, head.window, cluster[-1], table)
-        for row in cluster:
+        runs = _merge_runs((Run(0, head.sink), *cluster.runs))
+        plan = _row_planner(runs, head.window, cluster.blocks[-1], table)
+        for row in cluster.blocks:
             rows[row] = plan(row)
     pieces = [Piece(begin, end, *plan) for begin, end, plan in _equal_ranges(rows)]
     pieces += _pieces_beyond(head, num_blocks, beyond, table)
@@ -230,11 +234,11 @@ def _pieces_beyond(head: SparseHead, num_blocks: int, beyond: str, table: _RunTa
             yield Piece(begin, end, *_row_planner(sink, head.window, end, table)(begin))
 
 
-def _intervals(blocks: tuple[int, ...]) -> list[Run]:
+def _intervals(blocks: tuple[int, ...]) -> tuple[Run, ...]:
     """The runs of ascending blocks."""
     breaks = [index for index in range(1, len(blocks)) if blocks[index] != blocks[index - 1] + 1]
     ends = [*breaks, len(blocks)]
-    return [Run(blocks[begin], blocks[end - 1] + 1) for begin, end in zip([0, *breaks], ends, strict=True)]
+    return tuple(Run(blocks[begin], blocks[end - 1] + 1) for begin, end in zip([0, *breaks], ends, strict=True))
 
 
 def _merge_runs(runs: Iterable[Run]) -> list[Run]:
