@@ -127,6 +127,13 @@ def placement(
         position = torch.full((batch_size,), q_offset, dtype=torch.int64, device=device)
     if attention_mask is None:
         first_key = torch.zeros_like(position)
+    elif attention_mask.ndim == 2 and attention_mask.shape[1] > kv_length:
+        raise PatchError(
+            "attention_mask",
+            f"at most {kv_length} keys, as there are",
+            f"{attention_mask.shape[1]}",
+            "pass the cache that the mask belongs to",
+        )
     elif attention_mask.ndim == 2:
         first_key = torch.ops.surgeon.first_key(attention_mask, position, q_length)
     else:

@@ -46,7 +46,7 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
     graph = _export(shadow.eval())
     _check_sites(graph, package.id, package.manifest.model.num_hidden_layers)
     _share_frozen_weights(graph, model)
-    graph.package = package  # type: ignore[assignment]  # the ops know a package only while something holds it
+    graph.meta["package"] = package  # the ops know a package only while something holds it; copies keep `meta`
     return graph
 
 
@@ -88,6 +88,8 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
             node.args = (None,)  # its default
         elif node.op == "output":
             node.args = tuple(node.args[0])
+    (check,) = graph.find_nodes(op="call_function", target=torch.ops.surgeon.valid_keys.default)
+    graph.find_nodes(op="placeholder")[-1].append(check)  # before sizes are taken of what may be no batch
     graph.eliminate_dead_code()
     graph.set_codegen(torch.fx.graph.CodeGen())  # a plain signature, in place of export's nested inputs and outputs
     for node in graph.find_nodes(op="get_attr"):
