@@ -1,17 +1,18 @@
 """From sources to binaries: a C++ compiler for a CPU, Triton for GPUs, several at a time."""
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import PackageNotFoundError, version
 
 from surgeon.compiler.build_cpu import build_cpu
+from surgeon.compiler.build_triton import GRID, PRECONDITIONS, build_triton
 from surgeon.compiler.cache import Cache
+from surgeon.compiler.progress import Progress
+from surgeon.compiler.render_triton import ARGUMENTS, tiling
 from surgeon.compiler.stages import Binary, Source
 
 
-def build(
-    sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Callable[[str, int, int], None] | None
-) -> tuple[Binary, ...]:
+def build(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
     """Compiles one target's sources, `jobs` at a time; `progress` is called as (what, done, total).
 
     Raises:
@@ -20,27 +21,44 @@ def build(
     """
     if sources[0].target.backend == "cpu":
         return tuple(build_cpu(source, cache, jobs, progress) for source in sources)
-    return _build_gpu(sources, jobs, progress)
+    return _build_gpu(sources, cache, jobs, progress)
 
 
-def _build_gpu(
-    sources: tuple[Source, ...], jobs: int, progress: Callable[[str, int, int], None] | None
-) -> tuple[Binary, ...]:
-    from surgeon.compiler.build_triton import build_triton  # Triton takes a second to import and is not everywhere
-
+def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
     work = [(source, dtype) for source in sources for dtype in source.specs[0].dtypes]
+    keys = [_key(source, dtype) for source, dtype in work]
+    stored = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
+    binaries = {index: Binary.from_bytes(entry) for index, entry in stored.items()}
+    missing = [index for index in range(len(work)) if index not in binaries]
     report = progress or (lambda _what, _done, _total: None)
     what = f"compiling for {sources[0].target}"
-    report(what, 0, len(work))
-    binaries: dict[int, Binary] = {}
-    # Triton's compiler holds the interpreter lock and keeps state in its process: one process a worker, started afresh.
-    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(build_triton, *item): index for index, item in enumerate(work)}
-        try:
-            for future in as_completed(pending):
-                binaries[pending[future]] = future.result()
-                report(what, len(binaries), len(work))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    report(what, len(binaries), len(work))
+    if missing:
+        # Triton's compiler holds the interpreter lock and keeps state in its process: fresh processes, one a job.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
+            pending = {pool.submit(build_triton, *work[index]): index for index in missing}
+            try:
+                for future in as_completed(pending):
+                    index = pending[future]
+                    binaries[index] = future.result()
+                    cache.put(keys[index], binaries[index].to_bytes())
+                    report(what, len(binaries), len(work))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     return tuple(binaries[index] for index in range(len(work)))
+
+
+def _key(source: Source, dtype: str) -> str:
+    """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
+    (spec,) = source.specs
+    use = repr((ARGUMENTS, PRECONDITIONS, GRID, tiling(spec), spec.target, dtype, spec.name, spec.layers))
+    return Cache.key([_version_of("triton"), _version_of("surgeon"), use, *(file.text for file in source.files)])
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"

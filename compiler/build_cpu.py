@@ -5,13 +5,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from surgeon.compiler.cache import Cache
+from surgeon.compiler.progress import Progress
 from surgeon.compiler.render_cpu import symbol_of, variants_for
 from surgeon.compiler.stages import Binary, Source
 from surgeon.runtime.errors import BuildError
@@ -41,9 +41,7 @@ class Compiler:
     version: str
 
 
-def build_cpu(
-    source: Source, cache: Cache, jobs: int, progress: Callable[[str, int, int], None] | None = None
-) -> Binary:
+def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None = None) -> Binary:
     """Compiles and links the library of a CPU target.
 
     `jobs` is how many compilers run at once; `progress` is called as (what, done, total).

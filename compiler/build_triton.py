@@ -44,7 +44,7 @@ class _Device:
 
 
 def build_triton(source: Source, dtype: str) -> Binary:
-    """Compiles one rendered kernel for one dtype; the file is `triton/<name>.<dtype>.cubin`, or `.hsaco` for hip.
+    """Compiles one rendered kernel for one dtype; the file is `<target>/<name>.<dtype>.cubin`, or `.hsaco` for hip.
 
     Nothing of the machine gets into the file: equal sources make equal bytes with one version of Triton.
 
@@ -64,7 +64,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
             f"{metadata.shared} bytes",
             "no tile of this head size fits the target; leave the target out",
         )
-    path = f"triton/{spec.name}.{dtype}.{device.extension}"
+    path = f"{source.target.folder}/{spec.name}.{dtype}.{device.extension}"
     entry = KernelEntry(
         target=str(source.target),
         dtype=dtype,

@@ -24,7 +24,7 @@ class Dump:
     def specs(self, target: Target, specs: Sequence[KernelSpec]) -> None:
         """Which kernels a target needs and which layers they serve."""
         lines = [f"{spec.name}: layers {', '.join(map(str, spec.layers))}; {', '.join(spec.dtypes)}" for spec in specs]
-        self._write(f"3-kernels-{str(target).replace(':', '-')}.txt", ("\n".join(lines) + "\n").encode())
+        self._write(f"3-kernels-{target.folder}.txt", ("\n".join(lines) + "\n").encode())
 
     def sources(self, sources: Sequence[Source]) -> None:
         """The rendered sources."""

@@ -70,7 +70,7 @@ def tiling(spec: KernelSpec) -> Tiling:
 
 
 def render_triton(spec: KernelSpec) -> Source:
-    """Renders one kernel; its file is `triton/<spec.name>.py` and its function is called `spec.name`.
+    """Renders one kernel; its file is `<target>/<spec.name>.py` and its function is called `spec.name`.
 
     Raises:
         TargetError: the schedule lists more keys than a 32-bit number counts.
@@ -103,7 +103,7 @@ def render_triton(spec: KernelSpec) -> Source:
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )
-    return Source(spec.target, (spec,), (SourceFile(f"triton/{spec.name}.py", text),))
+    return Source(spec.target, (spec,), (SourceFile(f"{spec.target.folder}/{spec.name}.py", text),))
 
 
 def _layers_text(layers: tuple[int, ...]) -> str:

@@ -1,9 +1,11 @@
 """What the back half of the pipeline hands from stage to stage: KernelSpec ─▶ Source ─▶ Binary."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import cast
 
 from surgeon.compiler.schedule import LayerSchedule
-from surgeon.runtime.manifest import KernelEntry, Tool
+from surgeon.runtime.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.target import Target
 
 
@@ -47,3 +49,17 @@ class Binary:
     data: bytes
     kernels: tuple[KernelEntry, ...]
     tools: tuple[Tool, ...]
+
+    def to_bytes(self) -> bytes:
+        """The binary as one string of bytes for the cache: a line of JSON, then the file's own bytes."""
+        rest = {"path": self.path, "kernels": list(map(asdict, self.kernels)), "tools": list(map(asdict, self.tools))}
+        return json.dumps(rest).encode() + b"\n" + self.data
+
+    @classmethod
+    def from_bytes(cls, stored: bytes) -> "Binary":
+        """What `to_bytes` made."""
+        line, _, data = stored.partition(b"\n")
+        rest = json.loads(line)
+        kernels = from_plain(tuple[KernelEntry, ...], rest["kernels"], "kernels")
+        tools = from_plain(tuple[Tool, ...], rest["tools"], "tools")
+        return cls(rest["path"], data, cast(tuple[KernelEntry, ...], kernels), cast(tuple[Tool, ...], tools))

@@ -138,19 +138,23 @@ class Manifest:
                     "another value or none",
                     "compile the package with this version of surgeon",
                 )
-        return typing.cast(Manifest, _read(cls, root, "manifest.json"))
+        return typing.cast(Manifest, from_plain(cls, root, "manifest.json"))
 
 
-def _read(kind: Any, value: object, where: str) -> object:
-    """Turns parsed JSON into `kind`, a type that appears in the dataclasses above."""
+def from_plain(kind: Any, value: object, where: str) -> object:
+    """Turns parsed JSON into `kind`, one of the dataclasses above or the type of a field of theirs.
+
+    Raises:
+        PackageError: a key is missing or unknown, or a value has another type; `where` is named with the place.
+    """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:  # X | None
         inner, _ = typing.get_args(kind)
-        return None if value is None else _read(inner, value, where)
+        return None if value is None else from_plain(inner, value, where)
     if origin is tuple:  # tuple[X, ...]
         if not isinstance(value, list):
             raise _fault(where, "a list", value)
-        return tuple(_read(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(from_plain(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise _fault(where, "an object", value)
@@ -158,7 +162,7 @@ def _read(kind: Any, value: object, where: str) -> object:
         if set(names) != set(value):
             raise _fault(where, "the keys " + ", ".join(names), sorted(value))
         return typing.cast(Any, kind)(
-            **{name: _read(typ, value[name], f"{where}: {name}") for name, typ in names.items()}
+            **{name: from_plain(typ, value[name], f"{where}: {name}") for name, typ in names.items()}
         )
     if type(value) is not kind:
         raise _fault(where, f"a value of type {kind.__name__}", value)

@@ -42,5 +42,10 @@ class Target:
         """The storage types that kernels for this target take."""
         return DTYPES if self.backend == "cpu" else _GPU_DTYPES
 
+    @property
+    def folder(self) -> str:
+        """The target's own folder in a package."""
+        return str(self).replace(":", "-")
+
     def __str__(self) -> str:
         return f"{self.backend}:{self.arch}" if self.arch else self.backend

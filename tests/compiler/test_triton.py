@@ -282,7 +282,7 @@ def test_fp16_code_differs_from_bf16_code(hopper: Binary, tmp_path: Path) -> Non
 def test_the_manifest_entry_describes_the_binary(hopper: Binary) -> None:
     (entry,) = hopper.kernels
     assert (entry.target, entry.dtype, entry.layers) == ("cuda:90", "bf16", (0, 2))
-    assert entry.file == hopper.path == "triton/attention_000.bf16.cubin"
+    assert entry.file == hopper.path == "cuda-90/attention_000.bf16.cubin"
     assert entry.schedule == entry.symbol == "attention_000"
     assert entry.launch is not None
     assert entry.launch.grid == ("query_heads", "batch", "row_tiles")
@@ -372,5 +372,5 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 
 def test_rendering_names_the_file_after_the_kernel() -> None:
     source = render_triton(kernel_spec(mixed_heads()))
-    assert [file.path for file in source.files] == ["triton/attention_000.py"]
+    assert [file.path for file in source.files] == ["cuda-90/attention_000.py"]
     assert source == render_triton(kernel_spec(mixed_heads()))
