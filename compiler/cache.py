@@ -10,6 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """What is made or fetched once lies here: $SURGEON_CACHE, or $XDG_CACHE_HOME/surgeon, or ~/.cache/surgeon."""
+    named = os.environ.get("SURGEON_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(named or f"{base}/surgeon").expanduser().absolute()
+
+
 class Cache:
     """Compiled parts below a folder; several processes may share it."""
 
@@ -18,11 +25,8 @@ class Cache:
 
     @classmethod
     def default(cls) -> "Cache":
-        """The user's cache: below $SURGEON_CACHE, or $XDG_CACHE_HOME/surgeon, or ~/.cache/surgeon."""
-        base = os.environ.get("SURGEON_CACHE")
-        if base is None:
-            base = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/surgeon"
-        return cls(Path(base).expanduser() / "compiled")
+        """The user's cache of compiled parts."""
+        return cls(cache_folder() / "compiled")
 
     @staticmethod
     def key(parts: Iterable[str | bytes]) -> str:

@@ -1,0 +1,239 @@
+"""Compiles a topology, patches SmolLM2-135M-Instruct with it and compares it with the dense model, on real text.
+
+Everything lies in the cache afterwards, so that a second run needs no network. Run it with `make demo`.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quality import explicit_mask, perplexity
+from smollm2 import load_model, load_tokenizer, model_folder
+from surgeon.compiler import Topology, compile_package, read_topology
+from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.progress import progress_bar
+from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime.errors import SurgeonError
+from texts import Text, real_text, windows
+
+TOPOLOGIES = Path(__file__).parent / "topologies"
+LENGTHS = (2048, 4096)
+TOKENS_SCORED = 8192
+REPEATS = 3
+NEW_TOKENS = 48
+TREE_TOKENS = 1000
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The dense and the patched model at one length: density in blocks, median seconds of a prefill, perplexities."""
+
+    length: int
+    density: float
+    dense_seconds: float
+    patched_seconds: float
+    dense_perplexity: float
+    patched_perplexity: float
+
+
+def main() -> int:
+    """Runs the demo and returns the exit status."""
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run()
+    except SurgeonError as error:
+        console.print(f"demo: {error}", style="red", markup=False)
+        return 2
+    return 0
+
+
+def run() -> None:
+    """Fetches, compiles, compares and prints."""
+    folder = model_folder(cache_folder(), say)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    text = real_text(cache_folder(), say)
+    topology, package = compiled("smollm2-135m")
+    say(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32")
+    say(f"text: {text.name}, {len(text.text):,} characters, SHA-256 {text.sha256[:12]}")
+    before = fingerprint(model)
+
+    results = [compare(model, tokenizer, text, topology, package, length) for length in LENGTHS]
+    console.print(comparison_table(results))
+    show_continuations(model, tokenizer, text, package)
+    check_trees(model, tokenizer, text)
+
+    after = fingerprint(model)
+    same = "unchanged" if after == before else f"CHANGED to {after}"
+    console.print(f"\nSHA-256 of the weights: {before}, {same}")
+
+
+def compiled(name: str) -> tuple[Topology, Package]:
+    """The topology of that name and its package, compiled into the cache and loaded."""
+    topology = read_topology(TOPOLOGIES / f"{name}.json")
+    started = time.perf_counter()
+    with progress_bar() as progress:
+        path = compile_package(
+            topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"], progress=progress
+        )
+    built = time.perf_counter()
+    package = load(path, strict=True)
+    loaded = time.perf_counter()
+    say(f"compiled {name}.json in {built - started:.1f} s, loaded its package in {1000 * (loaded - built):.0f} ms")
+    return topology, package
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    topology: Topology,
+    package: Package,
+    length: int,
+) -> Comparison:
+    """Scores and times the model at one length, dense and patched in turn, on the same tokens."""
+    sequences = windows(tokenizer, text, length, most=TOKENS_SCORED // length)
+    say(f"{length:,} tokens: perplexity on {len(sequences)} sequences")
+    dense_perplexity = perplexity(model, sequences)
+    with patched(model, package):
+        patched_perplexity = perplexity(model, sequences)
+    dense_times, patched_times = [], []
+    for repeat in range(REPEATS):
+        dense_times.append(prefill_seconds(model, sequences[0]))
+        with patched(model, package):
+            patched_times.append(prefill_seconds(model, sequences[0]))
+        say(
+            f"{length:,} tokens: prefill {repeat + 1}: dense {dense_times[-1]:.2f} s, patched {patched_times[-1]:.2f} s"
+        )
+    num_blocks = -(-length // topology.block_size)
+    densities = [topology.density(layer, num_blocks).mean() for layer in range(len(topology.layers))]
+    return Comparison(
+        length=length,
+        density=statistics.fmean(densities),
+        dense_seconds=statistics.median(dense_times),
+        patched_seconds=statistics.median(patched_times),
+        dense_perplexity=dense_perplexity,
+        patched_perplexity=patched_perplexity,
+    )
+
+
+@contextmanager
+def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
+    """Patches the model for the length of a `with` statement: one model, the same weights, both attentions."""
+    patch(model, package)
+    try:
+        yield
+    finally:
+        unpatch(model)
+
+
+@torch.inference_mode()
+def prefill_seconds(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """The wall time of one prefill, cache filled and the last token's logits made."""
+    started = time.perf_counter()
+    model(input_ids=tokens, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def comparison_table(results: list[Comparison]) -> Table:
+    """The results as a table for the terminal."""
+    table = Table(title="SmolLM2-135M-Instruct, dense (sdpa) and patched: the same weights, the same tokens")
+    for group, heading in (
+        ("", "tokens"),
+        ("", "density"),
+        ("prefill", "dense"),
+        ("prefill", "patched"),
+        ("", "faster"),
+        ("perplexity", "dense"),
+        ("perplexity", "patched"),
+    ):
+        table.add_column(f"{group}\n{heading}", justify="right")
+    for result in results:
+        table.add_row(
+            f"{result.length:,}",
+            f"{result.density:.1%}",
+            f"{result.dense_seconds:.2f} s",
+            f"{result.patched_seconds:.2f} s",
+            f"{result.dense_seconds / result.patched_seconds:.2f}x",
+            f"{result.dense_perplexity:.3f}",
+            f"{result.patched_perplexity:.3f}",
+        )
+    return table
+
+
+def show_continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, package: Package
+) -> None:
+    """Prints how both models go on, greedily, after the same long prompt."""
+    prompt = windows(tokenizer, text, LENGTHS[0], most=3)[-1]
+    say(f"continuing a prompt of {prompt.shape[1]:,} tokens by {NEW_TOKENS}")
+
+    def continuation() -> str:
+        generate: Any = model.generate
+        tokens = generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False)
+        return words(tokens[0, prompt.shape[1] :])
+
+    def words(tokens: torch.Tensor) -> str:
+        return " ".join(str(tokenizer.decode(tokens)).split())
+
+    dense = continuation()
+    with patched(model, package):
+        sparse = continuation()
+    console.print()
+    for name, line in (
+        ("prompt", "… " + words(prompt[0, -40:])),
+        ("dense", dense),
+        ("patched", sparse),
+    ):
+        console.print(f"{name:>8}  {line}", markup=False)
+
+
+@torch.inference_mode()
+def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+    """Prints how far the kernels of a topology full of trees are from the model under its masks, in both ways in."""
+    topology, package = compiled("smollm2-135m-trees")
+    (tokens,) = windows(tokenizer, text, TREE_TOKENS, most=1)
+    with explicit_mask(model, topology):
+        expected = model(input_ids=tokens).logits
+    with patched(model, package):
+        through_patch = model(input_ids=tokens).logits
+    through_trace = trace(model, package)(tokens)
+    console.print(
+        f"\nTrees (smollm2-135m-trees.json) against explicit masks, {TREE_TOKENS:,} tokens, largest difference"
+    )
+    for name, logits in (("patched", through_patch), ("traced", through_trace)):
+        console.print(f"{name:>8}  {(logits - expected).abs().max():.1e} in logits of up to {expected.abs().max():.0f}")
+
+
+def say(line: str) -> None:
+    """Prints a line of progress with the seconds since the start."""
+    console.print(f"[{time.perf_counter() - _STARTED:6.1f} s] {line}", style="dim", markup=False)
+
+
+def processor() -> str:
+    """The processor's name as Linux reports it, with its vector extension."""
+    try:
+        fields = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        fields = []
+    names = [field.partition(": ")[2] for field in fields if field.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+_STARTED = time.perf_counter()
+
+if __name__ == "__main__":
+    sys.exit(main())
