@@ -16,12 +16,13 @@ _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key
 _LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
 _LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
 
-_packages: weakref.WeakValueDictionary[str, "Package"] = weakref.WeakValueDictionary()
+# A package may be loaded more than once: an id is known as long as one of its packages is.
+_packages: dict[str, weakref.WeakSet["Package"]] = {}
 
 
 def register(package: "Package") -> None:
     """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
-    _packages[package.id] = package
+    _packages.setdefault(package.id, weakref.WeakSet()).add(package)
 
 
 def find(package: str) -> "Package":
@@ -30,7 +31,7 @@ def find(package: str) -> "Package":
     Raises:
         PackageError: it is not loaded in this process.
     """
-    found = _packages.get(package)
+    found = next(iter(_packages.get(package, ())), None)
     if found is None:
         raise PackageError(
             "surgeon.attention",

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from models import Compiled, masked_model, padded, tiny_config, tiny_llama, tokens
-from surgeon.runtime import Package, fingerprint, patch, unpatch
+from models import Compiled, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
+from surgeon.compiler import compile_package
+from surgeon.runtime import Package, fingerprint, load, patch, unpatch
 from surgeon.runtime.errors import PatchError
 
 LENGTHS = (70, 41, 5)  # in blocks of 16: beyond the topology's four, in the middle of a block, shorter than one
@@ -201,6 +204,17 @@ def test_a_copy_of_a_patched_model(model: LlamaForCausalLM, compiled: dict[str, 
     assert not torch.allclose(logits(other, ids, mask), dense, atol=0.1)
     unpatch(other)
     assert torch.equal(logits(other, ids, mask), dense)
+
+
+def test_a_patched_model_keeps_its_package_loaded(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Also where another load of the same package came and went."""
+    ids, mask = padded(LENGTHS)
+    folder = compile_package(sparse_topology(beyond="dense"), tmp_path / "kernels", dtypes=("fp32",))
+    expected = logits(masked_model(model, sparse_topology(beyond="dense")), ids, mask)
+    patch(model, load(folder))
+    load(folder)
+    gc.collect()
+    torch.testing.assert_close(logits(model, ids, mask), expected, atol=TOLERANCE, rtol=0)
 
 
 # What does not fit: said before anything is touched.
