@@ -3,14 +3,16 @@
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from surgeon.runtime.errors import PackageError, TargetError, TopologyError
+from surgeon.runtime.errors import PackageError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import CPU_ABI_VERSION
 
+_SYMBOL = re.compile(r"surgeon_attention_\d+")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY = range(4)
 
@@ -91,15 +93,14 @@ class CpuLibrary:
         Raises:
             PackageError: the library has no such function.
         """
-        try:
-            function: ctypes._NamedFuncPointer = getattr(self._library, symbol)
-        except AttributeError:
-            raise PackageError(
-                self._where, f"the function {symbol}", "a library without it", "compile the package again"
-            ) from None
-        function.argtypes = [POINTER(Call)]
-        function.restype = c_int32
-        return function
+        # The look-up also finds what other libraries export, so only names of ours are asked for.
+        function = getattr(self._library, symbol, None) if _SYMBOL.fullmatch(symbol) else None
+        if function is None:
+            raise PackageError(self._where, "a function of the library", shown(symbol), "compile the package again")
+        found: ctypes._NamedFuncPointer = function
+        found.argtypes = [POINTER(Call)]
+        found.restype = c_int32
+        return found
 
     def attend(
         self,

@@ -136,23 +136,30 @@ class Package:
         Raises:
             PatchError: shapes, dtypes or devices that do not fit the package.
         """
+        self._check(q, k, v, position, first_key)
         found = self._kernels.get((layer, q.dtype))
         if found is None:
             dtype = self._wider(layer, q.dtype)
             q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
             return self.run(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
-        self._check(q, k, v)
         library, kernel = found
         return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp)
 
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _check(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+    ) -> None:
         model = self.manifest.model
-        batch, heads, _, head_dim = q.shape
-        if heads != model.num_attention_heads or head_dim != model.head_dim:
-            raise _misfit("q", f"[batch, {model.num_attention_heads}, length, {model.head_dim}]", q)
+        heads, kv_heads, head_dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+        if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != head_dim:
+            raise _misfit("q", f"[batch, {heads}, length, {head_dim}]", q)
         for name, tensor in (("k", k), ("v", v)):
-            if tensor.shape[:2] != (batch, model.num_key_value_heads) or tensor.shape[3] != head_dim:
-                raise _misfit(name, f"[{batch}, {model.num_key_value_heads}, length, {head_dim}]", tensor)
+            if tensor.dim() != 4 or tensor.shape[:2] != (q.shape[0], kv_heads) or tensor.shape[3] != head_dim:
+                raise _misfit(name, f"[{q.shape[0]}, {kv_heads}, length, {head_dim}]", tensor)
             if tensor.dtype != q.dtype or tensor.device != q.device:
                 raise PatchError(
                     f"attention: {name}",
@@ -162,6 +169,14 @@ class Package:
                 )
         if k.shape != v.shape:
             raise _misfit("v", f"{list(k.shape)}, as k", v)
+        for name, place in (("position", position), ("first_key", first_key)):
+            if place is not None and (place.shape != q.shape[:1] or place.dtype not in (torch.int64, torch.int32)):
+                raise PatchError(
+                    f"attention: {name}",
+                    f"an int or an integer tensor [{q.shape[0]}]",
+                    f"{place.dtype} {list(place.shape)}",
+                    "give one number a sequence",
+                )
 
     def _wider(self, layer: int, dtype: torch.dtype) -> torch.dtype:
         """The packaged dtype that loses nothing of `dtype`, for a call that the package has no kernel for."""
