@@ -99,7 +99,10 @@ def build(
 def example() -> dict[str, Any]:
     """A small valid document with both kinds of heads and both kinds of trees."""
     heads = [head(0, 1.0, 1, 2), DENSE, head(1, 2.0), head()]
-    trees = [{"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]}, {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2}]
+    trees: list[dict[str, Any]] = [
+        {"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]},
+        {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2},
+    ]
     return document([heads, heads[::-1]], trees, num_kv_heads=2, num_blocks=3)
 
 
@@ -117,7 +120,7 @@ def random_topology(
     """Mixes all that a head can be: dense, singletons, one cluster, windows, cuts of contiguous and scattered, binary
     and p-ary trees, with several sinks and windows. Every kind turns up once before one turns up again.
     """
-    trees = [
+    trees: list[dict[str, Any]] = [
         {"linkage": tree(num_blocks, rng, contiguous=True)},
         {"linkage": tree(num_blocks, rng, contiguous=False)},
         {"paths": paths(num_blocks, 2, 4, rng), "arity": 2},

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import topologies
 
@@ -21,7 +21,7 @@ class Fault:
 
     def document(self) -> dict[str, Any]:
         document = topologies.example()
-        parent = functools.reduce(lambda inner, key: inner[key], self.place[:-1], document)
+        parent: Any = functools.reduce(lambda inner, key: inner[key], self.place[:-1], cast(Any, document))
         if self.value is REMOVED:
             del parent[self.place[-1]]
         elif isinstance(parent, list) and self.place[-1] == len(parent):
@@ -176,6 +176,7 @@ def _linkages() -> list[Fault]:
     count = (
         "dendrograms[0].linkage[{}]: expected count {}, the number of blocks below, got {}; correct the fourth column"
     )
+    no_rows: tuple[object, ...] = (None, 7, "row", {}, [], [2, 3, 2.0], [2, 3, 2.0, 3, 0])
     faults = [
         Fault(("dendrograms",), {}, "dendrograms: " + LIST.format("{}")),
         Fault(("dendrograms", 0), None, "dendrograms[0]: " + OBJECT.format("None")),
@@ -184,10 +185,7 @@ def _linkages() -> list[Fault]:
         Fault(ROWS, [], merges.format(0), structural=False),
         Fault((*ROWS, 1), REMOVED, merges.format(1), structural=False),
         Fault((*ROWS, 2), [4, 0, 3.0, 4], merges.format(3), structural=False),
-        *(
-            Fault((*ROWS, 1), value, four.format(repr(value)))
-            for value in (None, 7, "row", {}, [], [2, 3, 2.0], [2, 3, 2.0, 3, 0])
-        ),
+        *(Fault((*ROWS, 1), value, four.format(repr(value))) for value in no_rows),
         *(Fault((*ROWS, 1, 2), value, row + HEIGHT.format(repr(value))) for value in (None, True, "2", -0.5, [2])),
         Fault((*ROWS, 1, 2), float("nan"), row + HEIGHT.format("nan"), structural=False),
         Fault((*ROWS, 1, 2), float("inf"), row + HEIGHT.format("inf"), structural=False),

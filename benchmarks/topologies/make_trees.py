@@ -17,7 +17,8 @@ DENSE = {"dense": True}
 
 def merged(order: Sequence[int]) -> list[list[int]]:
     """The linkage that merges neighbours in `order`, a power of two of blocks, level by level; heights count levels."""
-    nodes, rows, height = list(order), [], 0
+    nodes, height = list(order), 0
+    rows: list[list[int]] = []
     while len(nodes) > 1:
         height += 1
         made = range(NUM_BLOCKS + len(rows), NUM_BLOCKS + len(rows) + len(nodes) // 2)
