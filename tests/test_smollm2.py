@@ -136,7 +136,7 @@ def test_generation_on_a_collapsed_topology_is_the_models_own(
     ids, mask = padded(story, (40, 150, 260))
 
     def generated() -> torch.Tensor:
-        generate: Any = model.generate
+        generate = cast(Any, model).generate
         tokens: torch.Tensor = generate(
             ids,
             attention_mask=mask,
