@@ -150,7 +150,7 @@ def prefill_seconds(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 
 def comparison_table(results: list[Comparison]) -> Table:
     """The results as a table for the terminal."""
-    table = Table(title="SmolLM2-135M-Instruct, dense (sdpa) and patched: the same weights, the same tokens")
+    table = Table(title="SmolLM2-135M-Instruct: dense (sdpa) and patched, same weights and tokens")
     for group, heading in (
         ("", "tokens"),
         ("", "density"),

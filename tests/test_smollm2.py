@@ -1,6 +1,8 @@
 """A real pretrained Llama on compiled kernels: SmolLM2-135M-Instruct against itself, and against explicit masks."""
 
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,8 @@ from topologies import dense_topology, one_cluster_topology
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 USER_CACHE = cache_folder()  # before the tests' own cache takes its place: the model is fetched once a user
-TOPOLOGIES = Path(__file__).parents[1] / "benchmarks" / "topologies"
+ROOT = Path(__file__).parents[1]
+TOPOLOGIES = ROOT / "benchmarks" / "topologies"
 SHAPE: dict[str, Any] = {
     "num_layers": 30,
     "num_heads": 9,
@@ -191,3 +194,16 @@ def test_the_topology_compiles_from_nothing_and_then_from_the_cache(
     assert packages[0] == packages[1]
     assert parts[0] == parts[1]
     assert parts[0]
+
+
+def test_the_readmes_python_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shutil.copy(TOPOLOGIES / "smollm2-135m.json", tmp_path / "topology.json")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/llama", str(files)), names)
+    tokens = torch.arange(100)[None]
+    with torch.inference_mode():
+        patched = names["model"](tokens).logits
+        unpatch(names["model"])
+        torch.testing.assert_close(patched, names["model"](tokens).logits, atol=TOLERANCE, rtol=0)
