@@ -10,6 +10,7 @@ from surgeon.runtime.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))
 _CHUNK = 128  # keys
+_DECODE_CHUNK_ELEMENTS = 4096  # of keys, and as many of values: what the L1 cache holds as floats
 _SPLIT_KEYS = 256
 _SPLITS_PER_THREAD = 4
 
@@ -20,7 +21,8 @@ class Variant:
 
     `flags` go to the compiler; `features` are what the processor must have, as `__builtin_cpu_supports` spells it;
     `lanes` is floats a vector, `panel_vectors` vectors of queries a panel, `tile_keys` and `tile_dims` the other side
-    of the two matrix products' register tiles.
+    of the two matrix products' register tiles. Up to `decode_queries` queries a sequence, lanes of dimensions beat
+    half-empty panels of queries.
     """
 
     name: str
@@ -30,9 +32,10 @@ class Variant:
     panel_vectors: int
     tile_keys: int
     tile_dims: int
+    decode_queries: int
 
 
-PORTABLE = Variant("portable", (), (), lanes=4, panel_vectors=2, tile_keys=6, tile_dims=6)
+PORTABLE = Variant("portable", (), (), lanes=4, panel_vectors=2, tile_keys=6, tile_dims=6, decode_queries=2)
 X86_64 = (
     Variant(
         "x86_64_v4",
@@ -42,6 +45,7 @@ X86_64 = (
         panel_vectors=2,
         tile_keys=8,
         tile_dims=8,
+        decode_queries=16,
     ),
     Variant(
         "x86_64_v3",
@@ -51,6 +55,7 @@ X86_64 = (
         panel_vectors=2,
         tile_keys=6,
         tile_dims=6,
+        decode_queries=6,
     ),
     PORTABLE,
 )
@@ -71,8 +76,9 @@ def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> 
         ),
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
         "vectors.h": render_template("cpu/vectors.h.jinja"),
+        "chunk.h": render_template("cpu/chunk.h.jinja"),
         "prefill.h": render_template("cpu/prefill.h.jinja"),
-        "decode.h": render_template("cpu/decode.h.jinja"),
+        "decode.h": render_template("cpu/decode.h.jinja", decode_chunk=_DECODE_CHUNK_ELEMENTS // specs[0].head_dim),
         "driver.cpp": render_template(
             "cpu/driver.cpp.jinja", variants=variants, split_keys=_SPLIT_KEYS, splits_per_thread=_SPLITS_PER_THREAD
         ),

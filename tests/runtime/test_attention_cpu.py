@@ -18,21 +18,28 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 GQA = ((1, 1), (2, 1), (6, 2), (4, 1), (7, 1), (8, 1))
 """Query heads and KV heads: ratios 1, 2, 3, 4, 7, 8."""
 
-Compile = Callable[[Topology], Package]
+
+class Compile:
+    """Compiles topologies, each once a run, and loads their packages."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._packages: dict[str, Package] = {}
+
+    def folder(self, topology: Topology) -> Path:
+        """Where the package of a topology stands."""
+        folder = self._root / topology.sha256
+        return folder if folder.exists() else compile_package(topology, folder)
+
+    def __call__(self, topology: Topology) -> Package:
+        if topology.sha256 not in self._packages:
+            self._packages[topology.sha256] = load(self.folder(topology), strict=True)
+        return self._packages[topology.sha256]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compiles a topology, once a run, and loads the package."""
-    packages: dict[str, Package] = {}
-
-    def compile_once(topology: Topology) -> Package:
-        if topology.sha256 not in packages:
-            folder = compile_package(topology, tmp_path_factory.mktemp("package") / "kernels")
-            packages[topology.sha256] = load(folder, strict=True)
-        return packages[topology.sha256]
-
-    return compile_once
+    return Compile(tmp_path_factory.mktemp("packages"))
 
 
 def inputs(
@@ -161,12 +168,12 @@ SHAPES: dict[str, Callable[[], Topology]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
-def test_every_shape_of_tree_in_every_variant(compiled: Compile, tmp_path: Path, shape: str, variant: str) -> None:
+def test_every_shape_of_tree_in_every_variant(compiled: Compile, shape: str, variant: str) -> None:
     topology = SHAPES[shape]()
     fastest = compiled(topology)
     if variant not in fastest.cpu_variants:
         pytest.skip(f"this processor does not run {variant}")
-    package = load(compile_package(topology, tmp_path / "kernels"), strict=True, cpu_variant=variant)
+    package = load(compiled.folder(topology), strict=True, cpu_variant=variant)
     assert package.cpu_variant == variant
     length = min(topology.num_blocks * topology.block_size + 100, 1500)
     for dtype in DTYPES:
@@ -227,6 +234,20 @@ def test_decoding_step_by_step_equals_prefill(compiled: Compile) -> None:
     for step in range(30, 260):
         one = package.attention(0, q[:, :, step : step + 1], k, v, position=step, first_key=first_key)
         torch.testing.assert_close(one, whole[:, step : step + 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+@pytest.mark.parametrize("q_length", [2, 3, 6, 7, 16, 17])
+def test_a_few_queries(compiled: Compile, variant: str, q_length: int) -> None:
+    topology = _mixed(6, 2, 64, seed=11, block_size=16)
+    if variant not in compiled(topology).cpu_variants:
+        pytest.skip(f"this processor does not run {variant}")
+    package = load(compiled.folder(topology), strict=True, cpu_variant=variant)
+    for dtype in DTYPES:
+        q, k, v = inputs(topology, 4, q_length, 300, dtype)
+        # Across a block's border, all padding, padding up to the last query, and no padding at all.
+        position, first_key = [250, 30, 60, 283 - q_length], [9, 80, 59 + q_length, 0]
+        check(topology, package, q, k, v, position=position, first_key=first_key, layers=(0, 1))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
