@@ -35,8 +35,8 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "surgeon: $(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.11" >&2; exit 1; }
-	@command -v $${CXX:-g++} > /dev/null || \
-		{ echo "surgeon: no C++ compiler found; install g++, or name one: make CXX=clang++" >&2; exit 1; }
+	@for compiler in $${CXX:-g++ clang++ c++}; do command -v $$compiler > /dev/null && exit 0; done; \
+		echo "surgeon: no C++ compiler found; install g++, or name one: make CXX=/path/to/g++" >&2; exit 1
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
