@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime import sites
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, TargetError, shown
 from surgeon.runtime.fingerprints import fingerprint
 from surgeon.runtime.loading import Package
 from surgeon.runtime.manifest import ModelShape
@@ -115,15 +115,20 @@ def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
 
 
 def _check_kernels(model: PreTrainedModel, package: Package) -> None:
-    dtypes = set(package.dtypes)
-    if not package.strict and torch.float32 in dtypes:
-        dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and says so
     for name, module in sites.find(model):
         for weight in module.parameters():
-            if weight.device.type != "cpu":
+            if weight.device.type not in ("cpu", "cuda"):
                 raise PatchError(
-                    name, "weights on the CPU, whose kernels are loaded", str(weight.device), 'call model.to("cpu")'
+                    name, "weights on the CPU or a GPU", str(weight.device), 'call model.to("cpu"), or load the weights'
                 )
+            try:
+                dtypes = set(package.dtypes_on(weight.device))
+            except TargetError as error:
+                raise PatchError(
+                    f"{name} on {weight.device}", error.expected, error.got, f"move the model, or {error.remedy}"
+                ) from error
+            if not package.strict and torch.float32 in dtypes:
+                dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and says so
             if weight.dtype not in dtypes:
                 raise PatchError(
                     name,

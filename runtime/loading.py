@@ -2,66 +2,116 @@
 
 import logging
 import os
+import threading
 
 import torch
 
 from surgeon.runtime import ops
-from surgeon.runtime.cpu import CpuLibrary
-from surgeon.runtime.errors import PackageError, PatchError, SurgeonError, TargetError, shown
+from surgeon.runtime.cpu_kernels import CpuKernels
+from surgeon.runtime.errors import PatchError, SurgeonError, TargetError
+from surgeon.runtime.gpu import GpuKernels, open_gpu
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.package import PackageFiles, read_package
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOG = logging.getLogger("surgeon")
 
 
-def load(folder: str | os.PathLike[str], strict: bool = False, cpu_variant: str | None = None) -> "Package":
-    """Verifies a package and loads its kernels for this machine's processor. Nothing is ever compiled.
+def load(
+    folder: str | os.PathLike[str],
+    strict: bool = False,
+    cpu_variant: str | None = None,
+    device: str | torch.device | None = None,
+) -> "Package":
+    """Verifies a package and loads its kernels for a device. Nothing is ever compiled.
 
-    With `strict`, a dtype that the package lacks is an error; otherwise such a call runs in a wider one and warns.
-    `cpu_variant` asks for one of the library's instruction sets by name; None takes the processor's fastest.
+    With `strict`, what a call would fall back on is an error: a wider dtype where the package lacks the call's, or a
+    copy of tensors whose address or strides a GPU's kernels do not take. `cpu_variant` asks for one of the CPU
+    library's instruction sets by name; None takes the processor's fastest. `device` None means the CPU where the
+    package has kernels for it, else the current GPU; other devices' kernels are loaded when they are first needed, or
+    by `Package.prepare`.
 
     Raises:
         PackageError: the package is damaged or not to be trusted.
-        TargetError: it holds no kernels for this machine.
+        TargetError: it holds no kernels for this machine or this device.
     """
-    return Package(read_package(folder), strict, cpu_variant)
+    files = read_package(folder)
+    if device is None:
+        device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
+    package = Package(files, strict, cpu_variant)
+    package.prepare(device)
+    return package
 
 
 class Package:
     """The loaded kernels of one topology. Made by `load`; safe to call from several threads."""
 
     def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
-        manifest = files.manifest
-        if "cpu" not in manifest.targets:
-            raise TargetError(
-                str(files.folder),
-                "kernels for cpu",
-                "only " + ", ".join(manifest.targets) if manifest.targets else "none",
-                "compile the package again with --target cpu",
-            )
         self.id: str = files.id
-        self.manifest: Manifest = manifest
+        self.manifest: Manifest = files.manifest
         self.strict = strict
-        kernels = [kernel for kernel in manifest.kernels if kernel.target == "cpu"]
-        libraries = {
-            path: CpuLibrary(files.files[path], f"{files.folder}/{path}", cpu_variant)
-            for path in {kernel.file for kernel in kernels}
-        }
-        self._kernels = {}
-        for kernel in kernels:
-            if kernel.dtype not in _DTYPES:
-                raise PackageError(
-                    f"{files.folder}: kernels", "a known dtype", shown(kernel.dtype), "compile the package again"
-                )
-            library = libraries[kernel.file]
-            for layer in kernel.layers:
-                self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
-        self.cpu_variant: str = next(iter(libraries.values())).variant
-        self.cpu_variants: tuple[str, ...] = next(iter(libraries.values())).variants
-        self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
+        self._files = files
+        self._cpu_variant = cpu_variant
+        self._loaded: dict[torch.device, CpuKernels | GpuKernels] = {}
+        self._loading = threading.Lock()
         self._warned: set[torch.dtype] = set()
         ops.register(self)
+
+    @property
+    def cpu_variant(self) -> str:
+        """The instruction set that the CPU's kernels run on."""
+        return self._cpu.variant
+
+    @property
+    def cpu_variants(self) -> tuple[str, ...]:
+        """Those that this processor could run."""
+        return self._cpu.variants
+
+    def prepare(self, device: str | torch.device) -> None:
+        """Loads a device's kernels, if they are not; else its first call does, which must not be in a captured graph.
+
+        Raises:
+            PackageError: the kernels are damaged or of another version.
+            TargetError: the package holds none for the device, or the machine has no such device.
+        """
+        self._on(self._place(device))
+
+    def dtypes_on(self, device: str | torch.device) -> tuple[torch.dtype, ...]:
+        """The dtypes that the package has kernels in for a device, which is prepared.
+
+        Raises:
+            PackageError, TargetError: as `prepare`.
+        """
+        return self._on(self._place(device)).dtypes
+
+    @property
+    def _cpu(self) -> CpuKernels:
+        kernels = self._on(torch.device("cpu"))
+        assert isinstance(kernels, CpuKernels)
+        return kernels
+
+    def _place(self, device: str | torch.device) -> torch.device:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            if not torch.cuda.is_available():
+                raise TargetError(str(device), "a GPU that torch can use", "none", "load the package for the CPU")
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    def _on(self, device: torch.device) -> CpuKernels | GpuKernels:
+        kernels = self._loaded.get(device)
+        if kernels is not None:
+            return kernels
+        with self._loading:
+            if device not in self._loaded:
+                if device.type == "cpu":
+                    self._loaded[device] = CpuKernels(self._files, self._cpu_variant)
+                elif device.type == "cuda":
+                    self._loaded[device] = open_gpu(self._files, device, self.strict)
+                else:
+                    raise TargetError(
+                        str(self._files.folder), "tensors on the CPU or a GPU", str(device), "move them to one of these"
+                    )
+            return self._loaded[device]
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
         """The package itself: a copy of a patched model runs on the same loaded kernels."""
@@ -91,8 +141,8 @@ class Package:
             q,
             k,
             v,
-            _per_sequence(position, q.shape[0]),
-            _per_sequence(first_key, q.shape[0]),
+            _per_sequence(position, q),
+            _per_sequence(first_key, q),
             q.shape[-1] ** -0.5 if scale is None else scale,
             self.id,
             layer,
@@ -113,8 +163,8 @@ class Package:
             q,
             k,
             v,
-            _per_sequence(position, q.shape[0]),
-            _per_sequence(first_key, q.shape[0]),
+            _per_sequence(position, q),
+            _per_sequence(first_key, q),
             q.shape[-1] ** -0.5 if scale is None else scale,
             self.id,
             layer,
@@ -135,15 +185,17 @@ class Package:
 
         Raises:
             PatchError: shapes, dtypes or devices that do not fit the package.
+            PackageError, TargetError: as `prepare`, when it is the first call on the device.
         """
         self._check(q, k, v, position, first_key)
-        found = self._kernels.get((layer, q.dtype))
-        if found is None:
-            dtype = self._wider(layer, q.dtype)
+        kernels = self._on(q.device)
+        if not 0 <= layer < self.manifest.model.num_hidden_layers:
+            raise _no_layer(layer, self.manifest.model.num_hidden_layers)
+        if q.dtype not in kernels.dtypes:
+            dtype = self._wider(kernels.dtypes, q.dtype)
             q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
-            return self.run(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
-        library, kernel = found
-        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp)
+            return kernels.attend(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
+        return kernels.attend(layer, q, k, v, position, first_key, scale, log_sum_exp)
 
     def _check(
         self,
@@ -178,17 +230,15 @@ class Package:
                     "give one number a sequence",
                 )
 
-    def _wider(self, layer: int, dtype: torch.dtype) -> torch.dtype:
+    def _wider(self, known: tuple[torch.dtype, ...], dtype: torch.dtype) -> torch.dtype:
         """The packaged dtype that loses nothing of `dtype`, for a call that the package has no kernel for."""
-        if not 0 <= layer < self.manifest.model.num_hidden_layers:
-            raise _no_layer(layer, self.manifest.model.num_hidden_layers)
         error = PatchError(
             "attention: q",
-            "one of " + ", ".join(str(known) for known in self.dtypes),
+            "one of " + ", ".join(map(str, known)),
             str(dtype),
             "convert the tensors, or compile the package with that --dtype",
         )
-        if self.strict or dtype not in (torch.bfloat16, torch.float16) or torch.float32 not in self.dtypes:
+        if self.strict or dtype not in (torch.bfloat16, torch.float16) or torch.float32 not in known:
             raise error
         if dtype not in self._warned:
             self._warned.add(dtype)
@@ -196,8 +246,8 @@ class Package:
         return torch.float32
 
 
-def _per_sequence(value: int | torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    return torch.full((batch,), value, dtype=torch.int64) if isinstance(value, int) else value
+def _per_sequence(value: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    return torch.full(q.shape[:1], value, dtype=torch.int64, device=q.device) if isinstance(value, int) else value
 
 
 def _misfit(name: str, expected: str, tensor: torch.Tensor) -> SurgeonError:

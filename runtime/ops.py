@@ -65,7 +65,7 @@ def _attention_with_lse(
     package: str,
     layer: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32)
+    log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
     return find(package).run(layer, q, k, v, position, first_key, scale, log_sum_exp), log_sum_exp
 
 
@@ -87,8 +87,9 @@ def _backward(_context: Any, *_gradients: torch.Tensor) -> None:
     )
 
 
-_LIBRARY.impl("attention", _attention, "CPU")
-_LIBRARY.impl("attention_with_lse", _attention_with_lse, "CPU")
+for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
+    _LIBRARY.impl("attention", _attention, _key)
+    _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
 torch.library.register_fake("surgeon::attention", _fake_attention, lib=_LIBRARY)
 torch.library.register_fake("surgeon::attention_with_lse", _fake_attention_with_lse, lib=_LIBRARY)
 # Without these, autograd would drop the gradient in silence.

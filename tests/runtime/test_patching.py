@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from gpu_standin import on_gpu
 from models import Compiled, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
 from surgeon.compiler import compile_package
 from surgeon.runtime import Package, fingerprint, load, patch, unpatch
@@ -334,7 +335,7 @@ def meta(model: LlamaForCausalLM) -> None:
         ),
         (double, "expected weights in torch.float32, as the package's kernels, got torch.float64"),
         (half, "expected weights in torch.float32, as the package's kernels, got torch.float16"),
-        (meta, "expected weights on the CPU, whose kernels are loaded, got meta"),
+        (meta, "expected weights on the CPU or a GPU, got meta"),
     ],
 )
 def test_a_model_that_does_more_is_refused(
@@ -390,6 +391,17 @@ def test_choosing_the_attention_by_name_is_refused(model: LlamaForCausalLM, comp
 
 
 # What a patched model will not do: said in the call, never computed as something else.
+
+
+def test_a_model_on_a_gpu_that_the_package_has_no_kernels_for(
+    model: LlamaForCausalLM, compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(on_gpu(attention.q_proj.weight.data), requires_grad=False)
+    message = r"layers.1.self_attn on cuda:0: expected kernels for cuda:90, this device's target, got only cpu; move"
+    with pytest.raises(PatchError, match=message):
+        patch(model, compiled["dense"].package)
 
 
 @pytest.fixture

@@ -1,0 +1,61 @@
+"""The kernels of a package on the CPU, found by layer and dtype."""
+
+import torch
+
+from surgeon.runtime.cpu import CpuLibrary
+from surgeon.runtime.errors import PackageError, TargetError, shown
+from surgeon.runtime.package import PackageFiles
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class CpuKernels:
+    """A package's kernels in this process, on one of its library's instruction sets; see `CpuLibrary` for `variant`.
+
+    Raises:
+        TargetError: the package has no kernels for the CPU, or none for this processor.
+        PackageError: the library is damaged or of another version.
+    """
+
+    def __init__(self, files: PackageFiles, variant: str | None) -> None:
+        manifest = files.manifest
+        if "cpu" not in manifest.targets:
+            raise TargetError(
+                str(files.folder),
+                "kernels for cpu",
+                "only " + ", ".join(manifest.targets) if manifest.targets else "none",
+                "compile the package again with --target cpu",
+            )
+        kernels = [kernel for kernel in manifest.kernels if kernel.target == "cpu"]
+        libraries = {
+            path: CpuLibrary(files.files[path], f"{files.folder}/{path}", variant)
+            for path in {kernel.file for kernel in kernels}
+        }
+        self._kernels = {}
+        for kernel in kernels:
+            if kernel.dtype not in _DTYPES:
+                raise PackageError(
+                    f"{files.folder}: kernels", "a known dtype", shown(kernel.dtype), "compile the package again"
+                )
+            library = libraries[kernel.file]
+            for layer in kernel.layers:
+                self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
+        first = next(iter(libraries.values()))
+        self.variant: str = first.variant
+        self.variants: tuple[str, ...] = first.variants
+        self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+        scale: float,
+        log_sum_exp: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Runs a layer's kernel; see `CpuLibrary.attend`."""
+        library, kernel = self._kernels[layer, q.dtype]
+        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp)

@@ -1,0 +1,258 @@
+"""The kernels of a package on one GPU: found, checked against what the launcher knows, loaded and launched."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgeon.runtime.drivers import Driver, Function, open_driver
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
+from surgeon.runtime.manifest import KernelEntry, Manifest
+from surgeon.runtime.package import PackageFiles
+from surgeon.runtime.target import Target
+
+_LOG = logging.getLogger("surgeon")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AGAIN = "compile the package with this version of surgeon"
+_MAX_THREADS = 1024
+
+_POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scratch", "profile_scratch")
+_STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
+ARGUMENT_TYPES = (
+    dict.fromkeys(_POINTERS, "pointer")
+    | dict.fromkeys(_STRIDES, "i64")
+    | {"num_queries": "i32", "write_lse": "i32", "scale": "fp32"}
+)
+"""Every argument that the launcher has a value for. Strides are in elements, the scratch pointers are null."""
+
+PRECONDITIONS = frozenset(
+    [f"{name} % 16 == 0" for name in ("q", "k", "v", "out", *_STRIDES)]
+    + [f"{name}_dim_stride == 1" for name in ("q", "k", "v")]
+)
+"""Every precondition that the launcher sees to, at each launch, whether a kernel has it or not."""
+
+GRID_AXES = ("query_heads", "batch", "row_tiles", "one")
+"""Every grid axis that the launcher has a length for."""
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that a device's own code is compiled for."""
+    if torch.version.hip:
+        # A name may go on with features that do not matter here: gfx90a:sramecc+:xnack-.
+        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target("cuda", f"{major}{minor}")
+
+
+def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
+    """The packaged target that a device runs: its own, or for compute capability 8.x the nearest lower 8.x.
+
+    Code for compute capability 9.0 and later is compiled for that one alone, and so is code for HIP.
+
+    Raises:
+        TargetError: the package has none; the error names those that it has.
+    """
+    there = [Target.parse(name) for name in manifest.targets]
+    if own in there:
+        return own
+    if own.backend == "cuda" and own.arch.startswith("8"):
+        lower = [target for target in there if target.backend == "cuda" and "80" <= target.arch < own.arch]
+        if lower:
+            return max(lower)
+    raise TargetError(
+        where,
+        f"kernels for {own}, this device's target",
+        "only " + ", ".join(manifest.targets) if manifest.targets else "none",
+        f"compile the package again with --target {own}",
+    )
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A loaded kernel, the order of its arguments, and how its grid is counted."""
+
+    function: Function
+    arguments: tuple[str, ...]
+    grid: tuple[str, ...]
+    tile_rows: int
+
+
+class GpuKernels:
+    """A package's kernels in the memory of one GPU.
+
+    Raises:
+        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+        TargetError: the device cannot hold a kernel, or there is no driver.
+    """
+
+    def __init__(self, files: PackageFiles, target: Target, device: int, strict: bool, driver: Driver) -> None:
+        manifest = files.manifest
+        self._kernels: dict[tuple[int, torch.dtype], _Kernel] = {}
+        self._strict = strict
+        self._device = device
+        self._warned: set[str] = set()
+        self._max_keys = manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else None
+        self.driver = driver.name
+        for index, entry in enumerate(manifest.kernels):
+            if entry.target != str(target):
+                continue
+            _check(entry, f"{files.folder}: kernels[{index}]")
+            kernel = _load(entry, files, device, driver)
+            for layer in entry.layers:
+                self._kernels[layer, _DTYPES[entry.dtype]] = kernel
+        self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+        scale: float,
+        log_sum_exp: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Queues a layer's kernel on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
+
+        Positions in tensors are not looked at, which would wait for the device: one outside of k reads memory that is
+        not k's. Where the topology refuses what lies beyond it, such queries give NaN.
+
+        Raises:
+            PatchError: strict, and a tensor's address or strides are none that the kernel takes.
+            TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
+            TargetError: the driver refuses the launch.
+        """
+        kernel = self._kernels[layer, q.dtype]
+        batch, heads, q_length, head_dim = q.shape
+        self._check_lengths(q_length, k.shape[2], position, first_key)
+        out = q.new_empty((batch, q_length, heads, head_dim))
+        if out.numel() == 0:
+            return out
+        if self._max_keys is not None:
+            out.fill_(torch.nan)
+        q, k, v = (self._fitting(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v)))
+        positions = _positions(position, q, k.shape[2] - q_length)
+        first_keys = _positions(first_key, q, 0)
+        values: dict[str, int | float] = {
+            "q": q.data_ptr(),
+            "k": k.data_ptr(),
+            "v": v.data_ptr(),
+            "out": out.data_ptr(),
+            "lse": 0 if log_sum_exp is None else log_sum_exp.data_ptr(),
+            "first_key": first_keys.data_ptr(),
+            "position": positions.data_ptr(),
+            "num_queries": q_length,
+            "write_lse": int(log_sum_exp is not None),
+            "scale": scale,
+            "global_scratch": 0,
+            "profile_scratch": 0,
+        }
+        values |= zip(_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
+        # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one more.
+        lengths = {
+            "query_heads": heads,
+            "batch": batch,
+            "row_tiles": -(-q_length // kernel.tile_rows) + 1,
+            "one": 1,
+        }
+        x, y, z = (lengths[axis] for axis in kernel.grid)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        kernel.function.launch((x, y, z), stream, [values[name] for name in kernel.arguments])
+        return out
+
+    def _check_lengths(
+        self, q_length: int, k_length: int, position: torch.Tensor | None, first_key: torch.Tensor | None
+    ) -> None:
+        if position is not None:
+            return
+        if q_length > k_length:
+            raise TopologyError(
+                "attention: position", f"at most {k_length} queries, as keys", str(q_length), "pass every key so far"
+            )
+        if first_key is None and self._max_keys is not None and k_length > self._max_keys:
+            raise TopologyError(
+                "attention",
+                f"at most {self._max_keys} tokens, which the topology covers (beyond: error)",
+                str(k_length),
+                'shorten the sequence, or compile a topology with "beyond" set to "window" or "dense"',
+            )
+
+    def _fitting(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy of it where its address or strides are not what the kernels rely on."""
+        strides = _strides(tensor)
+        if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides):
+            return tensor
+        if self._strict:
+            raise PatchError(
+                f"attention: {name}",
+                "an address that is a multiple of 16, strides that are multiples of 16 elements, and stride 1 last",
+                f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
+                "pass a contiguous copy, or load the package without strict",
+            )
+        if name not in self._warned:
+            self._warned.add(name)
+            _LOG.warning("attention: %s is copied at every call: its address or strides do not fit the kernels", name)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKernels:
+    """Loads a package's kernels into a CUDA or HIP device.
+
+    Raises:
+        TargetError: the package has no kernels for the device, or there is no driver.
+        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+    """
+    target = choose_target(files.manifest, target_of(device), f"{files.folder} on {device}")
+    assert device.index is not None
+    return GpuKernels(files, target, device.index, strict, open_driver(target.backend))
+
+
+def _check(entry: KernelEntry, where: str) -> None:
+    """Refuses a kernel whose interface is not the launcher's: a wrong argument would be read as an address."""
+    for argument in entry.arguments:
+        if ARGUMENT_TYPES.get(argument.name) != argument.type:
+            known = ", ".join(f"{name} {kind}" for name, kind in ARGUMENT_TYPES.items())
+            raise PackageError(f"{where}.arguments", f"any of {known}", f"{argument.name} {argument.type}", _AGAIN)
+    for precondition in entry.preconditions:
+        if precondition not in PRECONDITIONS:
+            raise PackageError(
+                f"{where}.preconditions", "conditions that the launcher checks", shown(precondition), _AGAIN
+            )
+    launch = entry.launch
+    if launch is None or len(launch.grid) != 3 or not set(launch.grid) <= set(GRID_AXES):
+        got = "none" if launch is None else shown(launch.grid)
+        raise PackageError(f"{where}.launch", f"a grid of three axes out of {', '.join(GRID_AXES)}", got, _AGAIN)
+    if not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
+        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", shown(launch), _AGAIN)
+    if entry.dtype not in _DTYPES:
+        raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
+    if entry.scratch_bytes:
+        raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
+
+
+def _load(entry: KernelEntry, files: PackageFiles, device: int, driver: Driver) -> _Kernel:
+    launch = entry.launch
+    assert launch is not None
+    function = driver.load(
+        files.files[entry.file],
+        f"{files.folder}/{entry.file}",
+        entry.symbol,
+        [argument.type for argument in entry.arguments],
+        device,
+        launch.threads,
+        launch.shared_bytes,
+    )
+    return _Kernel(function, tuple(argument.name for argument in entry.arguments), launch.grid, launch.tile_rows)
+
+
+def _strides(tensor: torch.Tensor) -> Sequence[int]:
+    """In elements, 0 along an axis of length 1, whose stride says nothing."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False)]
+
+
+def _positions(tensor: torch.Tensor | None, like: torch.Tensor, default: int) -> torch.Tensor:
+    if tensor is None:
+        return like.new_full((like.shape[0],), default, dtype=torch.int64)
+    return tensor.to(device=like.device, dtype=torch.int64).contiguous()

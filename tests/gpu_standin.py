@@ -1,0 +1,63 @@
+"""Drivers for tests on machines without a GPU: `gpu_standin.cpp` compiled as libcuda.so.1 and libamdhip64.so."""
+
+import ctypes
+import json
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = {"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}
+_FORMATS = {"pointer": "<Q", "i64": "<q", "i32": "<i", "fp32": "<f"}
+
+
+def compile_standins(folder: Path) -> None:
+    """Puts both libraries into a folder, from where a process with it in LD_LIBRARY_PATH takes them."""
+    source = Path(__file__).with_name("gpu_standin.cpp")
+    for name in LIBRARIES.values():
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", folder / name]
+        subprocess.run(command, check=True)
+
+
+class Standin:
+    """A loaded stand-in. Once it is loaded, the linker gives it to everyone who asks for its name."""
+
+    def __init__(self, folder: Path, backend: str) -> None:
+        self._library = ctypes.CDLL(str(folder / LIBRARIES[backend]))
+        self._library.standin_log.restype = ctypes.c_char_p
+
+    def log(self) -> list[dict[str, Any]]:
+        """The calls since the last look, in order."""
+        return [json.loads(line) for line in self._library.standin_log().decode().splitlines()]
+
+    def fail(self, call: str, code: int) -> None:
+        """Makes a driver function return `code` from now on; 0 makes it work again."""
+        self._library.standin_fail(call.encode(), code)
+
+
+def unpacked(values: list[str], types: list[str]) -> list[int | float]:
+    """A launch's recorded bytes as numbers."""
+    return [struct.unpack(_FORMATS[kind], bytes.fromhex(value))[0] for value, kind in zip(values, types, strict=True)]
+
+
+@dataclass(frozen=True)
+class FakeStream:
+    """What `torch.cuda.current_stream` gives, as far as the launcher looks at it."""
+
+    cuda_stream: int
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on GPU 0: the launcher only passes its address on."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+
+def on_gpu(tensor: torch.Tensor) -> OnGpu:
+    """The tensor as an `OnGpu`, sharing memory."""
+    return tensor.as_subclass(OnGpu)
