@@ -38,7 +38,7 @@ def test_a_shipped_topology_is_scheduled_exactly(file: Path) -> None:
             np.testing.assert_array_equal(expanded, topology.block_mask(index, length))
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-4096"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-4096", "smollm2-135m-8192"])
 def test_the_learned_topologies_have_the_density_that_they_claim(name: str) -> None:
     topology = read_topology(FOLDER / f"{name}.json")
     density = np.mean([topology.density(layer) for layer in range(len(topology.layers))])

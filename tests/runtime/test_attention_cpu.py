@@ -289,6 +289,17 @@ def test_padding_queries_are_zeros(compiled: Compile) -> None:
     check(topology, package, q, k, v, first_key=[30, 100])
 
 
+@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+def test_errors_do_not_grow_with_the_length(compiled: Compile, variant: str) -> None:
+    topology = dense_topology(num_heads=2, num_kv_heads=1, head_dim=32)
+    if variant not in compiled(topology).cpu_variants:
+        pytest.skip(f"this processor does not run {variant}")
+    package = load(compiled.folder(topology), strict=True, cpu_variant=variant)
+    q, k, v = inputs(topology, 1, 40, 30_000, torch.float32)
+    check(topology, package, q, k, v)
+    check(topology, package, q[:, :, -1:], k, v)
+
+
 @pytest.mark.parametrize("factor", [1e-3, 30.0])
 def test_extreme_scores(compiled: Compile, factor: float) -> None:
     topology = _mixed(6, 2, 64, seed=16)

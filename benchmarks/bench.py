@@ -1,0 +1,95 @@
+"""Runs the benchmarks, writes `results/*.json` and prints tables. Run it with `make bench`.
+
+Every result is a ratio of calls made in turn in this one process, after each was found right. Times are medians; the
+diagonal block counts half. `--isa avx2` lets torch and our kernels use AVX2 at most, on processors that have more.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# How waiting threads behave and which instructions torch's libraries use is settled when they are loaded.
+_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_VARIANTS = {"native": None, "avx2": "x86_64_v3"}
+RESULTS = Path(__file__).parent / "results"
+
+Suite = Callable[[str | None], Iterator[dict[str, object]]]
+
+
+def main() -> int:
+    """Runs the chosen suites and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Measure Surgeon's CPU kernels beside their peers.")
+    parser.add_argument("--isa", choices=_VARIANTS, default="native", help="the widest instructions to use")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("suites", nargs="*", help="suites to run; all of them by default")
+    options = parser.parse_args()
+    settings = {"OMP_WAIT_POLICY": "passive"} | (_AVX2 if options.isa == "avx2" else {})
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+    return run(options.suites, options.isa, options.threads)
+
+
+def run(chosen: list[str], isa: str, threads: int) -> int:
+    """Runs suites one after another; each has a file of its own."""
+    import torch
+    from rich.console import Console
+
+    import decode
+    import growth
+    import prefill
+    import whole_model
+    from measure import machine
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    suites: dict[str, Suite] = {
+        "prefill-gemm": prefill.against_gemm,
+        "prefill-dtypes": prefill.against_dtypes,
+        "prefill-peers": prefill.against_peers,
+        "decode": decode.against_sdpa,
+        "growth-length": growth.with_length,
+        "growth-density": growth.with_density,
+        "growth-threads": growth.with_threads,
+        "model-first-token": whole_model.time_to_first_token,
+        "model-short": whole_model.short_prompts,
+        "model-decode": whole_model.decoding,
+    }
+    console = Console(highlight=False)
+    unknown = [name for name in chosen if name not in suites]
+    if unknown:
+        console.print(f"bench: expected suites among {', '.join(suites)}, got {', '.join(unknown)}", style="red")
+        return 2
+    RESULTS.mkdir(exist_ok=True)
+    for name in chosen or suites:
+        description = machine()
+        rows = []
+        for row in suites[name](_VARIANTS[isa]):
+            rows.append(row)
+            console.print(f"{name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in row.items()), style="dim")
+        result = {"suite": name, "isa": isa, "machine": description, "rows": rows}
+        (RESULTS / f"{name}-{isa}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        console.print(_table(f"{name} ({isa})", rows))
+    return 0
+
+
+def _table(title: str, rows: list[dict[str, object]]) -> object:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    keys = list(rows[0])
+    for row in rows:
+        table.add_row(*(_shown(row[key]) if key in row else "–" for key in keys))
+    return table
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Times several functions in one process, in turn, and describes the machine that it was done on."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and minimum on the clock, median of the process's CPU seconds.
+
+    CPU seconds count all threads; they mean work only where waiting threads sleep (OMP_WAIT_POLICY=passive).
+    """
+
+    median: float
+    minimum: float
+    cpu: float
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Times each function `repeats` times, one call of each in turn, after one untimed call."""
+    for call in calls.values():
+        call()
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            cpu_started, started = time.process_time(), time.perf_counter()
+            call()
+            wall[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - cpu_started)
+    return {
+        name: Timing(statistics.median(wall[name]), min(wall[name]), statistics.median(cpu[name])) for name in calls
+    }
+
+
+def repeats_for(seconds: float, budget: float = 3.0, least: int = 3, most: int = 30) -> int:
+    """How many calls of so many seconds fit a budget of seconds, within bounds."""
+    return max(least, min(most, int(budget / max(seconds, 1e-9))))
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """One warm call's wall time, for choosing the number of repeats."""
+    call()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def gemm_flops() -> Callable[[], object]:
+    """The ceiling for arithmetic: torch's fp32 product of two 1024 x 1024 matrices, 2 * 1024^3 operations a call."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return lambda: a @ b
+
+
+GEMM_OPERATIONS = 2 * 1024**3
+
+
+def machine() -> dict[str, object]:
+    """Processor, vector extension that torch uses, threads, versions, load, time."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
