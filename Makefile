@@ -4,17 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test format clean
+.PHONY: help demo test bench format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
 	@echo "make test    formatting, linting, types and tests"
+	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
 	@echo "make format  rewrite the sources as the formatter wants them"
 	@echo "make clean   remove .venv and what tools leave in the repository"
 	@echo "PYTHON=...   the interpreter to use, 3.11 or newer (now: $(PYTHON))"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/demo.py
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/bench.py
 
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

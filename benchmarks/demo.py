@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measure import machine
 from quality import explicit_mask, perplexity
 from smollm2 import load_model, load_tokenizer, model_folder
 from surgeon.compiler import Topology, compile_package, read_topology
@@ -67,7 +68,8 @@ def run() -> None:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     text = real_text(cache_folder(), say)
     topology, package = compiled("smollm2-135m")
-    say(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32")
+    here = machine()
+    say(f"{here['processor']} ({here['torch_isa']}), {here['threads']} threads, torch {here['torch']}, fp32")
     say(f"text: {text.name}, {len(text.text):,} characters, SHA-256 {text.sha256[:12]}")
     before = fingerprint(model)
 
@@ -106,25 +108,25 @@ def compare(
 ) -> Comparison:
     """Scores and times the model at one length, dense and patched in turn, on the same tokens."""
     sequences = windows(tokenizer, text, length, most=TOKENS_SCORED // length)
-    say(f"{length:,} tokens: perplexity on {len(sequences)} sequences")
+    say(f"{length:,} tokens: perplexity of {len(sequences)} sequence{'s' * (len(sequences) > 1)}")
     dense_perplexity = perplexity(model, sequences)
     with patched(model, package):
         patched_perplexity = perplexity(model, sequences)
-    dense_times, patched_times = [], []
-    for repeat in range(REPEATS):
-        dense_times.append(prefill_seconds(model, sequences[0]))
-        with patched(model, package):
-            patched_times.append(prefill_seconds(model, sequences[0]))
-        say(
-            f"{length:,} tokens: prefill {repeat + 1}: dense {dense_times[-1]:.2f} s, patched {patched_times[-1]:.2f} s"
-        )
+    say(f"{length:,} tokens: {REPEATS} prefills of each, in turn, after one that does not count")
+    times = interleaved(
+        {
+            "dense": lambda: prefill(model, sequences[0]),
+            "patched": lambda: prefill_patched(model, package, sequences[0]),
+        },
+        REPEATS,
+    )
     num_blocks = -(-length // topology.block_size)
     densities = [topology.density(layer, num_blocks).mean() for layer in range(len(topology.layers))]
     return Comparison(
         length=length,
         density=statistics.fmean(densities),
-        dense_seconds=statistics.median(dense_times),
-        patched_seconds=statistics.median(patched_times),
+        dense_seconds=times["dense"].median,
+        patched_seconds=times["patched"].median,
         dense_perplexity=dense_perplexity,
         patched_perplexity=patched_perplexity,
     )
@@ -141,11 +143,15 @@ def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def prefill_seconds(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """The wall time of one prefill, cache filled and the last token's logits made."""
-    started = time.perf_counter()
+def prefill(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Fills a new cache with the tokens and makes the logits of the last one."""
     model(input_ids=tokens, logits_to_keep=1)
-    return time.perf_counter() - started
+
+
+def prefill_patched(model: PreTrainedModel, package: Package, tokens: torch.Tensor) -> None:
+    """The same on the kernels, with the patching itself."""
+    with patched(model, package):
+        prefill(model, tokens)
 
 
 def comparison_table(results: list[Comparison]) -> Table:
@@ -221,16 +227,6 @@ def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
 def say(line: str) -> None:
     """Prints a line of progress with the seconds since the start."""
     console.print(f"[{time.perf_counter() - _STARTED:6.1f} s] {line}", style="dim", markup=False)
-
-
-def processor() -> str:
-    """The processor's name as Linux reports it, with its vector extension."""
-    try:
-        fields = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        fields = []
-    names = [field.partition(": ")[2] for field in fields if field.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 _STARTED = time.perf_counter()
