@@ -5,16 +5,15 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from surgeon.compiler.render_triton import ARGUMENTS, tiling
 from surgeon.compiler.stages import Binary, KernelSpec, Source
+from surgeon.compiler.tiles import Device, device_of
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.manifest import Argument, KernelEntry, Launch, Tool
-from surgeon.runtime.target import Target
 
 GRID = ("query_heads", "batch", "row_tiles")
 
@@ -26,21 +25,9 @@ PRECONDITIONS = tuple(
 """What the code was compiled to rely on: addresses in bytes and strides in elements. `*_dim_stride`, the stride along
 head_dim, is no argument of the kernel."""
 
-# Shared memory that one program may have, in bytes, and threads a warp.
-# Source: NVIDIA CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 ISA guide.
-_CUDA = {"80": 166_912, "86": 101_376, "89": 101_376, "90": 232_448, "100": 232_448, "120": 101_376}
-_HIP = {"gfx90a": 65_536, "gfx942": 65_536}
-
 _SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
+_EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
 _POINTEES = {"lse": "fp32", "first_key": "i64", "position": "i64"}
-
-
-@dataclass(frozen=True)
-class _Device:
-    triton_arch: int | str
-    warp_size: int
-    shared_bytes: int
-    extension: str
 
 
 def build_triton(source: Source, dtype: str) -> Binary:
@@ -54,7 +41,8 @@ def build_triton(source: Source, dtype: str) -> Binary:
         BuildError: the compilation failed.
     """
     (spec,) = source.specs
-    device = _device(source.target)
+    device = device_of(source.target)
+    extension = _EXTENSIONS[source.target.backend]
     compiled, version = _compile(source, spec, dtype, device)
     metadata = compiled.metadata
     if metadata.shared > device.shared_bytes:
@@ -64,7 +52,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
             f"{metadata.shared} bytes",
             "no tile of this head size fits the target; leave the target out",
         )
-    path = f"{source.target.folder}/{spec.name}.{dtype}.{device.extension}"
+    path = f"{source.target.folder}/{spec.name}.{dtype}.{extension}"
     entry = KernelEntry(
         target=str(source.target),
         dtype=dtype,
@@ -82,24 +70,10 @@ def build_triton(source: Source, dtype: str) -> Binary:
         scratch_bytes=metadata.global_scratch_size,
         preconditions=PRECONDITIONS,
     )
-    return Binary(path, compiled.asm[device.extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
+    return Binary(path, compiled.asm[extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
 
 
-def _device(target: Target) -> _Device:
-    known = {"cuda": _CUDA, "hip": _HIP}[target.backend]
-    if target.arch not in known:
-        raise TargetError(
-            f"target {target}",
-            f"{target.backend}: with one of {', '.join(known)}",
-            target.arch,
-            "compile for the nearest lower one",
-        )
-    if target.backend == "cuda":
-        return _Device(int(target.arch), 32, known[target.arch], "cubin")
-    return _Device(target.arch, 64, known[target.arch], "hsaco")
-
-
-def _compile(source: Source, spec: KernelSpec, dtype: str, device: _Device) -> tuple[Any, str]:
+def _compile(source: Source, spec: KernelSpec, dtype: str, device: Device) -> tuple[Any, str]:
     """Triton's CompiledKernel and Triton's version."""
     try:
         import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
@@ -115,6 +89,7 @@ def _compile(source: Source, spec: KernelSpec, dtype: str, device: _Device) -> t
     if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
         raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
     tiles = tiling(spec)
+    arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
     signature = {argument.name: _triton_type(argument, dtype) for argument in ARGUMENTS}
     divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in PRECONDITIONS]
     with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
@@ -122,7 +97,7 @@ def _compile(source: Source, spec: KernelSpec, dtype: str, device: _Device) -> t
             kernel = getattr(_load(source, Path(folder)), spec.name)
             compiled = triton.compile(
                 ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", 16]] for index in divisible}),
-                target=GPUTarget(source.target.backend, device.triton_arch, device.warp_size),
+                target=GPUTarget(source.target.backend, arch, device.warp_size),
                 options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
             )
         except Exception as error:  # Triton, LLVM's binding and ptxas raise types of their own, up to bare RuntimeError

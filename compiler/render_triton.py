@@ -7,6 +7,7 @@ from surgeon.compiler.decision_tree import schedule_trees
 from surgeon.compiler.schedule import UNBOUNDED
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
 from surgeon.compiler.templates import render_template
+from surgeon.compiler.tiles import padded, prefill_tile
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.manifest import Argument
 
@@ -51,21 +52,22 @@ class _Shape:
 
 
 def tiling(spec: KernelSpec) -> Tiling:
-    """The tiles of a kernel, which follow from its block size, head size and target."""
+    """The tiles of a kernel, which follow from its block size, head size and target.
+
+    Raises:
+        TargetError: the target is unknown, or no tile of this head size fits it.
+    """
     block_size = spec.schedule.block_size
-    padded_head_dim = 1 << (spec.head_dim - 1).bit_length()
-    wide = padded_head_dim > 128  # twice the warps and half the keys a tile, or accumulators spill
-    query_tile = min(block_size, 64 if wide else 128)
-    key_tile = min(block_size, 32 if wide else 64)
+    tile = prefill_tile(spec.target, spec.head_dim, block_size)
     return Tiling(
-        query_tile=query_tile,
-        key_tile=key_tile,
-        padded_head_dim=padded_head_dim,
+        query_tile=tile.queries,
+        key_tile=tile.keys,
+        padded_head_dim=padded(spec.head_dim),
         block_shift=block_size.bit_length() - 1,
-        query_tile_shift=query_tile.bit_length() - 1,
-        key_tile_shift=key_tile.bit_length() - 1,
-        warps=query_tile // (8 if wide else 16),  # a matrix instruction has 16 rows
-        stages=2 if wide or spec.target.backend == "hip" else 3,
+        query_tile_shift=tile.queries.bit_length() - 1,
+        key_tile_shift=tile.keys.bit_length() - 1,
+        warps=tile.warps,
+        stages=tile.stages,
     )
 
 
@@ -73,7 +75,7 @@ def render_triton(spec: KernelSpec) -> Source:
     """Renders one kernel; its file is `<target>/<spec.name>.py` and its function is called `spec.name`.
 
     Raises:
-        TargetError: the schedule lists more keys than a 32-bit number counts.
+        TargetError: the schedule lists more keys than a 32-bit number counts, or no tile fits the target.
     """
     schedule = spec.schedule
     trees = schedule_trees(schedule)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from surgeon.compiler.schedule import LayerSchedule
 from surgeon.compiler.stages import KernelSpec
+from surgeon.compiler.tiles import prefill_tile
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import TargetError, shown
 from surgeon.runtime.target import Target
@@ -45,6 +46,8 @@ def specialize(
             str(topology.block_size),
             "learn the topology with blocks of 32, 64 or 128",
         )
+    if target.backend != "cpu":
+        prefill_tile(target, topology.model.head_dim, topology.block_size)  # or the target cannot hold the kernels
     sharers: dict[LayerSchedule, list[int]] = {}
     for index, layer in enumerate(layers):
         sharers.setdefault(layer, []).append(index)

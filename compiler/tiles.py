@@ -1,0 +1,93 @@
+"""How GPU kernels cut their work on each target: the table tiles.json, read and checked."""
+
+import functools
+import importlib.resources
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from surgeon.runtime.errors import TargetError
+from surgeon.runtime.target import Target
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a target's processors have: threads a warp, and bytes of shared memory that one program may have."""
+
+    warp_size: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys a tile in tokens, the warps that share it, and how many tiles of keys are under way at once."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    device: Device
+    prefill: dict[int, Tile]
+
+
+def device_of(target: Target) -> Device:
+    """The target's processors.
+
+    Raises:
+        TargetError: the table does not have the target.
+    """
+    return _row(target).device
+
+
+def prefill_tile(target: Target, head_dim: int, block_size: int) -> Tile:
+    """The tile of a kernel for many queries, which lies inside one block.
+
+    Raises:
+        TargetError: the table does not have the target, or no tile of this head size fits it.
+    """
+    tile = _of_head_dim(_row(target).prefill, target, head_dim)
+    queries = min(tile.queries, block_size)
+    warps = max(1, tile.warps * queries // tile.queries)
+    return Tile(queries, min(tile.keys, block_size), warps, tile.stages)
+
+
+def padded(head_dim: int) -> int:
+    """The head size inside a kernel: a power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def _of_head_dim(tiles: dict[int, Tile], target: Target, head_dim: int) -> Tile:
+    fitting = [size for size in tiles if size >= padded(head_dim)]
+    if not fitting:
+        raise TargetError(
+            f"target {target}", f"a head size of at most {max(tiles)}", str(head_dim), "leave the target out"
+        )
+    return tiles[min(fitting)]
+
+
+def _row(target: Target) -> _Row:
+    row = _table().get(str(target))
+    if row is None:
+        known = [name.partition(":")[2] for name in _table() if name.startswith(f"{target.backend}:")]
+        raise TargetError(
+            f"target {target}",
+            f"{target.backend}: with one of {', '.join(known)}",
+            target.arch,
+            "compile for the nearest lower one",
+        )
+    return row
+
+
+@functools.cache
+def _table() -> dict[str, _Row]:
+    text = importlib.resources.files("surgeon.compiler").joinpath("tiles.json").read_text(encoding="utf-8")
+    return {name: _parse(row) for name, row in json.loads(text)["targets"].items()}
+
+
+def _parse(row: dict[str, Any]) -> _Row:
+    prefill = {int(size): Tile(**tile) for size, tile in row["prefill"].items()}
+    return _Row(Device(row["warp_size"], row["shared_bytes"]), prefill)

@@ -1,0 +1,31 @@
+"""What compiled GPU code says of the registers and memory that it takes."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from surgeon.compiler.stages import Binary
+
+
+def spills(binary: Binary, folder: Path) -> int:
+    """What the compiler could not keep in a kernel's registers: in bytes for CUDA, in registers for HIP."""
+    if binary.path.endswith(".hsaco"):
+        return _number(binary.data, b".vgpr_spill_count") + _number(binary.data, b".sgpr_spill_count")
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.data)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", listing.stdout + listing.stderr)
+    assert found is not None
+    return int(found[1]) + int(found[2])
+
+
+def _number(data: bytes, name: bytes) -> int:
+    """The number that follows a name in the MessagePack notes of a HIP code object."""
+    place = data.index(name) + len(name)
+    if data[place] < 0x80:
+        return data[place]
+    width = {0xCC: 1, 0xCD: 2, 0xCE: 4}[data[place]]
+    return int.from_bytes(data[place + 1 : place + 1 + width], "big")
