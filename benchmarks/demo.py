@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from measure import machine
+from measure import interleaved, machine
 from quality import explicit_mask, perplexity
 from smollm2 import load_model, load_tokenizer, model_folder
 from surgeon.compiler import Topology, compile_package, read_topology
