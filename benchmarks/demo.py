@@ -112,7 +112,7 @@ def compare(
     dense_perplexity = perplexity(model, sequences)
     with patched(model, package):
         patched_perplexity = perplexity(model, sequences)
-    say(f"{length:,} tokens: {REPEATS} prefills of each, in turn, after one that does not count")
+    say(f"{length:,} tokens: timing {REPEATS} prefills of each, in turn, after a warm-up")
     times = interleaved(
         {
             "dense": lambda: prefill(model, sequences[0]),
@@ -217,11 +217,10 @@ def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     with patched(model, package):
         through_patch = model(input_ids=tokens).logits
     through_trace = trace(model, package)(tokens)
-    console.print(
-        f"\nTrees (smollm2-135m-trees.json) against explicit masks, {TREE_TOKENS:,} tokens, largest difference"
-    )
+    size = expected.abs().max()
+    console.print(f"\nTrees against explicit masks, {TREE_TOKENS:,} tokens: largest difference of the logits")
     for name, logits in (("patched", through_patch), ("traced", through_trace)):
-        console.print(f"{name:>8}  {(logits - expected).abs().max():.1e} in logits of up to {expected.abs().max():.0f}")
+        console.print(f"{name:>8}  {(logits - expected).abs().max():.1e} where they are up to {size:.0f}")
 
 
 def say(line: str) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+import demo
 from models import masked_model
 from smollm2 import UnreachableError, load_model, load_tokenizer, model_folder
 from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.cache import cache_folder
 from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
-from texts import SHIPPED
+from texts import SHIPPED, Text
 from topologies import dense_topology, one_cluster_topology
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -207,3 +208,20 @@ def test_the_readmes_python_runs(files: Path, tmp_path: Path, monkeypatch: pytes
         patched = names["model"](tokens).logits
         unpatch(names["model"])
         torch.testing.assert_close(patched, names["model"](tokens).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_the_demo_runs_to_its_end(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "model_folder", lambda *_: files)
+    monkeypatch.setattr(demo, "real_text", lambda *_: Text("story", SHIPPED.read_text(encoding="utf-8")))
+    for name, value in (("LENGTHS", (100, 200)), ("TOKENS_SCORED", 200), ("REPEATS", 1), ("NEW_TOKENS", 2)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "TREE_TOKENS", 150)
+    assert demo.main() == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"200 │ +9\d\.\d%", shown)
+    differences = [float(found) for found in re.findall(r"(?:patched|traced)  (\S+) where", shown)]
+    assert len(differences) == 2
+    assert max(differences) < TOLERANCE
+    assert re.search(r"weights: *\s[0-9a-f]{64}, unchanged", shown)
