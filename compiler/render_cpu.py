@@ -77,6 +77,7 @@ def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> 
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
         "vectors.h": render_template("cpu/vectors.h.jinja"),
         "chunk.h": render_template("cpu/chunk.h.jinja"),
+        "rotary.h": render_template("cpu/rotary.h.jinja"),
         "prefill.h": render_template("cpu/prefill.h.jinja"),
         "decode.h": render_template("cpu/decode.h.jinja", decode_chunk=_DECODE_CHUNK_ELEMENTS // specs[0].head_dim),
         "driver.cpp": render_template(

@@ -28,9 +28,13 @@ class Call(ctypes.Structure):
         ("log_sum_exp", c_void_p),
         ("position", c_void_p),
         ("first_key", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rotated_k", c_void_p),
         ("q_strides", c_int64 * 3),
         ("k_strides", c_int64 * 3),
         ("v_strides", c_int64 * 3),
+        ("rotary_strides", c_int64 * 2),
         ("batch", c_int64),
         ("q_length", c_int64),
         ("k_length", c_int64),
@@ -111,9 +115,12 @@ class CpuLibrary:
         position: torch.Tensor | None,
         first_key: torch.Tensor | None,
         scale: float,
-        log_sum_exp: torch.Tensor | None,
+        log_sum_exp: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool; shapes as `Package.attention`, positions integers `[batch]`.
+
+        `rotary`, cosines and sines `[batch, length, head_dim]`, rotates q and k, which then have one length.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
@@ -123,6 +130,8 @@ class CpuLibrary:
         out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
         positions = _positions(position, batch, k.shape[2] - q_length)
         first_keys = _positions(first_key, batch, 0)
+        cos, sin = rotary or (None, None)
+        rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype)
         call = Call(
             q.data_ptr(),
             k.data_ptr(),
@@ -131,9 +140,13 @@ class CpuLibrary:
             None if log_sum_exp is None else log_sum_exp.data_ptr(),
             ctypes.addressof(positions) if isinstance(positions, ctypes.Array) else positions.data_ptr(),
             ctypes.addressof(first_keys) if isinstance(first_keys, ctypes.Array) else first_keys.data_ptr(),
+            None if cos is None else cos.data_ptr(),
+            None if sin is None else sin.data_ptr(),
+            None if rotated_k is None else rotated_k.data_ptr(),
             q.stride()[:3],
             k.stride()[:3],
             v.stride()[:3],
+            (0, 0) if cos is None else cos.stride()[:2],
             batch,
             q_length,
             k.shape[2],

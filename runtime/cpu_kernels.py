@@ -54,8 +54,9 @@ class CpuKernels:
         position: torch.Tensor | None,
         first_key: torch.Tensor | None,
         scale: float,
-        log_sum_exp: torch.Tensor | None,
+        log_sum_exp: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel; see `CpuLibrary.attend`."""
         library, kernel = self._kernels[layer, q.dtype]
-        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp)
+        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, rotary)

@@ -46,7 +46,9 @@ class Package:
     """The loaded kernels of one topology. Made by `load`; safe to call from several threads."""
 
     def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
-        self.id: str = files.id
+        # What the ops find it by: two loads of one package that would answer a call differently have different ids.
+        options = (*(("strict",) if strict else ()), *((cpu_variant,) if cpu_variant else ()))
+        self.id: str = ":".join((files.id, *options))
         self.manifest: Manifest = files.manifest
         self.strict = strict
         self._files = files
@@ -188,14 +190,59 @@ class Package:
             PackageError, TargetError: as `prepare`, when it is the first call on the device.
         """
         self._check(q, k, v, position, first_key)
+        self._check_layer(layer)
         kernels = self._on(q.device)
-        if not 0 <= layer < self.manifest.model.num_hidden_layers:
-            raise _no_layer(layer, self.manifest.model.num_hidden_layers)
         if q.dtype not in kernels.dtypes:
             dtype = self._wider(kernels.dtypes, q.dtype)
             q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
             return kernels.attend(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
         return kernels.attend(layer, q, k, v, position, first_key, scale, log_sum_exp)
+
+    def run_rotary(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        first_key: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """As `run` on the CPU, on queries and keys of whole sequences that the kernel rotates itself.
+
+        cos and sin are `[B or 1, length, D]`; rotated is x * cos + rotate_half(x) * sin, as in Llama.
+
+        Raises:
+            PatchError: shapes, dtypes or devices that do not fit the package or each other.
+        """
+        self._check(q, k, v, None, first_key)
+        self._check_layer(layer)
+        batch, _, length, head_dim = q.shape
+        if k.shape[2] != length:
+            raise _misfit("k", f"[{batch}, {k.shape[1]}, {length}, {head_dim}], a key for each query", k)
+        for name, table in (("cos", cos), ("sin", sin)):
+            if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (length, head_dim):
+                raise _misfit(name, f"[{batch}, {length}, {head_dim}]", table)
+            if table.dtype != q.dtype or table.device.type != "cpu":
+                raise PatchError(
+                    f"attention: {name}", f"{q.dtype} on cpu, as q", f"{table.dtype} on {table.device}", "convert it"
+                )
+        kernels = self._cpu
+        dtype = q.dtype if q.dtype in kernels.dtypes else self._wider(kernels.dtypes, q.dtype)
+        q_, k_, v_, cos_, sin_ = (tensor.to(dtype) for tensor in (q, k, v, cos, sin))
+        # One layout for both: the kernel takes one pair of strides.
+        rotary = (cos_.contiguous().expand(batch, -1, -1), sin_.contiguous().expand(batch, -1, -1))
+        return kernels.attend(layer, q_, k_, v_, None, first_key, scale, rotary=rotary).to(q.dtype)
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.manifest.model.num_hidden_layers:
+            raise PatchError(
+                "attention: layer",
+                f"a layer in 0..{self.manifest.model.num_hidden_layers - 1}",
+                str(layer),
+                "correct the index",
+            )
 
     def _check(
         self,
@@ -252,7 +299,3 @@ def _per_sequence(value: int | torch.Tensor | None, q: torch.Tensor) -> torch.Te
 
 def _misfit(name: str, expected: str, tensor: torch.Tensor) -> SurgeonError:
     return PatchError(f"attention: {name}", expected, str(list(tensor.shape)), "pass the package's own model's tensors")
-
-
-def _no_layer(layer: int, num_layers: int) -> SurgeonError:
-    return PatchError("attention: layer", f"a layer in 0..{num_layers - 1}", str(layer), "correct the index")

@@ -14,7 +14,7 @@ from surgeon.runtime.errors import PackageError, shown
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 1
+CPU_ABI_VERSION = 2
 """Version of the call structure between the runtime and a CPU library."""
 
 _ROOT = {"format": "surgeon.package", "version": 1}
@@ -57,7 +57,7 @@ class Launch:
     """How a GPU kernel is launched: threads a program, shared memory in bytes, the meaning of the three grid axes.
 
     A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one where the first is not aligned),
-    "query_heads", "batch" or "one".
+    "query_heads", "key_value_heads", "batch", "splits" (parts that the keys of one query are cut into) or "one".
     """
 
     grid: tuple[str, ...]
@@ -68,11 +68,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """One compiled attention function.
+    """One compiled attention function, or a part of one.
 
-    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors; `launch` is
-    None for a CPU kernel, which is called; `scratch_bytes` is device memory that the caller provides; `preconditions`
-    are what the caller must have checked, as "name % 16 == 0".
+    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
+    decode.safetensors, or is empty for a kernel that serves every schedule; `launch` is None for a CPU kernel, which is
+    called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what the
+    caller must have checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of
+    queries, or "decode" and "reduce", which together take one.
     """
 
     target: str
@@ -85,6 +87,7 @@ class KernelEntry:
     launch: Launch | None
     scratch_bytes: int
     preconditions: tuple[str, ...]
+    phase: str = "any"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ _LIBRARY = torch.library.Library("surgeon", "DEF")
 _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key, float scale, str package, int layer)"
 _LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
 _LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? first_key, float scale, "
+    "str package, int layer) -> Tensor"
+)
 
 # A package may be loaded more than once: an id is known as long as one of its packages is.
 _packages: dict[str, weakref.WeakSet["Package"]] = {}
@@ -69,6 +73,20 @@ def _attention_with_lse(
     return find(package).run(layer, q, k, v, position, first_key, scale, log_sum_exp), log_sum_exp
 
 
+def _attention_rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first_key: torch.Tensor | None,
+    scale: float,
+    package: str,
+    layer: int,
+) -> torch.Tensor:
+    return find(package).run_rotary(layer, q, k, v, cos, sin, first_key, scale)
+
+
 def _fake_attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
     batch, heads, length, head_dim = q.shape
     return q.new_empty((batch, length, heads, head_dim))
@@ -90,8 +108,12 @@ def _backward(_context: Any, *_gradients: torch.Tensor) -> None:
 for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
-torch.library.register_fake("surgeon::attention", _fake_attention, lib=_LIBRARY)
-torch.library.register_fake("surgeon::attention_with_lse", _fake_attention_with_lse, lib=_LIBRARY)
-# Without these, autograd would drop the gradient in silence.
-torch.library.register_autograd("surgeon::attention", _backward, lib=_LIBRARY)
-torch.library.register_autograd("surgeon::attention_with_lse", _backward, lib=_LIBRARY)
+_LIBRARY.impl("attention_rotary", _attention_rotary, "CPU")
+for _name, _fake in (
+    ("attention", _fake_attention),
+    ("attention_with_lse", _fake_attention_with_lse),
+    ("attention_rotary", _fake_attention),
+):
+    torch.library.register_fake(f"surgeon::{_name}", _fake, lib=_LIBRARY)
+    # Without this, autograd would drop the gradient in silence.
+    torch.library.register_autograd(f"surgeon::{_name}", _backward, lib=_LIBRARY)

@@ -11,7 +11,9 @@ from surgeon.runtime.errors import PatchError, SurgeonError, shown
 from surgeon.runtime.loading import Package
 from surgeon.runtime.masks import valid_keys
 from surgeon.runtime.patching import is_patched, patch, unpatch
+from surgeon.runtime.rotary import fuse_rotary
 
+_SITES = (torch.ops.surgeon.attention.default, torch.ops.surgeon.attention_rotary.default)
 _OTHER_ATTENTION = ("scaled_dot_product", "softmax", "flex_attention")
 
 
@@ -44,6 +46,9 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
         unpatch(shadow)
     patch(shadow, package)
     graph = _export(shadow.eval())
+    if model.device.type == "cpu":
+        fuse_rotary(graph.graph, package.manifest.model.head_dim)
+        graph.recompile()
     _check_sites(graph, package.id, package.manifest.model.num_hidden_layers)
     _share_frozen_weights(graph, model)
     graph.meta["package"] = package  # the ops know a package only while something holds it; copies keep `meta`
@@ -100,8 +105,8 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
 def _check_sites(graph: torch.fx.GraphModule, package: str, num_layers: int) -> None:
     layers = []
     for node in _calls(graph):
-        if node.target == torch.ops.surgeon.attention.default and node.args[6] == package:
-            layers.append(node.args[7])
+        if node.target in _SITES and node.args[-2] == package:
+            layers.append(node.args[-1])
         elif any(name in str(node.target) for name in _OTHER_ATTENTION):
             raise PatchError(
                 f"traced graph: {node.name}",

@@ -128,6 +128,18 @@ def test_two_packages_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
     assert first.id != second.id
 
 
+def test_each_load_keeps_its_own_options(fp32_only: Path) -> None:
+    relaxed, strict = load(fp32_only), load(fp32_only, strict=True)
+    portable = load(fp32_only, cpu_variant="portable")
+    arguments = tensors(torch.bfloat16)
+    for package in (relaxed, portable):
+        assert package.attention(0, *arguments).dtype == torch.bfloat16
+    with pytest.raises(PatchError):
+        strict.attention(0, *arguments)
+    assert len({relaxed.id, strict.id, portable.id, load(fp32_only, strict=True, cpu_variant="portable").id}) == 4
+    assert load(fp32_only).id == relaxed.id
+
+
 def test_a_dtype_that_the_package_lacks_falls_back(fp32_only: Path, caplog: pytest.LogCaptureFixture) -> None:
     package = load(fp32_only)
     q, k, v = tensors(torch.bfloat16)

@@ -13,7 +13,7 @@ from models import Compiled, masked_model, padded, tiny_config, tiny_llama, toke
 from surgeon.runtime import fingerprint, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10; two orders of summation differ by 3e-5
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def traced(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> dict[str, 
 
 
 def sites(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    return list(graph.graph.find_nodes(op="call_function", target=torch.ops.surgeon.attention.default))
+    return list(graph.graph.find_nodes(op="call_function", target=torch.ops.surgeon.attention_rotary.default))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (5, 3), (16,), (63, 64, 2), (65,), (150, 40)], ids=str)
@@ -71,7 +71,7 @@ def test_every_site_is_the_package_with_its_layer(
     traced: dict[str, torch.fx.GraphModule], compiled: dict[str, Compiled]
 ) -> None:
     for name, graph in traced.items():
-        assert [node.args[6:] for node in sites(graph)] == [(compiled[name].package.id, layer) for layer in range(3)]
+        assert [node.args[-2:] for node in sites(graph)] == [(compiled[name].package.id, layer) for layer in range(3)]
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert not [target for target in targets if "scaled_dot_product" in target or "softmax" in target]
         assert [node.name for node in graph.graph.find_nodes(op="placeholder")] == ["input_ids", "attention_mask"]
