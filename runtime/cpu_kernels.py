@@ -2,6 +2,7 @@
 
 import torch
 
+from surgeon.runtime import dense
 from surgeon.runtime.cpu import CpuLibrary
 from surgeon.runtime.errors import PackageError, TargetError, shown
 from surgeon.runtime.package import PackageFiles
@@ -42,6 +43,7 @@ class CpuKernels:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
+        self.dense_rows = dense.dense_rows(files, first.variant)
         self.variants: tuple[str, ...] = first.variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
 
@@ -57,6 +59,10 @@ class CpuKernels:
         log_sum_exp: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Runs a layer's kernel; see `CpuLibrary.attend`."""
+        """Runs a layer's kernel, or dense attention where that is the same and faster; see `CpuLibrary.attend`."""
+        if self.dense_rows.torch_is_faster and log_sum_exp is None and rotary is None:
+            end = dense.visible_end(q, k, position, first_key)
+            if end is not None and q.shape[2] <= end <= min(self.dense_rows.tokens[layer], k.shape[2]):
+                return dense.attend(q, k, v, end, scale)
         library, kernel = self._kernels[layer, q.dtype]
         return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, rotary)

@@ -68,6 +68,15 @@ class Package:
         """Those that this processor could run."""
         return self._cpu.variants
 
+    def explain(self, layer: int, length: int) -> str:
+        """Whether a CPU prefill of `length` tokens runs on the kernel or as dense attention, and why, in one line.
+
+        Raises:
+            PatchError: there is no such layer.
+        """
+        self._check_layer(layer)
+        return self._cpu.dense_rows.explain(layer, length)
+
     def prepare(self, device: str | torch.device) -> None:
         """Loads a device's kernels, if they are not; else its first call does, which must not be in a captured graph.
 
