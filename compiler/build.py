@@ -5,10 +5,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 
 from surgeon.compiler.build_cpu import build_cpu
-from surgeon.compiler.build_triton import GRID, PRECONDITIONS, build_triton
+from surgeon.compiler.build_triton import build_triton
 from surgeon.compiler.cache import Cache
+from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.progress import Progress
-from surgeon.compiler.render_triton import ARGUMENTS, tiling
 from surgeon.compiler.stages import Binary, Source
 
 
@@ -52,8 +52,8 @@ def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: P
 
 def _key(source: Source, dtype: str) -> str:
     """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
-    (spec,) = source.specs
-    use = repr((ARGUMENTS, PRECONDITIONS, GRID, tiling(spec), spec.target, dtype, spec.name, spec.layers))
+    names = [(spec.name, spec.layers) for spec in source.specs]
+    use = repr((INTERFACES[source.phase], source.phase, source.tile, source.target, dtype, names))
     return Cache.key([_version_of("triton"), _version_of("surgeon"), use, *(file.text for file in source.files)])
 
 

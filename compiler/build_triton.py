@@ -9,25 +9,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgeon.compiler.render_triton import ARGUMENTS, tiling
-from surgeon.compiler.stages import Binary, KernelSpec, Source
-from surgeon.compiler.tiles import Device, device_of
+from surgeon.compiler.interfaces import INTERFACES
+from surgeon.compiler.stages import Binary, Source
+from surgeon.compiler.tiles import Device, Tile, device_of
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.manifest import Argument, KernelEntry, Launch, Tool
 
-GRID = ("query_heads", "batch", "row_tiles")
-
-PRECONDITIONS = tuple(
-    f"{argument.name} % 16 == 0"
-    for argument in ARGUMENTS
-    if argument.name in ("q", "k", "v", "out") or argument.name.endswith("_stride")
-) + tuple(f"{tensor}_dim_stride == 1" for tensor in ("q", "k", "v"))
-"""What the code was compiled to rely on: addresses in bytes and strides in elements. `*_dim_stride`, the stride along
-head_dim, is no argument of the kernel."""
-
 _SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
-_POINTEES = {"lse": "fp32", "first_key": "i64", "position": "i64"}
+_POINTEES = (
+    dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
+    | dict.fromkeys(("first_key", "position"), "i64")
+    | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
+)
 
 
 def build_triton(source: Source, dtype: str) -> Binary:
@@ -40,40 +34,55 @@ def build_triton(source: Source, dtype: str) -> Binary:
             than the target has.
         BuildError: the compilation failed.
     """
-    (spec,) = source.specs
+    assert source.tile is not None
+    interface = INTERFACES[source.phase]
     device = device_of(source.target)
     extension = _EXTENSIONS[source.target.backend]
-    compiled, version = _compile(source, spec, dtype, device)
+    compiled, version = _compile(source, source.tile, dtype, device)
     metadata = compiled.metadata
+    symbol = _symbol(source)
     if metadata.shared > device.shared_bytes:
         raise TargetError(
-            f"{spec.name} for {source.target}",
+            f"{symbol} for {source.target}",
             f"at most {device.shared_bytes} bytes of shared memory",
             f"{metadata.shared} bytes",
             "no tile of this head size fits the target; leave the target out",
         )
-    path = f"{source.target.folder}/{spec.name}.{dtype}.{extension}"
+    if metadata.global_scratch_size:
+        raise BuildError(
+            f"{symbol} for {source.target}",
+            "a kernel without scratch memory",
+            f"{metadata.global_scratch_size} bytes",
+            "report it with the topology and Triton's version",
+        )
+    path = f"{source.target.folder}/{symbol}.{dtype}.{extension}"
     entry = KernelEntry(
         target=str(source.target),
         dtype=dtype,
-        layers=spec.layers,
-        schedule=spec.name,
+        layers=tuple(sorted(layer for spec in source.specs for layer in spec.layers)),
+        schedule=symbol if source.phase == "prefill" else "",
         file=path,
         symbol=metadata.name,
-        arguments=ARGUMENTS + _SCRATCH,
+        arguments=interface.arguments + _SCRATCH,
         launch=Launch(
-            grid=GRID,
-            tile_rows=tiling(spec).query_tile,
+            grid=interface.grid,
+            tile_rows=source.tile.queries,
             threads=metadata.num_warps * device.warp_size,
             shared_bytes=metadata.shared,
         ),
-        scratch_bytes=metadata.global_scratch_size,
-        preconditions=PRECONDITIONS,
+        scratch_bytes=0,
+        preconditions=interface.preconditions,
+        phase=source.phase,
     )
     return Binary(path, compiled.asm[extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
 
 
-def _compile(source: Source, spec: KernelSpec, dtype: str, device: Device) -> tuple[Any, str]:
+def _symbol(source: Source) -> str:
+    (file,) = source.files
+    return Path(file.path).stem
+
+
+def _compile(source: Source, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
     """Triton's CompiledKernel and Triton's version."""
     try:
         import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
@@ -88,21 +97,21 @@ def _compile(source: Source, spec: KernelSpec, dtype: str, device: Device) -> tu
         ) from None
     if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
         raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
-    tiles = tiling(spec)
+    interface = INTERFACES[source.phase]
     arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
-    signature = {argument.name: _triton_type(argument, dtype) for argument in ARGUMENTS}
-    divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in PRECONDITIONS]
+    signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
+    divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in interface.preconditions]
     with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
         try:
-            kernel = getattr(_load(source, Path(folder)), spec.name)
+            kernel = getattr(_load(source, Path(folder)), _symbol(source))
             compiled = triton.compile(
                 ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", 16]] for index in divisible}),
                 target=GPUTarget(source.target.backend, arch, device.warp_size),
-                options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
+                options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
             )
         except Exception as error:  # Triton, LLVM's binding and ptxas raise types of their own, up to bare RuntimeError
             raise BuildError(
-                f"{spec.name} for {source.target}, {dtype}",
+                f"{_symbol(source)} for {source.target}, {dtype}",
                 "a kernel that Triton compiles",
                 _innermost(error),
                 "report it with the topology and Triton's version",

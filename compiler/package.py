@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 
+from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import HeadSchedule
 from surgeon.compiler.stages import Binary, KernelSpec, Source
 from surgeon.compiler.topology import Topology
@@ -54,6 +56,9 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
         "topology.json": (topology.canonical() + "\n").encode(),
         "schedule.safetensors": _schedule_tables(list(specs.values())),
     }
+    decoded = {spec.name: spec for source in sources if source.phase == "decode" for spec in source.specs}
+    if decoded:
+        files["decode.safetensors"] = _decode_tables(list(decoded.values()))
     files |= {file.path: file.text.encode() for source in sources for file in source.files}
     files |= {binary.path: binary.data for binary in binaries}
     manifest = Manifest(
@@ -102,6 +107,19 @@ def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
         tensors[f"{spec.name}.pieces"] = np.array(pieces, dtype=np.int32).reshape(-1, 6)
         tensors[f"{spec.name}.runs"] = np.array(runs, dtype=np.int32).reshape(-1, 2)
         tensors[f"{spec.name}.heads"] = np.array([places[head] for head in spec.schedule.heads], dtype=np.int32)
+    return safetensors.numpy.save(tensors)
+
+
+def _decode_tables(specs: Sequence[KernelSpec]) -> bytes:
+    """What a GPU's decoding kernels read of every schedule: `n.rows`, `n.plans` and `n.segments`; see `DecodeTable`."""
+    tensors: dict[str, npt.NDArray[np.int32]] = {}
+    for spec in specs:
+        table = decode_table(spec.schedule)
+        tensors |= {
+            f"{spec.name}.rows": table.rows,
+            f"{spec.name}.plans": table.plans,
+            f"{spec.name}.segments": table.segments,
+        }
     return safetensors.numpy.save(tensors)
 
 

@@ -4,32 +4,21 @@ import math
 from dataclasses import dataclass
 
 from surgeon.compiler.decision_tree import schedule_trees
+from surgeon.compiler.interfaces import PREFILL
 from surgeon.compiler.schedule import UNBOUNDED
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
 from surgeon.compiler.templates import render_template
 from surgeon.compiler.tiles import padded, prefill_tile
 from surgeon.runtime.errors import TargetError
-from surgeon.runtime.manifest import Argument
-
-ARGUMENTS = (
-    *(Argument(name, "pointer") for name in ("q", "k", "v", "out", "lse", "first_key", "position")),
-    *(Argument(f"{name}_{axis}_stride", "i64") for name in ("q", "k", "v") for axis in ("batch", "head", "token")),
-    Argument("num_queries", "i32"),
-    Argument("write_lse", "i32"),
-    Argument("scale", "fp32"),
-)
-"""What the kernel function takes. Strides are in elements; q, k and v have stride 1 along head_dim, out and lse are
-contiguous; first_key and position are int64, lse is float32. `write_lse` 0 leaves lse alone, which may then be null."""
 
 _MAX_KEY_LIST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel's work is cut: tokens a tile of queries and of keys, the padded head size, the warps and the stages.
+    """How a kernel's work is cut: tokens a tile of queries and of keys, and the padded head size.
 
-    All sizes are powers of two, `*_shift` their logarithms; a tile lies inside one block. `warps` share a tile of
-    queries, `stages` tiles of keys are under way at once.
+    All sizes are powers of two, `*_shift` their logarithms; a tile lies inside one block.
     """
 
     query_tile: int
@@ -38,17 +27,24 @@ class Tiling:
     block_shift: int
     query_tile_shift: int
     key_tile_shift: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
+    """What a template must know of the model."""
+
     num_heads: int
     num_key_value_heads: int
     heads_per_kv_head: int
     head_dim: int
     block_size: int
+
+    @classmethod
+    def of(cls, spec: KernelSpec) -> "Shape":
+        """The shape of a kernel's layers."""
+        schedule = spec.schedule
+        num_heads, kv_heads = len(schedule.heads), schedule.num_key_value_heads
+        return cls(num_heads, kv_heads, num_heads // kv_heads, spec.head_dim, schedule.block_size)
 
 
 def tiling(spec: KernelSpec) -> Tiling:
@@ -66,8 +62,6 @@ def tiling(spec: KernelSpec) -> Tiling:
         block_shift=block_size.bit_length() - 1,
         query_tile_shift=tile.queries.bit_length() - 1,
         key_tile_shift=tile.keys.bit_length() - 1,
-        warps=tile.warps,
-        stages=tile.stages,
     )
 
 
@@ -86,26 +80,21 @@ def render_triton(spec: KernelSpec) -> Source:
             str(trees.num_entries),
             "lower the number of distinct cuts in a layer",
         )
-    num_heads = len(schedule.heads)
     text = render_template(
         "triton/attention.py.jinja",
         name=spec.name,
         layers=_layers_text(spec.layers),
-        shape=_Shape(
-            num_heads,
-            schedule.num_key_value_heads,
-            num_heads // schedule.num_key_value_heads,
-            spec.head_dim,
-            schedule.block_size,
-        ),
+        shape=Shape.of(spec),
         tiling=tiling(spec),
         trees=trees,
         num_rows=None if schedule.num_rows == UNBOUNDED else schedule.num_rows,
-        arguments=ARGUMENTS,
+        arguments=PREFILL.arguments,
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )
-    return Source(spec.target, (spec,), (SourceFile(f"{spec.target.folder}/{spec.name}.py", text),))
+    file = SourceFile(f"{spec.target.folder}/{spec.name}.py", text)
+    tile = prefill_tile(spec.target, spec.head_dim, schedule.block_size)
+    return Source(spec.target, (spec,), (file,), "prefill", tile)
 
 
 def _layers_text(layers: tuple[int, ...]) -> str:

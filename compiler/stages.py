@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import cast
 
 from surgeon.compiler.schedule import LayerSchedule
+from surgeon.compiler.tiles import Tile
 from surgeon.runtime.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.target import Target
 
@@ -34,11 +35,17 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """The rendered source of the kernels that are compiled together: all of a CPU target's, one of a GPU target's."""
+    """The rendered source of the kernels that are compiled together: all of a CPU target's, one of a GPU target's.
+
+    `phase` is that of its entries in the manifest. A GPU kernel's one file is named after its function, and `tile` is
+    how its work is cut.
+    """
 
     target: Target
     specs: tuple[KernelSpec, ...]
     files: tuple[SourceFile, ...]
+    phase: str = "any"
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)

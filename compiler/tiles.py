@@ -32,6 +32,7 @@ class Tile:
 class _Row:
     device: Device
     prefill: dict[int, Tile]
+    decode: dict[int, Tile]
 
 
 def device_of(target: Target) -> Device:
@@ -55,9 +56,19 @@ def prefill_tile(target: Target, head_dim: int, block_size: int) -> Tile:
     return Tile(queries, min(tile.keys, block_size), warps, tile.stages)
 
 
-def padded(head_dim: int) -> int:
-    """The head size inside a kernel: a power of two."""
-    return 1 << (head_dim - 1).bit_length()
+def decode_tile(target: Target, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
+    """The tile of a kernel for one query a sequence: its rows are the query heads of a KV head.
+
+    Raises:
+        TargetError: the table does not have the target, or no tile of this head size fits it.
+    """
+    tile = _of_head_dim(_row(target).decode, target, head_dim)
+    return Tile(max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size), tile.warps, tile.stages)
+
+
+def padded(number: int) -> int:
+    """The power of two that holds a number, as all sizes inside a kernel are."""
+    return 1 << (number - 1).bit_length()
 
 
 def _of_head_dim(tiles: dict[int, Tile], target: Target, head_dim: int) -> Tile:
@@ -89,5 +100,7 @@ def _table() -> dict[str, _Row]:
 
 
 def _parse(row: dict[str, Any]) -> _Row:
-    prefill = {int(size): Tile(**tile) for size, tile in row["prefill"].items()}
-    return _Row(Device(row["warp_size"], row["shared_bytes"]), prefill)
+    prefill, decode = (
+        {int(size): Tile(**tile) for size, tile in row[phase].items()} for phase in ("prefill", "decode")
+    )
+    return _Row(Device(row["warp_size"], row["shared_bytes"]), prefill, decode)

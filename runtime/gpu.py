@@ -1,11 +1,12 @@
 """The kernels of a package on one GPU: found, checked against what the launcher knows, loaded and launched."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from surgeon.runtime.decode_tables import DecodeTable, read_tables
 from surgeon.runtime.drivers import Driver, Function, open_driver
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import KernelEntry, Manifest
@@ -18,11 +19,12 @@ _AGAIN = "compile the package with this version of surgeon"
 _MAX_THREADS = 1024
 
 _POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scratch", "profile_scratch")
+_DECODE_POINTERS = ("partial", "partial_lse", "table_rows", "table_plans", "table_segments")
 _STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
 ARGUMENT_TYPES = (
-    dict.fromkeys(_POINTERS, "pointer")
+    dict.fromkeys(_POINTERS + _DECODE_POINTERS, "pointer")
     | dict.fromkeys(_STRIDES, "i64")
-    | {"num_queries": "i32", "write_lse": "i32", "scale": "fp32"}
+    | {"num_queries": "i32", "write_lse": "i32", "scale": "fp32", "num_table_rows": "i32", "num_splits": "i32"}
 )
 """Every argument that the launcher has a value for. Strides are in elements, the scratch pointers are null."""
 
@@ -32,7 +34,7 @@ PRECONDITIONS = frozenset(
 )
 """Every precondition that the launcher sees to, at each launch, whether a kernel has it or not."""
 
-GRID_AXES = ("query_heads", "batch", "row_tiles", "one")
+GRID_AXES = ("query_heads", "key_value_heads", "batch", "row_tiles", "splits", "one")
 """Every grid axis that the launcher has a length for."""
 
 
@@ -68,6 +70,13 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
     )
 
 
+PHASES = ("prefill", "decode", "reduce")
+"""Every phase that the launcher knows: one kernel for any number of queries, and two that together take one."""
+
+_MAX_SPLITS = 128
+_PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while another computes
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """A loaded kernel, the order of its arguments, and how its grid is counted."""
@@ -77,31 +86,48 @@ class _Kernel:
     grid: tuple[str, ...]
     tile_rows: int
 
+    def launch(self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float]) -> None:
+        x, y, z = (lengths[axis] for axis in self.grid)
+        self.function.launch((x, y, z), stream, [values[name] for name in self.arguments])
+
 
 class GpuKernels:
-    """A package's kernels in the memory of one GPU.
+    """A package's kernels in the memory of one GPU with so many `processors`.
 
     Raises:
         PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
         TargetError: the device cannot hold a kernel, or there is no driver.
     """
 
-    def __init__(self, files: PackageFiles, target: Target, device: int, strict: bool, driver: Driver) -> None:
+    def __init__(
+        self, files: PackageFiles, target: Target, device: int, processors: int, strict: bool, driver: Driver
+    ) -> None:
         manifest = files.manifest
-        self._kernels: dict[tuple[int, torch.dtype], _Kernel] = {}
+        self._kernels: dict[tuple[str, int, torch.dtype], _Kernel] = {}
+        self._tables: dict[int, DecodeTable] = {}
         self._strict = strict
         self._device = device
+        self._programs = _PROGRAMS_A_PROCESSOR * processors
         self._warned: set[str] = set()
+        self._block_size = manifest.block_size
         self._max_keys = manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else None
         self.driver = driver.name
+        entries = [entry for entry in manifest.kernels if entry.target == str(target)]
         for index, entry in enumerate(manifest.kernels):
-            if entry.target != str(target):
-                continue
-            _check(entry, f"{files.folder}: kernels[{index}]")
+            if entry.target == str(target):
+                _check(entry, f"{files.folder}: kernels[{index}]")
+        for entry in entries:
             kernel = _load(entry, files, device, driver)
             for layer in entry.layers:
-                self._kernels[layer, _DTYPES[entry.dtype]] = kernel
-        self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
+                self._kernels[entry.phase, layer, _DTYPES[entry.dtype]] = kernel
+        self.dtypes: tuple[torch.dtype, ...] = tuple(
+            dtype for dtype in _DTYPES.values() if ("prefill", 0, dtype) in self._kernels
+        )
+        if any(entry.phase == "decode" for entry in entries):
+            tables = read_tables(files, device)
+            self._tables = {
+                layer: tables[entry.schedule] for entry in entries if entry.phase == "prefill" for layer in entry.layers
+            }
 
     def attend(
         self,
@@ -114,7 +140,7 @@ class GpuKernels:
         scale: float,
         log_sum_exp: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Queues a layer's kernel on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
+        """Queues a layer's kernels on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
 
         Positions in tensors are not looked at, which would wait for the device: one outside of k reads memory that is
         not k's. Where the topology refuses what lies beyond it, such queries give NaN.
@@ -124,16 +150,14 @@ class GpuKernels:
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
-        kernel = self._kernels[layer, q.dtype]
         batch, heads, q_length, head_dim = q.shape
-        self._check_lengths(q_length, k.shape[2], position, first_key)
+        kv_heads, k_length = k.shape[1:3]
+        self._check_lengths(q_length, k_length, position, first_key)
         out = q.new_empty((batch, q_length, heads, head_dim))
         if out.numel() == 0:
             return out
-        if self._max_keys is not None:
-            out.fill_(torch.nan)
         q, k, v = (self._fitting(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v)))
-        positions = _positions(position, q, k.shape[2] - q_length)
+        positions = _positions(position, q, k_length - q_length)
         first_keys = _positions(first_key, q, 0)
         values: dict[str, int | float] = {
             "q": q.data_ptr(),
@@ -150,17 +174,39 @@ class GpuKernels:
             "profile_scratch": 0,
         }
         values |= zip(_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
-        # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one more.
-        lengths = {
-            "query_heads": heads,
-            "batch": batch,
-            "row_tiles": -(-q_length // kernel.tile_rows) + 1,
-            "one": 1,
-        }
-        x, y, z = (lengths[axis] for axis in kernel.grid)
+        lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": batch, "one": 1}
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        kernel.function.launch((x, y, z), stream, [values[name] for name in kernel.arguments])
+        decode = self._kernels.get(("decode", layer, q.dtype))
+        reduce = self._kernels.get(("reduce", layer, q.dtype))
+        if q_length > 1 or decode is None or reduce is None:
+            if self._max_keys is not None:
+                out.fill_(torch.nan)
+            kernel = self._kernels["prefill", layer, q.dtype]
+            # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one more.
+            lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
+            kernel.launch(lengths, stream, values)
+            return out
+        splits = self._splits(batch * kv_heads, k_length)
+        table = self._tables[layer]
+        partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
+        partial_lse = q.new_empty((batch, heads, splits), dtype=torch.float32)
+        values |= {
+            "partial": partial.data_ptr(),
+            "partial_lse": partial_lse.data_ptr(),
+            "table_rows": table.rows.data_ptr(),
+            "table_plans": table.plans.data_ptr(),
+            "table_segments": table.segments.data_ptr(),
+            "num_table_rows": table.rows.shape[1],
+            "num_splits": splits,
+        }
+        lengths["splits"] = splits
+        decode.launch(lengths, stream, values)
+        reduce.launch(lengths, stream, values)
         return out
+
+    def _splits(self, groups: int, k_length: int) -> int:
+        """How many programs share the keys of one KV head: enough to fill the device, each with a block at least."""
+        return max(1, min(self._programs // groups, -(-k_length // self._block_size), _MAX_SPLITS))
 
     def _check_lengths(
         self, q_length: int, k_length: int, position: torch.Tensor | None, first_key: torch.Tensor | None
@@ -206,7 +252,8 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
     """
     target = choose_target(files.manifest, target_of(device), f"{files.folder} on {device}")
     assert device.index is not None
-    return GpuKernels(files, target, device.index, strict, open_driver(target.backend))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return GpuKernels(files, target, device.index, processors, strict, open_driver(target.backend))
 
 
 def _check(entry: KernelEntry, where: str) -> None:
@@ -228,6 +275,8 @@ def _check(entry: KernelEntry, where: str) -> None:
         raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", shown(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
+    if entry.phase not in PHASES:
+        raise PackageError(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase), _AGAIN)
     if entry.scratch_bytes:
         raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
 

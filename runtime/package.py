@@ -130,15 +130,15 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
     for required in ("topology.json", "schedule.safetensors"):
         if required not in files:
             raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
-    covered: dict[tuple[str, str], list[int]] = {}
+    covered: dict[tuple[str, str, str], list[int]] = {}
     for index, kernel in enumerate(manifest.kernels):
         if kernel.file not in files:
             raise PackageError(f"{root}: kernels[{index}].file", "a file of the package", shown(kernel.file), _AGAIN)
-        covered.setdefault((kernel.target, kernel.dtype), []).extend(kernel.layers)
-    for (target, dtype), layers in covered.items():
+        covered.setdefault((kernel.target, kernel.dtype, kernel.phase), []).extend(kernel.layers)
+    for (target, dtype, phase), layers in covered.items():
         if sorted(layers) != list(range(manifest.model.num_hidden_layers)):
             raise PackageError(
-                f"{root}: kernels for {target} {dtype}",
+                f"{root}: {phase} kernels for {target} {dtype}",
                 f"each of {manifest.model.num_hidden_layers} layers once",
                 shown(sorted(layers)),
                 _AGAIN,

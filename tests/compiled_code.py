@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from surgeon.compiler.stages import Binary
+from surgeon.runtime.manifest import Argument
 
 
 def spills(binary: Binary, folder: Path) -> int:
@@ -20,6 +21,33 @@ def spills(binary: Binary, folder: Path) -> int:
     found = re.search(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", listing.stdout + listing.stderr)
     assert found is not None
     return int(found[1]) + int(found[2])
+
+
+def parameters(binary: Binary, folder: Path) -> list[tuple[int, int]]:
+    """Offset and size in bytes of each parameter that a cubin declares, in order."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.data)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-elf", file]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    records = re.findall(
+        r"Ordinal\s*:\s*0x([0-9a-f]+)\s+Offset\s*:\s*0x([0-9a-f]+)\s+Size\s*:\s*0x([0-9a-f]+)", listing
+    )
+    found = {int(ordinal, 16): (int(offset, 16), int(size, 16)) for ordinal, offset, size in records}
+    assert sorted(found) == list(range(len(found)))
+    return [found[ordinal] for ordinal in range(len(found))]
+
+
+def laid_out(arguments: tuple[Argument, ...]) -> list[tuple[int, int]]:
+    """What `parameters` must find for a kernel with these arguments: natural alignment, in order."""
+    layout, end = [], 0
+    for argument in arguments:
+        size = {"pointer": 8, "i64": 8, "i32": 4, "fp32": 4}[argument.type]
+        offset = -(-end // size) * size
+        layout.append((offset, size))
+        end = offset + size
+    return layout
 
 
 def _number(data: bytes, name: bytes) -> int:

@@ -94,7 +94,7 @@ void read_code_object(Module &module) {
         const unsigned offset = message_pack_number(image, place);
         place += 6;  // .size and the length before it
         const unsigned size = message_pack_number(image, place);
-        if (image.compare(place, 11, "\xab.value_kind", 11) == 0 && image.compare(place + 12, 6, "hidden") != 0)
+        if (image.compare(place, 12, "\xab.value_kind", 12) == 0 && image.compare(place + 13, 6, "hidden") != 0)
             module.parameters[ordinal++] = {offset, size};
     }
 }

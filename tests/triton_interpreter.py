@@ -38,6 +38,24 @@ class Call:
     scale: float
 
 
+@dataclass(frozen=True)
+class DecodeCall:
+    """One query a sequence, in float16 or float32: as `Call`, with the two decoding kernels and a layer's table."""
+
+    decode_text: str
+    reduce_text: str
+    rows: Array
+    plans: Array
+    segments: Array
+    num_splits: int
+    q: Array
+    k: Array
+    v: Array
+    position: Array
+    first_key: Array
+    scale: float
+
+
 @contextmanager
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process whose Triton interprets; submit `launch` to it."""
@@ -62,7 +80,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text back when it first runs a function
-        kernel = _load(call, Path(folder))
+        kernel = _load(call.text, call.name, Path(folder))
         kernel[(heads, batch, -(-length // call.tile_rows) + 1)](
             q,
             k,
@@ -81,15 +99,50 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     return out.numpy(), lse.numpy()
 
 
-def _load(call: Call, folder: Path) -> Any:
-    path = folder / f"{call.name}.py"
-    path.write_text(call.text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(call.name, path)
+def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
+    """As `launch`, by way of the partial results of `num_splits` splits, which are NaN where nothing is written."""
+    import torch
+
+    q = torch.from_numpy(call.q).transpose(1, 2)
+    k, v = torch.from_numpy(call.k), torch.from_numpy(call.v)
+    batch, heads, _, head_dim = q.shape
+    out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
+    lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
+    partial = torch.full((batch, heads, call.num_splits, head_dim), torch.nan)
+    partial_lse = torch.full((batch, heads, call.num_splits), torch.nan)
+    with tempfile.TemporaryDirectory() as folder:
+        decode = _load(call.decode_text, "decode", Path(folder))
+        reduce = _load(call.reduce_text, "reduce", Path(folder))
+        decode[(k.shape[1], batch, call.num_splits)](
+            q,
+            k,
+            v,
+            partial,
+            partial_lse,
+            torch.from_numpy(call.first_key),
+            torch.from_numpy(call.position),
+            torch.from_numpy(call.rows),
+            torch.from_numpy(call.plans),
+            torch.from_numpy(call.segments),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            call.rows.shape[1],
+            call.scale,
+        )
+        reduce[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
+    return out.numpy(), lse.numpy()
+
+
+def _load(text: str, name: str, folder: Path) -> Any:
+    path = folder / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, call.name)
+    return getattr(module, name)
 
 
 def _restore(value: str | None) -> None:

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 from surgeon.compiler import compile_package, parse_topology
+from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import HeadSchedule, Piece, Run, schedule_layers
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.package import read_package
@@ -31,7 +32,12 @@ def test_targets_stand_side_by_side(tmp_path: Path) -> None:
     assert manifest.targets == ("cpu", "cuda:80", "cuda:90")
     assert {kernel.file for kernel in manifest.kernels} == {
         "cpu/attention.so",
-        *(f"cuda-{arch}/attention_000.{dtype}.cubin" for arch in (80, 90) for dtype in ("bf16", "fp16")),
+        *(
+            f"cuda-{arch}/{name}.{dtype}.cubin"
+            for arch in (80, 90)
+            for name in ("attention_000", "decode", "reduce")
+            for dtype in ("bf16", "fp16")
+        ),
     }
     assert {tool.name for tool in manifest.tools} > {"triton"}
 
@@ -39,6 +45,14 @@ def test_targets_stand_side_by_side(tmp_path: Path) -> None:
 def test_the_package_holds_the_topology(tmp_path: Path) -> None:
     files = read_package(compile_package(TOPOLOGY, tmp_path / "kernels")).files
     assert parse_topology(files["topology.json"].decode()).sha256 == TOPOLOGY.sha256
+
+
+def test_a_package_for_gpus_holds_the_decoding_tables(tmp_path: Path) -> None:
+    files = read_package(compile_package(TOPOLOGY, tmp_path / "kernels", targets=["cuda:90"], dtypes=["bf16"])).files
+    tables = safetensors.numpy.load(files["decode.safetensors"])
+    expected = decode_table(schedule_layers(TOPOLOGY)[0])
+    for part in ("rows", "plans", "segments"):
+        assert np.array_equal(tables[f"attention_000.{part}"], getattr(expected, part))
 
 
 def test_the_package_holds_the_schedule(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import surgeon.compiler
 from surgeon.compiler.specialize import HEAD_DIMS
-from surgeon.compiler.tiles import Tile, device_of, padded, prefill_tile
+from surgeon.compiler.tiles import Tile, decode_tile, device_of, padded, prefill_tile
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.target import Target
 
@@ -34,6 +34,20 @@ def test_every_tile_is_one_that_a_kernel_can_have(name: str, head_dim: int, bloc
     assert tile.warps * device.warp_size <= 1024
     keys_and_values = 2 * tile.stages * tile.keys * padded(head_dim) * 2
     assert keys_and_values <= device.shared_bytes
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("heads_per_kv_head", [1, 3, 16, 31])
+def test_every_decoding_tile_holds_the_heads_of_a_kv_head(name: str, head_dim: int, heads_per_kv_head: int) -> None:
+    target = Target.parse(name)
+    for block_size in (16, 128):
+        tile = decode_tile(target, head_dim, block_size, heads_per_kv_head)
+        assert max(16, heads_per_kv_head) <= tile.queries <= 32
+        assert power_of_two(tile.queries)
+        assert power_of_two(tile.keys)
+        assert tile.keys <= block_size
+        assert 2 * tile.stages * tile.keys * padded(head_dim) * 2 <= device_of(target).shared_bytes
 
 
 def test_a_small_block_takes_fewer_warps() -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 import topologies
-from compiled_code import spills
+from compiled_code import laid_out, parameters, spills
 from surgeon.compiler.build_triton import build_triton
 from surgeon.compiler.render_triton import render_triton, tiling
 from surgeon.compiler.schedule import schedule_layers
@@ -296,24 +296,7 @@ def test_the_manifest_entry_describes_the_binary(hopper: Binary) -> None:
 
 
 def test_arguments_are_the_binary_interface(hopper: Binary, tmp_path: Path) -> None:
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(hopper.data)
-    listing = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-elf", file], capture_output=True, text=True, check=True
-    ).stdout
-    found = {
-        int(ordinal, 16): (int(offset, 16), int(size, 16))
-        for ordinal, offset, size in re.findall(
-            r"Ordinal\s*:\s*0x([0-9a-f]+)\s+Offset\s*:\s*0x([0-9a-f]+)\s+Size\s*:\s*0x([0-9a-f]+)", listing
-        )
-    }
-    sizes = {"pointer": 8, "i64": 8, "i32": 4, "fp32": 4}
-    expected, end = {}, 0
-    for ordinal, argument in enumerate(hopper.kernels[0].arguments):
-        size = sizes[argument.type]
-        offset = -(-end // size) * size
-        expected[ordinal], end = (offset, size), offset + size
-    assert found == expected
+    assert parameters(hopper, tmp_path) == laid_out(hopper.kernels[0].arguments)
 
 
 def test_compiling_again_gives_the_same_bytes_and_no_path(hopper: Binary) -> None:

@@ -1,5 +1,6 @@
 """The launcher of GPU kernels, against stand-ins of the drivers that write down what they are asked to do."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -7,21 +8,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from gpu_standin import FakeStream, OnGpu, Standin, compile_standins, on_gpu, unpacked
 from surgeon.compiler import compile_package
-from surgeon.compiler.build_triton import GRID
-from surgeon.compiler.build_triton import PRECONDITIONS as COMPILED_PRECONDITIONS
-from surgeon.compiler.render_triton import ARGUMENTS
+from surgeon.compiler.decode_table import decode_table
+from surgeon.compiler.interfaces import INTERFACES
+from surgeon.compiler.schedule import schedule_layers
 from surgeon.runtime import load
 from surgeon.runtime.driver_ctypes import CudaDriver, HipDriver
 from surgeon.runtime.drivers import Driver
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError
-from surgeon.runtime.gpu import ARGUMENT_TYPES, GRID_AXES, PRECONDITIONS, GpuKernels, choose_target, target_of
+from surgeon.runtime.gpu import ARGUMENT_TYPES, GRID_AXES, PHASES, PRECONDITIONS, GpuKernels, choose_target, target_of
 from surgeon.runtime.manifest import Argument, KernelEntry
 from surgeon.runtime.package import PackageFiles, read_package
 from surgeon.runtime.target import Target
@@ -31,6 +34,7 @@ pytest.importorskip("triton")
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 128, 128
 STREAM = 0x5EED
+PROCESSORS = 6
 TARGETS = {"cuda": "cuda:90", "hip": "hip:gfx942"}
 
 
@@ -73,6 +77,7 @@ def backend(way: str) -> str:
 @pytest.fixture
 def standin(standin_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: FakeStream(STREAM))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, _device: tensor)
     found = Standin(standin_folder, backend)
     found.log()
     yield found
@@ -105,11 +110,13 @@ def tensors(q_length: int, k_length: int, batch: int = 2) -> tuple[torch.Tensor,
 
 
 def kernels(files: PackageFiles, backend: str, driver: Driver, device: int = 0, strict: bool = True) -> GpuKernels:
-    return GpuKernels(files, Target.parse(TARGETS[backend]), device, strict, driver)
+    return GpuKernels(files, Target.parse(TARGETS[backend]), device, PROCESSORS, strict, driver)
 
 
-def entry_of(files: PackageFiles, backend: str) -> KernelEntry:
-    return next(kernel for kernel in files.manifest.kernels if kernel.target == TARGETS[backend])
+def entry_of(files: PackageFiles, backend: str, phase: str = "prefill") -> KernelEntry:
+    return next(
+        kernel for kernel in files.manifest.kernels if (kernel.target, kernel.phase) == (TARGETS[backend], phase)
+    )
 
 
 def launches(standin: Standin) -> list[dict[str, Any]]:
@@ -168,8 +175,9 @@ def test_code_is_loaded_once_a_kernel_into_the_device_that_launches_it(
 ) -> None:
     first, second = kernels(files, backend, driver), kernels(files, backend, driver, device=1)
     loads = [call for call in standin.log() if call["call"] == LOADS[way]]
-    assert [call["bytes"] for call in loads] == [len(files.files[entry_of(files, backend).file])] * 2
-    q, k, v = tensors(1, 300)
+    sizes = [len(files.files[entry_of(files, backend, phase).file]) for phase in PHASES]
+    assert [call["bytes"] for call in loads] == sizes * 2
+    q, k, v = tensors(2, 300)
     for gpu in (first, second, first):
         gpu.attend(0, q, k, v, None, None, 1.0, None)
     found = launches(standin)
@@ -177,10 +185,13 @@ def test_code_is_loaded_once_a_kernel_into_the_device_that_launches_it(
     assert found[0]["function"] == found[2]["function"] != found[1]["function"]
 
 
-def test_hip_leaves_the_current_device_as_it_was(files: PackageFiles, standin_folder: Path) -> None:
-    library = Standin(standin_folder, "hip")
-    kernels(files, "hip", HipDriver(), device=3)
-    assert [call["device"] for call in library.log() if call["call"] == "hipSetDevice"] == [3, 0]
+@pytest.mark.parametrize("way", ["hip"])
+def test_hip_leaves_the_current_device_as_it_was(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    kernels(files, backend, driver, device=3)
+    devices = [call["device"] for call in standin.log() if call["call"] == "hipSetDevice"]
+    assert devices == [3, 0] * len(PHASES)
 
 
 @only_cuda
@@ -191,8 +202,11 @@ def test_more_than_48_kib_of_shared_memory_are_asked_for_at_load(
     assert launch is not None
     assert launch.shared_bytes > 48 * 1024
     kernels(files, backend, driver)
-    (call,) = [call for call in standin.log() if call["call"] == ATTRIBUTES[way]]
-    assert (call["attribute"], call["value"]) == (8, launch.shared_bytes)
+    calls = [call for call in standin.log() if call["call"] == ATTRIBUTES[way]]
+    large = [entry_of(files, backend, phase).launch for phase in ("prefill", "decode")]
+    assert [(call["attribute"], call["value"]) for call in calls] == [
+        (8, found and found.shared_bytes) for found in large
+    ]
 
     standin.fail(ATTRIBUTES[way], 1)
     with pytest.raises(TargetError, match=rf"a device with {launch.shared_bytes} bytes.*got .*ERROR_INVALID_VALUE"):
@@ -220,8 +234,6 @@ def test_positions_that_are_not_given_follow_from_the_lengths(
 
 
 def test_32_bit_positions_are_widened(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
-    import ctypes
-
     gpu = kernels(files, backend, driver)
     standin.log()
     position = torch.tensor([5, 6], dtype=torch.int32)
@@ -229,10 +241,56 @@ def test_32_bit_positions_are_widened(files: PackageFiles, backend: str, driver:
     to = torch.Tensor.to
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda *args, **options: keep.append(to(*args, **options)) or keep[-1])
-        gpu.attend(0, *tensors(1, 300), position, None, 1.0, None)
+        gpu.attend(0, *tensors(2, 300), position, None, 1.0, None)
     (launch,) = launches(standin)
     address = arguments(entry_of(files, backend), launch)["position"]
     assert list((ctypes.c_int64 * 2).from_address(int(address))) == [5, 6]
+
+
+def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = tensors(q_length=1, k_length=700)
+    position, first_key = torch.tensor([600, 650]), torch.tensor([0, 7])
+    lse = torch.empty((2, HEADS, 1))
+    out = gpu.attend(1, q, k, v, position, first_key, 0.125, lse)
+    decode, reduce = launches(standin)
+    splits = 2 * PROCESSORS // (2 * KV_HEADS)
+    assert decode["grid"] == [KV_HEADS, 2, splits]
+    assert reduce["grid"] == [HEADS, 2, 1]
+    assert decode["stream"] == reduce["stream"] == STREAM
+    first = arguments(entry_of(files, backend, "decode"), decode)
+    second = arguments(entry_of(files, backend, "reduce"), reduce)
+    assert {name: first[name] for name in ("q", "k", "v", "position", "first_key", "scale")} == {
+        "q": q.data_ptr(),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "position": position.data_ptr(),
+        "first_key": first_key.data_ptr(),
+        "scale": 0.125,
+    }
+    assert first["k_head_stride"] == 700 * HEAD_DIM
+    assert (first["partial"], first["partial_lse"]) == (second["partial"], second["partial_lse"])
+    assert (second["out"], second["lse"], second["write_lse"]) == (out.data_ptr(), lse.data_ptr(), 1)
+    assert second["num_splits"] == splits
+    table = decode_table(schedule_layers(topology())[1])
+    for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
+        found = (ctypes.c_int32 * expected.size).from_address(int(first[f"table_{name}"]))
+        assert list(found) == expected.flatten().tolist()
+    assert first["num_table_rows"] == table.rows.shape[1]
+
+
+@pytest.mark.parametrize(("k_length", "splits"), [(1, 1), (129, 2), (100_000, 6)])
+@pytest.mark.parametrize("way", ["cuda"])
+def test_short_sequences_are_cut_into_fewer_splits(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, k_length: int, splits: int
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    gpu.attend(0, *tensors(1, k_length, batch=1), None, None, 1.0, None)
+    assert launches(standin)[0]["grid"] == [KV_HEADS, 1, splits]
 
 
 # What the kernels rely on
@@ -264,7 +322,7 @@ def test_tensors_that_do_not_fit_are_copied_or_refused(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    q, _, v = tensors(1, 300)
+    q, _, v = tensors(2, 300)
     k = unfit()[fault]
     strict = kernels(files, backend, driver)
     with pytest.raises(PatchError, match=r"attention: k: expected an address that is a multiple of 16"):
@@ -295,7 +353,7 @@ def test_the_stride_of_an_axis_of_one_does_not_matter(
 ) -> None:
     gpu = kernels(files, backend, driver)
     standin.log()
-    q, k, v = tensors(1, 300, batch=1)
+    q, k, v = tensors(2, 300, batch=1)
     odd = k.as_strided(k.shape, (7, *k.stride()[1:]))
     gpu.attend(0, q, odd, v, None, None, 1.0, None)
     found = arguments(entry_of(files, backend), launches(standin)[0])
@@ -364,6 +422,10 @@ REFUSED = {
     "no rows": (with_launch(tile_rows=0), r"launch: expected threads, rows and bytes that can be"),
     "too many threads": (with_launch(threads=2048), r"launch: expected threads, rows and bytes that can be"),
     "scratch": (lambda entry: dataclasses.replace(entry, scratch_bytes=64), r"scratch_bytes: expected 0, got 64"),
+    "a phase": (
+        lambda entry: dataclasses.replace(entry, phase="sample"),
+        r"phase: expected one of prefill, decode, reduce, got 'sample'",
+    ),
     "a dtype": (lambda entry: dataclasses.replace(entry, dtype="fp8"), r"dtype: expected one of bf16, fp16, got 'fp8'"),
 }
 
@@ -380,10 +442,59 @@ def test_an_interface_that_the_launcher_does_not_know(
     assert standin.log() == []
 
 
-def test_the_launcher_knows_all_that_the_compiler_uses(files: PackageFiles) -> None:
-    assert {argument.name: argument.type for argument in ARGUMENTS}.items() <= ARGUMENT_TYPES.items()
-    assert set(COMPILED_PRECONDITIONS) <= PRECONDITIONS
-    assert set(GRID) <= set(GRID_AXES)
+def test_the_launcher_knows_all_that_the_compiler_uses() -> None:
+    assert set(INTERFACES) == set(PHASES)
+    for interface in INTERFACES.values():
+        assert {argument.name: argument.type for argument in interface.arguments}.items() <= ARGUMENT_TYPES.items()
+        assert set(interface.preconditions) <= PRECONDITIONS
+        assert set(interface.grid) <= set(GRID_AXES)
+
+
+def tables(files: PackageFiles) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = safetensors.torch.load(files.files["decode.safetensors"])
+    return found
+
+
+def with_tables(files: PackageFiles, changes: dict[str, torch.Tensor | None]) -> PackageFiles:
+    left = {name: tensor for name, tensor in (tables(files) | changes).items() if tensor is not None}
+    return dataclasses.replace(files, files=dict(files.files) | {"decode.safetensors": safetensors.torch.save(left)})
+
+
+@by_any_way
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("rows", lambda _table: None, r"attention_000.rows: expected an int32 matrix, got none"),
+        ("rows", lambda table: table.long(), r"attention_000.rows: expected an int32 matrix"),
+        ("rows", lambda table: table[:1], r"attention_000.rows: expected 2 KV heads, got 1"),
+        ("rows", lambda table: table + 1, r"attention_000: expected plans and segments that exist"),
+        ("rows", lambda table: table - 1, r"attention_000: expected plans and segments that exist"),
+        ("plans", lambda table: table + 1, r"attention_000: expected plans and segments that exist"),
+        ("plans", lambda table: table[:, :1].contiguous(), r"attention_000.plans: expected 2 columns, got 1"),
+        ("segments", lambda table: table.flatten(), r"attention_000.segments: expected an int32 matrix"),
+    ],
+)
+def test_a_table_that_points_elsewhere(
+    files: PackageFiles,
+    backend: str,
+    driver: Driver,
+    part: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+    message: str,
+) -> None:
+    name = f"attention_000.{part}"
+    with pytest.raises(PackageError, match=message):
+        kernels(with_tables(files, {name: change(tables(files)[name])}), backend, driver)
+
+
+@by_any_way
+def test_no_tables(files: PackageFiles, backend: str, driver: Driver) -> None:
+    without = {name: data for name, data in files.files.items() if name != "decode.safetensors"}
+    with pytest.raises(PackageError, match=r"decode.safetensors: expected decode tables"):
+        kernels(dataclasses.replace(files, files=without), backend, driver)
+    damaged = dict(files.files) | {"decode.safetensors": b"no tensors"}
+    with pytest.raises(PackageError, match=r"decode.safetensors: expected decode tables"):
+        kernels(dataclasses.replace(files, files=damaged), backend, driver)
 
 
 def test_code_that_the_driver_does_not_take(files: PackageFiles, backend: str, driver: Driver) -> None:
@@ -408,7 +519,7 @@ def test_a_launch_that_the_driver_refuses(
     call = LAUNCHES[way]
     standin.fail(call, 1)
     with pytest.raises(TargetError, match=r"launch of attention_000: expected a launch, got .*ERROR_INVALID_VALUE"):
-        gpu.attend(0, *tensors(1, 300), None, None, 1.0, None)
+        gpu.attend(0, *tensors(2, 300), None, None, 1.0, None)
     standin.fail(call, 0)
 
 
@@ -430,6 +541,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=132))
 
 
 @by_any_way
@@ -468,9 +580,9 @@ def test_a_package_without_cpu_kernels_is_loaded_for_the_gpu(backend: str, stand
         package.attention(0, *tensors(5, 300))
 
 
-def test_a_dtype_without_gpu_kernels(folder: Path, standin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Standin(standin_folder, "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+@by_any_way
+@pytest.mark.usefixtures("fake_gpu", "standin")
+def test_a_dtype_without_gpu_kernels(folder: Path, backend: str) -> None:
     q, k, v = (on_gpu(tensor.float()) for tensor in tensors(5, 300))
     with pytest.raises(PatchError, match=r"attention: q: expected one of torch.bfloat16, got torch.float32"):
         load(folder).run(0, q, k, v, None, None, 1.0)
@@ -521,11 +633,9 @@ def test_the_target_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (12, 0))
     assert target_of(torch.device("cuda", 0)) == Target("cuda", "120")
 
-    class Properties:
-        gcnArchName = "gfx90a:sramecc+:xnack-"  # noqa: N815
-
+    properties = SimpleNamespace(gcnArchName="gfx90a:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", "7.1")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     assert target_of(torch.device("cuda", 0)) == Target("hip", "gfx90a")
 
 
@@ -533,7 +643,7 @@ def test_the_target_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SERVING = """
-import ctypes, json, sys, time
+import ctypes, json, sys, time, types
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("jinja2", "networkx", "triton", *sys.argv[2:]) or name.startswith("surgeon.compiler"):
@@ -542,6 +652,8 @@ sys.meta_path.insert(0, Missing())
 import torch
 from gpu_standin import FakeStream, on_gpu
 torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
+torch.Tensor.cuda = lambda tensor, device: tensor
 torch.cuda.current_stream = lambda device: FakeStream(77)
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0

@@ -1,0 +1,85 @@
+"""KernelSpecs ─▶ Sources of the two decoding kernels of a GPU target, which all of its layers share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgeon.compiler.decode_table import MAX_GROUP, decode_table
+from surgeon.compiler.interfaces import DECODE, REDUCE
+from surgeon.compiler.render_triton import Shape
+from surgeon.compiler.schedule import UNBOUNDED
+from surgeon.compiler.stages import KernelSpec, Source, SourceFile
+from surgeon.compiler.templates import render_template
+from surgeon.compiler.tiles import Tile, decode_tile, padded
+
+_SPLITS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """How a decoding kernel's work is cut; sizes are powers of two, `*_shift` the logarithms of tokens.
+
+    `rows` are a KV head's query heads, padded; `segments` is at least the longest plan of any table.
+    """
+
+    rows: int
+    keys: int
+    padded_head_dim: int
+    key_shift: int
+    block_shift: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class ReduceTile:
+    """How many splits are joined at once, and the padded head size."""
+
+    splits: int
+    padded_head_dim: int
+
+
+def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
+    """Renders `decode.py` and `reduce.py` for one target; nothing where a KV head has too many query heads for a table.
+
+    Without them a single query runs on the kernel for many.
+
+    Raises:
+        TargetError: no tile fits the target.
+    """
+    first = specs[0]
+    shape = Shape.of(first)
+    if shape.heads_per_kv_head > MAX_GROUP:
+        return ()
+    tile = decode_tile(first.target, first.head_dim, shape.block_size, shape.heads_per_kv_head)
+    num_rows = first.schedule.num_rows
+    decode = render_template(
+        "triton/decode.py.jinja",
+        shape=shape,
+        tile=DecodeTile(
+            rows=tile.queries,
+            keys=tile.keys,
+            padded_head_dim=padded(first.head_dim),
+            key_shift=tile.keys.bit_length() - 1,
+            block_shift=shape.block_size.bit_length() - 1,
+            segments=padded(max(decode_table(spec.schedule).max_segments for spec in specs)),
+        ),
+        num_rows=None if num_rows == UNBOUNDED else num_rows,
+        arguments=DECODE.arguments,
+        log2_e=repr(math.log2(math.e)),
+    )
+    reduce = render_template(
+        "triton/reduce.py.jinja",
+        shape=shape,
+        tile=ReduceTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
+        arguments=REDUCE.arguments,
+        ln_2=repr(math.log(2)),
+    )
+    return (
+        _source("decode", specs, decode, tile),
+        _source("reduce", specs, reduce, Tile(queries=1, keys=1, warps=4, stages=1)),
+    )
+
+
+def _source(phase: str, specs: Sequence[KernelSpec], text: str, tile: Tile) -> Source:
+    target = specs[0].target
+    return Source(target, tuple(specs), (SourceFile(f"{target.folder}/{phase}.py", text),), phase, tile)
