@@ -1,0 +1,75 @@
+"""Puts the measured figures into the README, between its two marks. Run it after `make bench`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+BEGIN, END = "<!-- figures: benchmarks/readme.py -->", "<!-- end of figures -->"
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Rewrites the README and returns the exit status."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        print(f"readme: expected the marks {BEGIN} and {END} in {README.name}, got none", file=sys.stderr)
+        return 2
+    README.write_text(f"{before}{BEGIN}\n{table()}{END}{after}", encoding="utf-8")
+    return 0
+
+
+def table() -> str:
+    """The figures as Markdown; every one stands in a file of `results/`."""
+    lines = ["| measured | Surgeon beside its peer |", "|---|---|", *_lines()]
+    described = _result("model-first-token")["machine"]
+    note = (
+        f"{described['processor']} with {described['torch_isa']}, {described['threads']} threads, torch "
+        f"{described['torch']}, fp32, {described['date'][:10]}; medians of calls made in turn, each checked first."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def _lines() -> Iterator[str]:
+    for row in _result("model-first-token")["rows"]:
+        yield (
+            f"| SmolLM2-135M, first token of a prompt of {row['length']:,} | {row['patched_s']:.2f} s, dense "
+            f"{row['dense_s']:.2f} s: {row['times']:.2f}x |"
+        )
+    short = _result("model-short")["rows"]
+    yield f"| SmolLM2-135M, prompts of 64 to 2,048 tokens, worst of them | {_least(short, 'times'):.2f}x |"
+    peers = _result("prefill-peers")["rows"]
+    sparse = [row for row in peers if row["density"] < 1]
+    yield f"| prefill kernel beside FlexAttention, same blocks | {_range(sparse, 'times_flex')} |"
+    yield f"| prefill kernel beside dense SDPA, times density | {_range(sparse, 'times_sdpa_x_density')} |"
+    dense = [row for row in peers if row["density"] == 1]
+    yield f"| prefill kernel at density 1 beside SDPA | {_range(dense, 'times_sdpa')} |"
+    gemm = _result("prefill-gemm")["rows"]
+    yield f"| prefill kernel's rate on its blocks, of torch's matrix product | {_range(gemm, 'of_gemm', '')} |"
+    long = [row for row in _result("decode")["rows"] if row["length"] >= 8192]
+    for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
+        rows = [row for row in long if row["density"] == density]
+        yield f"| decoding {how}, 8,192 and 32,768 keys, beside SDPA | {_range(rows, 'times_sdpa')} |"
+
+
+def _result(suite: str) -> Row:
+    result: Row = json.loads((FOLDER / "results" / f"{suite}-native.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _least(rows: list[Row], key: str) -> float:
+    return float(min(row[key] for row in rows))
+
+
+def _range(rows: list[Row], key: str, unit: str = "x") -> str:
+    values = [row[key] for row in rows if key in row]
+    return f"{min(values):.2f}{unit} to {max(values):.2f}{unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
