@@ -1,5 +1,6 @@
 """From sources to binaries: a C++ compiler for a CPU, Triton for GPUs, several at a time."""
 
+import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from surgeon.compiler.cache import Cache
 from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.progress import Progress
 from surgeon.compiler.stages import Binary, Source
+from surgeon.runtime.manifest import KernelEntry
 
 
 def build(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
@@ -53,7 +55,8 @@ def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: P
 def _key(source: Source, dtype: str) -> str:
     """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
     names = [(spec.name, spec.layers) for spec in source.specs]
-    use = repr((INTERFACES[source.phase], source.phase, source.tile, source.target, dtype, names))
+    entry = [field.name for field in dataclasses.fields(KernelEntry)]  # an entry of another version is of no use
+    use = repr((entry, INTERFACES[source.phase], source.phase, source.tile, source.target, dtype, names))
     return Cache.key([_version_of("triton"), _version_of("surgeon"), use, *(file.text for file in source.files)])
 
 

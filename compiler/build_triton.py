@@ -60,7 +60,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
         target=str(source.target),
         dtype=dtype,
         layers=tuple(sorted(layer for spec in source.specs for layer in spec.layers)),
-        schedule=symbol if source.phase == "prefill" else "",
+        schedule=source.specs[0].name if source.phase == "prefill" else "",
         file=path,
         symbol=metadata.name,
         arguments=interface.arguments + _SCRATCH,
@@ -73,6 +73,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
         scratch_bytes=0,
         preconditions=interface.preconditions,
         phase=source.phase,
+        heads=source.heads,
     )
     return Binary(path, compiled.asm[extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
 

@@ -63,13 +63,31 @@ class ScheduleTrees:
     num_entries: int
 
 
-def schedule_trees(layer: LayerSchedule) -> ScheduleTrees:
-    """Turns a layer's schedule into decision trees; equal heads share a pattern, equal lists of runs their entries."""
-    patterns = list(dict.fromkeys(layer.heads))
+def head_groups(layer: LayerSchedule, max_leaves: int) -> tuple[range, ...]:
+    """Cuts a layer's heads into consecutive groups whose trees have about `max_leaves` leaves at most, or one head."""
+    begins, leaves = [0], 0
+    patterns: set[HeadSchedule] = set()
+    for index, head in enumerate(layer.heads):
+        more = 0 if head in patterns else len(head.pieces) + len(head.runs)
+        if more and leaves and leaves + more > max_leaves:
+            begins.append(index)
+            leaves, patterns = 0, set()
+        leaves += more
+        patterns.add(head)
+    return tuple(range(begin, end) for begin, end in zip(begins, [*begins[1:], len(layer.heads)], strict=True))
+
+
+def schedule_trees(layer: LayerSchedule, heads: range | None = None) -> ScheduleTrees:
+    """Turns the schedule of a layer, or of some of its heads, into decision trees.
+
+    Equal heads share a pattern, equal lists of runs their entries.
+    """
+    heads = range(len(layer.heads)) if heads is None else heads
+    patterns = list(dict.fromkeys(layer.heads[head] for head in heads))
     entries = _KeyList(layer.block_size)
     plans = [_plan_tree(head, entries, layer.block_size, layer.num_rows) for head in patterns]
     return ScheduleTrees(
-        pattern=_search("head", list(enumerate(Leaf(patterns.index(head)) for head in layer.heads))),
+        pattern=_search("head", [(head, Leaf(patterns.index(layer.heads[head]))) for head in heads]),
         plan=_search("pattern", list(enumerate(plans))),
         shift=entries.shift_tree(),
         num_patterns=len(patterns),

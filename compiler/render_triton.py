@@ -3,13 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from surgeon.compiler.decision_tree import schedule_trees
+from surgeon.compiler.decision_tree import head_groups, schedule_trees
 from surgeon.compiler.interfaces import PREFILL
 from surgeon.compiler.schedule import UNBOUNDED
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
 from surgeon.compiler.templates import render_template
 from surgeon.compiler.tiles import padded, prefill_tile
 from surgeon.runtime.errors import TargetError
+
+MAX_LEAVES = 512
+"""The leaves of a kernel's decision trees above which a layer is cut into groups of heads: its compile time grows."""
 
 _MAX_KEY_LIST = 2**31 - 1
 
@@ -65,26 +68,35 @@ def tiling(spec: KernelSpec) -> Tiling:
     )
 
 
-def render_triton(spec: KernelSpec) -> Source:
-    """Renders one kernel; its file is `<target>/<spec.name>.py` and its function is called `spec.name`.
+def render_triton(spec: KernelSpec) -> tuple[Source, ...]:
+    """Renders one layer schedule; each file is `<target>/<name>.py` and its function is called `<name>`.
+
+    There is one, named after the spec, or several for consecutive heads where the schedule has many pieces.
 
     Raises:
         TargetError: the schedule lists more keys than a 32-bit number counts, or no tile fits the target.
     """
+    groups = head_groups(spec.schedule, MAX_LEAVES)
+    return tuple(_render(spec, heads, whole=len(groups) == 1) for heads in groups)
+
+
+def _render(spec: KernelSpec, heads: range, whole: bool) -> Source:
     schedule = spec.schedule
-    trees = schedule_trees(schedule)
+    trees = schedule_trees(schedule, heads)
+    name = spec.name if whole else f"{spec.name}_head_{heads.start:02d}"
     if trees.num_entries > _MAX_KEY_LIST:
         raise TargetError(
-            spec.name,
+            name,
             f"lists of at most {_MAX_KEY_LIST} keys for {spec.target}",
             str(trees.num_entries),
             "lower the number of distinct cuts in a layer",
         )
     text = render_template(
         "triton/attention.py.jinja",
-        name=spec.name,
+        name=name,
         layers=_layers_text(spec.layers),
         shape=Shape.of(spec),
+        heads=heads,
         tiling=tiling(spec),
         trees=trees,
         num_rows=None if schedule.num_rows == UNBOUNDED else schedule.num_rows,
@@ -92,9 +104,9 @@ def render_triton(spec: KernelSpec) -> Source:
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )
-    file = SourceFile(f"{spec.target.folder}/{spec.name}.py", text)
+    file = SourceFile(f"{spec.target.folder}/{name}.py", text)
     tile = prefill_tile(spec.target, spec.head_dim, schedule.block_size)
-    return Source(spec.target, (spec,), (file,), "prefill", tile)
+    return Source(spec.target, (spec,), (file,), "prefill", tile, () if whole else (heads.start, heads.stop))
 
 
 def _layers_text(layers: tuple[int, ...]) -> str:

@@ -37,8 +37,8 @@ class SourceFile:
 class Source:
     """The rendered source of the kernels that are compiled together: all of a CPU target's, one of a GPU target's.
 
-    `phase` is that of its entries in the manifest. A GPU kernel's one file is named after its function, and `tile` is
-    how its work is cut.
+    `phase` is that of its entries in the manifest. A GPU kernel's one file is named after its function, `tile` is how
+    its work is cut, and `heads` are the first and the end of the query heads that it is for, empty for all.
     """
 
     target: Target
@@ -46,6 +46,7 @@ class Source:
     files: tuple[SourceFile, ...]
     phase: str = "any"
     tile: Tile | None = None
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

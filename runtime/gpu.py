@@ -85,6 +85,7 @@ class _Kernel:
     arguments: tuple[str, ...]
     grid: tuple[str, ...]
     tile_rows: int
+    num_heads: int
 
     def launch(self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float]) -> None:
         x, y, z = (lengths[axis] for axis in self.grid)
@@ -103,7 +104,7 @@ class GpuKernels:
         self, files: PackageFiles, target: Target, device: int, processors: int, strict: bool, driver: Driver
     ) -> None:
         manifest = files.manifest
-        self._kernels: dict[tuple[str, int, torch.dtype], _Kernel] = {}
+        self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several where heads have their own
         self._tables: dict[int, DecodeTable] = {}
         self._strict = strict
         self._device = device
@@ -119,7 +120,7 @@ class GpuKernels:
         for entry in entries:
             kernel = _load(entry, files, device, driver)
             for layer in entry.layers:
-                self._kernels[entry.phase, layer, _DTYPES[entry.dtype]] = kernel
+                self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
         self.dtypes: tuple[torch.dtype, ...] = tuple(
             dtype for dtype in _DTYPES.values() if ("prefill", 0, dtype) in self._kernels
         )
@@ -176,15 +177,16 @@ class GpuKernels:
         values |= zip(_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
         lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": batch, "one": 1}
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        decode = self._kernels.get(("decode", layer, q.dtype))
-        reduce = self._kernels.get(("reduce", layer, q.dtype))
-        if q_length > 1 or decode is None or reduce is None:
+        decode = self._kernels.get(("decode", layer, q.dtype), ())
+        reduce = self._kernels.get(("reduce", layer, q.dtype), ())
+        if q_length > 1 or not decode or not reduce:
             if self._max_keys is not None:
                 out.fill_(torch.nan)
-            kernel = self._kernels["prefill", layer, q.dtype]
-            # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one more.
-            lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
-            kernel.launch(lengths, stream, values)
+            for kernel in self._kernels["prefill", layer, q.dtype]:
+                # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one
+                # more.
+                lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
+                kernel.launch(lengths | {"query_heads": kernel.num_heads}, stream, values)
             return out
         splits = self._splits(batch * kv_heads, k_length)
         table = self._tables[layer]
@@ -200,8 +202,8 @@ class GpuKernels:
             "num_splits": splits,
         }
         lengths["splits"] = splits
-        decode.launch(lengths, stream, values)
-        reduce.launch(lengths, stream, values)
+        for kernel in (*decode, *reduce):
+            kernel.launch(lengths, stream, values)
         return out
 
     def _splits(self, groups: int, k_length: int) -> int:
@@ -277,6 +279,8 @@ def _check(entry: KernelEntry, where: str) -> None:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
     if entry.phase not in PHASES:
         raise PackageError(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase), _AGAIN)
+    if entry.heads and entry.phase != "prefill":
+        raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", shown(entry.heads), _AGAIN)
     if entry.scratch_bytes:
         raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
 
@@ -293,7 +297,9 @@ def _load(entry: KernelEntry, files: PackageFiles, device: int, driver: Driver) 
         launch.threads,
         launch.shared_bytes,
     )
-    return _Kernel(function, tuple(argument.name for argument in entry.arguments), launch.grid, launch.tile_rows)
+    first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
+    names = tuple(argument.name for argument in entry.arguments)
+    return _Kernel(function, names, launch.grid, launch.tile_rows, end - first)
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:

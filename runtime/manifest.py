@@ -72,9 +72,10 @@ class KernelEntry:
 
     `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
     decode.safetensors, or is empty for a kernel that serves every schedule; `launch` is None for a CPU kernel, which is
-    called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what the
-    caller must have checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of
-    queries, or "decode" and "reduce", which together take one.
+    called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what the caller must have
+    checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of queries, or
+    "decode" and "reduce", which together take one. `heads` are the first and the end of the query heads that it is for,
+    empty for all.
     """
 
     target: str
@@ -88,6 +89,7 @@ class KernelEntry:
     scratch_bytes: int
     preconditions: tuple[str, ...]
     phase: str = "any"
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -130,16 +130,31 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
     for required in ("topology.json", "schedule.safetensors"):
         if required not in files:
             raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
-    covered: dict[tuple[str, str, str], list[int]] = {}
+    model = manifest.model
+    covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
     for index, kernel in enumerate(manifest.kernels):
         if kernel.file not in files:
             raise PackageError(f"{root}: kernels[{index}].file", "a file of the package", shown(kernel.file), _AGAIN)
-        covered.setdefault((kernel.target, kernel.dtype, kernel.phase), []).extend(kernel.layers)
-    for (target, dtype, phase), layers in covered.items():
-        if sorted(layers) != list(range(manifest.model.num_hidden_layers)):
+        if len(kernel.heads) not in (0, 2):
             raise PackageError(
-                f"{root}: {phase} kernels for {target} {dtype}",
-                f"each of {manifest.model.num_hidden_layers} layers once",
-                shown(sorted(layers)),
-                _AGAIN,
+                f"{root}: kernels[{index}].heads", "nothing, or a first and an end", shown(kernel.heads), _AGAIN
             )
+        layers = covered.setdefault((kernel.target, kernel.dtype, kernel.phase), {})
+        for layer in kernel.layers:
+            layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
+    for (target, dtype, phase), layers in covered.items():
+        where = f"{root}: {phase} kernels for {target} {dtype}"
+        # Nothing as long as a number in the manifest says is made: it may say anything.
+        if len(layers) != model.num_hidden_layers or not all(0 <= layer < model.num_hidden_layers for layer in layers):
+            raise PackageError(where, f"each of {model.num_hidden_layers} layers once", shown(sorted(layers)), _AGAIN)
+        for layer, groups in layers.items():
+            ends = [0]
+            for first, end in sorted(groups):
+                ends.append(end if first == ends[-1] < end else -1)
+            if ends[-1] != model.num_attention_heads or -1 in ends:
+                raise PackageError(
+                    f"{where}: layer {layer}",
+                    f"each of {model.num_attention_heads} heads once",
+                    shown(sorted(groups)),
+                    _AGAIN,
+                )

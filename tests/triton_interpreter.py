@@ -24,7 +24,7 @@ class Call:
     """One launch, in float16 or float32.
 
     q `[batch, length, heads, head_dim]`, as projections leave it; k and v `[batch, heads, length, head_dim]`; position
-    and first_key int64 `[batch]`.
+    and first_key int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all.
     """
 
     text: str
@@ -36,6 +36,7 @@ class Call:
     position: Array
     first_key: Array
     scale: float
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text back when it first runs a function
         kernel = _load(call.text, call.name, Path(folder))
-        kernel[(heads, batch, -(-length // call.tile_rows) + 1)](
+        first, end = call.heads or (0, heads)
+        kernel[(end - first, batch, -(-length // call.tile_rows) + 1)](
             q,
             k,
             v,

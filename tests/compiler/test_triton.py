@@ -19,7 +19,7 @@ from surgeon.compiler.build_triton import build_triton
 from surgeon.compiler.render_triton import render_triton, tiling
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
-from surgeon.compiler.stages import Binary, KernelSpec
+from surgeon.compiler.stages import Binary, KernelSpec, Source
 from surgeon.compiler.tiles import Tile, device_of
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import BuildError, TargetError
@@ -37,6 +37,12 @@ TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
 def kernel_spec(topology: Topology, target: str = "cuda:90") -> KernelSpec:
     """The kernel of the topology's first layer."""
     return specialize(topology, schedule_layers(topology), Target.parse(target))[0]
+
+
+def render_whole(spec: KernelSpec) -> Source:
+    """The source of a layer whose heads are all in one kernel."""
+    (source,) = render_triton(spec)
+    return source
 
 
 # In the interpreter
@@ -70,7 +76,7 @@ def make_call(
             tensor[sequence, :, :first_key] = np.nan
             tensor[sequence, :, position + length :] = np.nan
     return Call(
-        text=render_triton(spec).files[0].text,
+        text=render_whole(spec).files[0].text,
         name=spec.name,
         tile_rows=tiling(spec).query_tile,
         q=q.astype(dtype),
@@ -236,11 +242,32 @@ def test_log_sum_exp_is_left_alone_unless_asked_for(pool: Executor) -> None:
     assert np.isnan(lse).all()
 
 
+def test_heads_in_kernels_of_their_own_together_make_the_layer(pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = scattered_clusters()
+    call = make_call(topology, length=6 * BLOCK)
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 1)
+    sources = render_triton(kernel_spec(topology))
+    assert [source.heads for source in sources] == [(0, 1), (1, 2)]
+    assert [source.files[0].path for source in sources] == [
+        "cuda-90/attention_000_head_00.py",
+        "cuda-90/attention_000_head_01.py",
+    ]
+    expected_out, expected_lse = reference(topology, call)
+    for head, source in enumerate(sources):
+        part = dataclasses.replace(
+            call, text=source.files[0].text, name=Path(source.files[0].path).stem, heads=source.heads
+        )
+        out, lse = pool.submit(launch, part, True).result()
+        assert np.isnan(out[:, :, 1 - head]).all()
+        np.testing.assert_allclose(out[:, :, head], expected_out[:, :, head], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(lse[:, head], expected_lse[:, head], rtol=1e-5, atol=1e-5)
+
+
 # Compiled
 
 
 def compile_kernel(topology: Topology, target: str, dtype: str) -> Binary:
-    return build_triton(render_triton(kernel_spec(topology, target)), dtype)
+    return build_triton(render_whole(kernel_spec(topology, target)), dtype)
 
 
 def mixed_heads(**shape: Any) -> Topology:
@@ -345,7 +372,7 @@ def test_a_missing_triton_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_source_that_does_not_compile_is_a_build_error(capsys: pytest.CaptureFixture[str]) -> None:
-    source = render_triton(kernel_spec(mixed_heads()))
+    source = render_whole(kernel_spec(mixed_heads()))
     (file,) = source.files
     broken = dataclasses.replace(
         source, files=(dataclasses.replace(file, text=file.text.replace("tl.dot(query,", "tl.dot(no_such_name,")),)
@@ -359,10 +386,10 @@ def test_a_source_that_does_not_compile_is_a_build_error(capsys: pytest.CaptureF
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    golden("attention_triton.py.txt", render_triton(kernel_spec(mixed_heads(num_blocks=12))).files[0].text)
+    golden("attention_triton.py.txt", render_whole(kernel_spec(mixed_heads(num_blocks=12))).files[0].text)
 
 
 def test_rendering_names_the_file_after_the_kernel() -> None:
-    source = render_triton(kernel_spec(mixed_heads()))
+    source = render_whole(kernel_spec(mixed_heads()))
     assert [file.path for file in source.files] == ["cuda-90/attention_000.py"]
-    assert source == render_triton(kernel_spec(mixed_heads()))
+    assert source == render_whole(kernel_spec(mixed_heads()))

@@ -282,6 +282,23 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     assert first["num_table_rows"] == table.rows.shape[1]
 
 
+@by_any_way
+def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
+    backend: str, driver: Driver, standin: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 2)
+    split = read_package(compile_package(topology(), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"]))
+    entries = [entry for entry in split.manifest.kernels if entry.phase == "prefill"]
+    assert [entry.heads for entry in entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    gpu = kernels(split, backend, driver)
+    standin.log()
+    out = gpu.attend(1, *tensors(5, 300), None, None, 1.0, None)
+    found = launches(standin)
+    assert [launch["grid"][:2] for launch in found] == [[1, 2]] * 4
+    assert len({launch["function"] for launch in found}) == 4
+    assert {arguments(entry_of(split, backend), launch)["out"] for launch in found} == {out.data_ptr()}
+
+
 @pytest.mark.parametrize(("k_length", "splits"), [(1, 1), (129, 2), (100_000, 6)])
 @pytest.mark.parametrize("way", ["cuda"])
 def test_short_sequences_are_cut_into_fewer_splits(
@@ -425,6 +442,10 @@ REFUSED = {
     "a phase": (
         lambda entry: dataclasses.replace(entry, phase="sample"),
         r"phase: expected one of prefill, decode, reduce, got 'sample'",
+    ),
+    "heads of a decoding kernel": (
+        lambda entry: dataclasses.replace(entry, heads=(0, 4), phase="decode"),
+        r"heads: expected none for the phase decode, got \(0, 4\)",
     ),
     "a dtype": (lambda entry: dataclasses.replace(entry, dtype="fp8"), r"dtype: expected one of bf16, fp16, got 'fp8'"),
 }

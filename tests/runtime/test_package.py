@@ -221,6 +221,17 @@ def test_a_layer_without_a_kernel(package: Path) -> None:
     refused(package, "kernels for cpu fp32: expected each of 2 layers once")
 
 
+@pytest.mark.parametrize("heads", [[0, 1], [1, 2], [1, 0], [0, 3], [-1, 2], [0, 0]])
+def test_a_head_without_a_kernel(package: Path, heads: list[int]) -> None:
+    rewrite(package, lambda root: root["kernels"][0].update(heads=heads))  # type: ignore[index]
+    refused(package, "kernels for cpu fp32: layer 0: expected each of 2 heads once")
+
+
+def test_heads_that_are_no_range(package: Path) -> None:
+    rewrite(package, lambda root: root["kernels"][0].update(heads=[0, 1, 2]))  # type: ignore[index]
+    refused(package, "kernels[0].heads: expected nothing, or a first and an end")
+
+
 @pytest.mark.parametrize("name", ["topology.json", "schedule.safetensors"])
 def test_a_required_file_that_is_not_listed(package: Path, name: str) -> None:
     manifest = manifest_of(package)
