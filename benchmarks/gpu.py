@@ -1,0 +1,223 @@
+"""Times compiled attention on a GPU beside SDPA and FlexAttention; needs no network and no install.
+
+From a source tree, on a machine without a GPU, and then on one with it:
+
+    PYTHONPATH=.ci/types python benchmarks/gpu.py --packages kernels-gpu --compile cuda:90
+    PYTHONPATH=.ci/types python benchmarks/gpu.py --packages kernels-gpu --json results.json
+
+The second command compiles nothing. Each row is checked against fp64 on a sample of queries before it is timed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import patterns
+from patterns import Shape
+from surgeon.compiler import Topology, compile_package
+from surgeon.runtime import Package, load
+
+SHAPE = Shape(heads=32, kv_heads=8, head_dim=128, block_size=128)  # Llama-3.1-8B
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+TOLERANCE = 5e-3
+SAMPLES = 16
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, required=True, help="where the compiled packages are kept")
+    parser.add_argument("--compile", metavar="TARGET", help="compile them for a target, and time nothing")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--json", type=Path, help="a file for the rows")
+    arguments = parser.parse_args()
+    if arguments.compile:
+        for length, density in ((length, density) for length in arguments.lengths for density in DENSITIES):
+            topology = patterns.windows(SHAPE, length, density)
+            print(compile_package(topology, place(arguments.packages, topology), [arguments.compile], ["bf16"]))
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu.py: expected a GPU that torch can use, got none; pass --compile to prepare for one")
+    found = []
+    for row in rows(arguments.packages, arguments.lengths):
+        found.append(row)
+        print(
+            "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{value}" for name, value in row.items())
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n")
+
+
+def place(packages: Path, topology: Topology) -> Path:
+    """The folder of a topology's package."""
+    return packages / topology.sha256[:16]
+
+
+def machine() -> dict[str, str]:
+    """The card and the versions that figures belong to."""
+    return {
+        "card": torch.cuda.get_device_name(),
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "python": platform.python_version(),
+    }
+
+
+def rows(packages: Path, lengths: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Prefill and decode, at each length and density."""
+    for length in lengths:
+        for density in DENSITIES:
+            topology = patterns.windows(SHAPE, length, density)
+            package = load(place(packages, topology), strict=True, device="cuda")
+            for q_length in (length, 1):
+                yield row(topology, package, length, q_length)
+
+
+def row(topology: Topology, package: Package, length: int, q_length: int) -> dict[str, object]:
+    """One comparison: milliseconds by name, and how many times as fast as each peer ours is."""
+    tensors = inputs(q_length, length)
+    q, k, v = tensors
+    mask = torch.from_numpy(topology.block_mask(0, length // SHAPE.block_size)).cuda()
+    density = float(mask.sum() / (len(mask) * mask.shape[1] * (mask.shape[1] + 1) / 2))
+    if q_length == 1:
+        density = float(mask[:, -1].sum() / mask[:, -1].numel())
+    ours = partial(package.attention, 0, q, k, v)
+    check("ours", mask, tensors, ours())
+    dense = partial(scaled_dot_product_attention, q, k, v, is_causal=q_length > 1, enable_gqa=True)
+    calls: dict[str, Callable[[], object]] = {"ours": ours, "sdpa": dense}
+    if q_length > 1:
+        calls["cudnn"] = partial(with_cudnn, dense)
+    if density < 1.0:
+        flex = flexible(mask, tensors)
+        check("flex", mask, tensors, flex().transpose(1, 2))
+        calls["flex"] = flex
+    milliseconds = timed(calls, graphs=q_length == 1)
+    result: dict[str, object] = {
+        "phase": "prefill" if q_length > 1 else "decode",
+        "length": length,
+        "density": density,
+        "launches": launches(ours),
+    }
+    result |= {f"{name}_ms": value for name, value in milliseconds.items()}
+    result |= {f"times_{name}": value / milliseconds["ours"] for name, value in milliseconds.items() if name != "ours"}
+    result["times_sdpa_x_density"] = milliseconds["sdpa"] / milliseconds["ours"] * density
+    return result
+
+
+def inputs(q_length: int, k_length: int) -> Tensors:
+    """bf16 tensors on the GPU, q as projections leave it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    q = torch.randn(1, q_length, SHAPE.heads, SHAPE.head_dim, **options).transpose(1, 2)
+    k = torch.randn(1, SHAPE.kv_heads, k_length, SHAPE.head_dim, **options)
+    v = torch.randn(1, SHAPE.kv_heads, k_length, SHAPE.head_dim, **options)
+    return q, k, v
+
+
+def check(name: str, mask: torch.Tensor, tensors: Tensors, out: torch.Tensor) -> None:
+    """Compares a sample of the queries with fp64; `mask` is that of blocks, `[heads, rows, blocks]`."""
+    q, k, v = tensors
+    position = k.shape[2] - q.shape[2]
+    found, expected = [], []
+    for query in torch.linspace(0, q.shape[2] - 1, min(SAMPLES, q.shape[2])).long().tolist():
+        own = position + query
+        visible = mask[:, own // SHAPE.block_size].repeat_interleave(SHAPE.block_size, dim=1)[:, : own + 1]
+        for head in range(SHAPE.heads):
+            kv_head = head * SHAPE.kv_heads // SHAPE.heads
+            keys, values = (tensor[0, kv_head, : own + 1][visible[head]].double() for tensor in (k, v))
+            weights = torch.softmax(keys @ q[0, head, query].double() * SHAPE.head_dim**-0.5, dim=0)
+            expected.append(weights @ values)
+            found.append(out[0, query, head].double())
+    reference = torch.stack(expected)
+    error = float((torch.stack(found) - reference).norm() / reference.norm())
+    if not error < TOLERANCE:
+        raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
+
+
+def with_cudnn(call: Callable[[], object]) -> object:
+    """The call with SDPA's cuDNN back end and no other."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return call()
+
+
+def flexible(mask: torch.Tensor, tensors: Tensors) -> Callable[[], torch.Tensor]:
+    """FlexAttention, compiled, on the same blocks, with the diagonal ones partial and all others full."""
+    q, k, v = tensors
+    offset = k.shape[2] - q.shape[2]
+    blocks = mask[None] if offset == 0 else mask[None, :, -1:]
+    diagonal = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    diagonal = (diagonal if offset == 0 else diagonal[-1:]).expand_as(blocks)
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        return chosen.sum(dim=-1, dtype=torch.int32), order
+
+    block_mask = BlockMask.from_kv_blocks(
+        *listed(blocks & diagonal),
+        *listed(blocks & ~diagonal),
+        BLOCK_SIZE=SHAPE.block_size,
+        mask_mod=lambda _b, _h, query, key: query + offset >= key,
+        seq_lengths=(q.shape[2], k.shape[2]),
+    )
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+def timed(calls: Mapping[str, Callable[[], object]], graphs: bool, repeats: int = 30) -> dict[str, float]:
+    """Median milliseconds by CUDA events, one call of each in turn, the L2 cache cleared before each.
+
+    With `graphs`, calls are captured and replayed, so that the time of the host does not count.
+    """
+    ready = {name: captured(call) if graphs else call for name, call in calls.items()}
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for turn in range(repeats + 3):
+        for name, call in ready.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 3:  # the first ones warm up
+                times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels one call starts."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profiler.events())
+
+
+if __name__ == "__main__":
+    main()
