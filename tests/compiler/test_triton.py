@@ -393,3 +393,10 @@ def test_rendering_names_the_file_after_the_kernel() -> None:
     source = render_whole(kernel_spec(mixed_heads()))
     assert [file.path for file in source.files] == ["cuda-90/attention_000.py"]
     assert source == render_whole(kernel_spec(mixed_heads()))
+
+
+def test_more_blocks_of_the_same_pieces_are_the_same_source() -> None:
+    small, large = (
+        render_triton(kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))) for blocks in (64, 1024)
+    )
+    assert [source.files for source in small] == [source.files for source in large]

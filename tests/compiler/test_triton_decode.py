@@ -187,6 +187,14 @@ def test_every_target_builds_without_spills(target: str, head_dim: int, tmp_path
             assert parameters(binary, tmp_path) == laid_out(entry.arguments)
 
 
+def test_compiling_again_gives_the_same_bytes_and_no_path() -> None:
+    for source in render_decode(specs_of(mixed(8, 2, head_dim=64, block_size=64))):
+        binary = build_triton(source, "fp16")
+        assert build_triton(source, "fp16") == binary
+        for trace in (b"/tmp", f"{source.phase}.py".encode(), str(Path.home()).encode()):
+            assert trace not in binary.data
+
+
 def test_a_group_with_too_many_heads_has_no_decoding_kernels() -> None:
     topology = shaped(topologies.window_topology, [1, 2] * 16, num_kv_heads=1)
     assert MAX_GROUP < 32
