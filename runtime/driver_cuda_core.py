@@ -1,8 +1,9 @@
-"""CUDA's driver by cuda.core, which packs arguments and launches without the detour over ctypes.
+"""CUDA's driver by cuda.core, NVIDIA's own interface for Python.
 
 Importing this module fails where cuda.core is not installed.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,17 @@ class CudaCoreDriver:
         return values[0] if values else None
 
 
+@functools.lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> Any:
+    return LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    """A wrapper that owns nothing, so a later stream may have the handle as well."""
+    return Stream.from_handle(handle)
+
+
 class _Function:
     """A kernel and the context that it is launched in."""
 
@@ -76,12 +88,12 @@ class _Function:
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         """See `Function.launch`."""
-        config = LaunchConfig(grid=grid, block=self._threads, shmem_size=self._shared_bytes)
+        config = _config(grid, self._threads, self._shared_bytes)
         arguments = [kind(value) for kind, value in zip(self._types, values, strict=True)]
         # The calling thread may have no context, or another device's.
         cuda.cuCtxPushCurrent(self._context)
         try:
-            launch(Stream.from_handle(stream), config, self._kernel, *arguments)
+            launch(_stream(stream), config, self._kernel, *arguments)
         except Exception as error:  # cuda.core's own error type is none of its public names
             raise no_launch(self._symbol, str(error)[:200]) from None
         finally:
