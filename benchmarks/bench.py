@@ -35,6 +35,7 @@ def main() -> int:
 def run(chosen: list[str], isa: str, threads: int) -> int:
     """Runs suites one after another; each has a file of its own."""
     import torch
+    import transformers
     from rich.console import Console
 
     import decode
@@ -45,6 +46,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
     suites: dict[str, Suite] = {
         "prefill-gemm": prefill.against_gemm,
         "prefill-dtypes": prefill.against_dtypes,
@@ -57,7 +59,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "model-short": whole_model.short_prompts,
         "model-decode": whole_model.decoding,
     }
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=140)
     unknown = [name for name in chosen if name not in suites]
     if unknown:
         console.print(f"bench: expected suites among {', '.join(suites)}, got {', '.join(unknown)}", style="red")
@@ -79,9 +81,9 @@ def _table(title: str, rows: list[dict[str, object]]) -> object:
     from rich.table import Table
 
     table = Table(title=title)
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right")
-    keys = list(rows[0])
+    keys = [key for key in rows[0] if not key.endswith(("_min_ms", "_min_us", "_cpu_ms"))]  # these are in the file
+    for key in keys:
+        table.add_column(key.replace("_", "\n"), justify="right")
     for row in rows:
         table.add_row(*(_shown(row[key]) if key in row else "–" for key in keys))
     return table
