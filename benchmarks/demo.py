@@ -3,12 +3,14 @@
 Everything lies in the cache afterwards, so that a second run needs no network. Run it with `make demo`.
 """
 
+import argparse
+import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from surgeon.runtime.errors import SurgeonError
 from texts import Text, real_text, windows
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LENGTHS = (2048, 4096)
+LEARNED = {2048: "smollm2-135m", 4096: "smollm2-135m-4096"}
+"""The topology that was learned, or scaled, for each length."""
 TOKENS_SCORED = 8192
 REPEATS = 3
 NEW_TOKENS = 48
@@ -50,37 +53,44 @@ class Comparison:
     patched_perplexity: float
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compare SmolLM2 on compiled kernels with the dense model.")
+    parser.add_argument("--save", type=Path, help="write the comparison to this JSON file as well")
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
     try:
-        run()
+        results = run()
     except SurgeonError as error:
         console.print(f"demo: {error}", style="red", markup=False)
         return 2
+    if options.save:
+        rows = [asdict(result) for result in results]
+        options.save.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def run() -> None:
+def run() -> list[Comparison]:
     """Fetches, compiles, compares and prints."""
     folder = model_folder(cache_folder(), say)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     text = real_text(cache_folder(), say)
-    topology, package = compiled("smollm2-135m")
+    compiled_for = {length: compiled(name) for length, name in LEARNED.items()}
     here = machine()
     say(f"{here['processor']} ({here['torch_isa']}), {here['threads']} threads, torch {here['torch']}, fp32")
     say(f"text: {text.name}, {len(text.text):,} characters, SHA-256 {text.sha256[:12]}")
     before = fingerprint(model)
 
-    results = [compare(model, tokenizer, text, topology, package, length) for length in LENGTHS]
+    results = [compare(model, tokenizer, text, *compiled_for[length], length) for length in LEARNED]
     console.print(comparison_table(results))
-    show_continuations(model, tokenizer, text, package)
+    show_continuations(model, tokenizer, text, compiled_for[min(LEARNED)][1])
     check_trees(model, tokenizer, text)
 
     after = fingerprint(model)
     same = "unchanged" if after == before else f"CHANGED to {after}"
     console.print(f"\nSHA-256 of the weights: {before}, {same}")
+    return results
 
 
 def compiled(name: str) -> tuple[Topology, Package]:
@@ -184,7 +194,7 @@ def show_continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, package: Package
 ) -> None:
     """Prints how both models go on, greedily, after the same long prompt."""
-    prompt = windows(tokenizer, text, LENGTHS[0], most=3)[-1]
+    prompt = windows(tokenizer, text, min(LEARNED), most=3)[-1]
     say(f"continuing a prompt of {prompt.shape[1]:,} tokens by {NEW_TOKENS}")
 
     def continuation() -> str:

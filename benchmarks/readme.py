@@ -1,4 +1,7 @@
-"""Puts the measured figures into the README, between its two marks. Run it after `make bench`."""
+"""Puts the measured figures into the README, between its two marks.
+
+Run it after `make bench` and `benchmarks/demo.py --save benchmarks/results/demo-native.json`.
+"""
 
 import json
 import sys
@@ -41,6 +44,11 @@ def _lines() -> Iterator[str]:
             f"| SmolLM2-135M, first token of a prompt of {row['length']:,} | {row['patched_s']:.2f} s, dense "
             f"{row['dense_s']:.2f} s: {row['times']:.2f}x |"
         )
+    for row in _result("demo")["rows"]:
+        yield (
+            f"| SmolLM2-135M, perplexity at {row['length']:,} tokens, {row['density']:.0%} of the blocks | "
+            f"{row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f} |"
+        )
     short = _result("model-short")["rows"]
     yield f"| SmolLM2-135M, prompts of 64 to 2,048 tokens, worst of them | {_least(short, 'times'):.2f}x |"
     peers = _result("prefill-peers")["rows"]
@@ -49,8 +57,7 @@ def _lines() -> Iterator[str]:
     yield f"| prefill kernel beside dense SDPA, times density | {_range(sparse, 'times_sdpa_x_density')} |"
     dense = [row for row in peers if row["density"] == 1]
     yield f"| prefill kernel at density 1 beside SDPA | {_range(dense, 'times_sdpa')} |"
-    gemm = _result("prefill-gemm")["rows"]
-    yield f"| prefill kernel's rate on its blocks, of torch's matrix product | {_range(gemm, 'of_gemm', '')} |"
+    yield f"| prefill kernel's rate on its blocks, of torch's matrix product | {_range(peers, 'of_gemm', '')} |"
     long = [row for row in _result("decode")["rows"] if row["length"] >= 8192]
     for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
         rows = [row for row in long if row["density"] == density]

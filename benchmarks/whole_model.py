@@ -89,6 +89,6 @@ def _decoder(model: PreTrainedModel, length: int, steps: int) -> Callable[[], ob
     def run() -> None:
         for step in range(length, length + steps):
             model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
-        cache.crop(length)
+        cache.crop(-steps)
 
     return run

@@ -13,6 +13,9 @@ _CHUNK = 128  # keys
 _DECODE_CHUNK_ELEMENTS = 4096  # of keys, and as many of values: what the L1 cache holds as floats
 _SPLIT_KEYS = 256
 _SPLITS_PER_THREAD = 4
+# A sleeping thread wakes in some tenths of a millisecond.
+_OPERATIONS_PER_THREAD = 20e6
+_BYTES_PER_THREAD = 2e6
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,12 @@ def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> 
         "prefill.h": render_template("cpu/prefill.h.jinja"),
         "decode.h": render_template("cpu/decode.h.jinja", decode_chunk=_DECODE_CHUNK_ELEMENTS // specs[0].head_dim),
         "driver.cpp": render_template(
-            "cpu/driver.cpp.jinja", variants=variants, split_keys=_SPLIT_KEYS, splits_per_thread=_SPLITS_PER_THREAD
+            "cpu/driver.cpp.jinja",
+            variants=variants,
+            split_keys=_SPLIT_KEYS,
+            splits_per_thread=_SPLITS_PER_THREAD,
+            operations_per_thread=_OPERATIONS_PER_THREAD,
+            bytes_per_thread=_BYTES_PER_THREAD,
         ),
         "schedule.cpp": _render_schedule(specs),
     }

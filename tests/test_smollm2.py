@@ -215,10 +215,15 @@ def test_the_demo_runs_to_its_end(
 ) -> None:
     monkeypatch.setattr(demo, "model_folder", lambda *_: files)
     monkeypatch.setattr(demo, "real_text", lambda *_: Text("story", SHIPPED.read_text(encoding="utf-8")))
-    for name, value in (("LENGTHS", (100, 200)), ("TOKENS_SCORED", 200), ("REPEATS", 1), ("NEW_TOKENS", 2)):
+    for name, value in (
+        ("LEARNED", {100: "smollm2-135m", 200: "smollm2-135m-4096"}),
+        ("TOKENS_SCORED", 200),
+        ("REPEATS", 1),
+        ("NEW_TOKENS", 2),
+    ):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "TREE_TOKENS", 150)
-    assert demo.main() == 0
+    assert demo.main([]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"200 │ +9\d\.\d%", shown)
     differences = [float(found) for found in re.findall(r"(?:patched|traced)  (\S+) where", shown)]
