@@ -216,7 +216,7 @@ def test_the_demo_runs_to_its_end(
     monkeypatch.setattr(demo, "model_folder", lambda *_: files)
     monkeypatch.setattr(demo, "real_text", lambda *_: Text("story", SHIPPED.read_text(encoding="utf-8")))
     for name, value in (
-        ("LEARNED", {100: "smollm2-135m", 200: "smollm2-135m-4096"}),
+        ("LEARNED", {100: "smollm2-135m", 200: "smollm2-135m"}),
         ("TOKENS_SCORED", 200),
         ("REPEATS", 1),
         ("NEW_TOKENS", 2),
