@@ -7,14 +7,11 @@ the rows of a layer that see every block up to their own. There, what decides is
 import logging
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-import safetensors.numpy
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from surgeon.runtime.errors import PackageError
 from surgeon.runtime.package import PackageFiles
+from surgeon.runtime.schedules import read_schedules
 
 _RATE = {"x86_64_v4": 1.5, "x86_64_v3": 1.3, "portable": 0.5}
 """A variant's time a dense block under torch's own, measured on processors with AVX2 and AVX-512: see benchmarks."""
@@ -43,43 +40,16 @@ class DenseRows:
 
 
 def dense_rows(files: PackageFiles, variant: str) -> DenseRows:
-    """Reads the schedule's tables of a package.
+    """Counts the dense rows of a package's schedules.
 
     Raises:
-        PackageError: the tables are not what the manifest's kernels name.
+        PackageError: the schedules are damaged.
     """
-    try:
-        tables = safetensors.numpy.load(files.files["schedule.safetensors"])
-        blocks = {
-            layer: _dense_blocks(tables[f"{kernel.schedule}.pieces"], tables[f"{kernel.schedule}.heads"])
-            for kernel in files.manifest.kernels
-            if kernel.target == "cpu"
-            for layer in kernel.layers
-        }
-    except (safetensors.SafetensorError, KeyError, IndexError, ValueError) as error:
-        raise PackageError(
-            f"{files.folder}/schedule.safetensors",
-            "pieces and heads of every kernel",
-            str(error)[:100],
-            "compile the package again",
-        ) from None
+    blocks = {layer: min(head.dense_rows for head in heads) for layer, heads in read_schedules(files).items()}
     size = files.manifest.block_size
     # What lies beyond is refused, which the kernel does.
     most = files.manifest.num_blocks if files.manifest.beyond == "error" else max(blocks.values(), default=0)
     return DenseRows({layer: min(count, most) * size for layer, count in blocks.items()}, variant)
-
-
-def _dense_blocks(pieces: npt.NDArray[np.int32], heads: npt.NDArray[np.int32]) -> int:
-    """The rows from 0 on that read one run from block 0 to their own, in every head."""
-    fewest = 2**31 - 1
-    for first, end, _ in heads.tolist():
-        rows = 0
-        for _, end_row, first_run, end_run, last_begin, follows_row in pieces[first:end].tolist():
-            if first_run != end_run or last_begin != 0 or follows_row:
-                break
-            rows = end_row
-        fewest = min(fewest, rows)
-    return fewest
 
 
 def visible_end(

@@ -3,16 +3,18 @@
 import logging
 import os
 import threading
+from functools import cached_property
 from typing import cast
 
 import torch
 
-from surgeon.runtime import ops
+from surgeon.runtime import backward, ops
 from surgeon.runtime.cpu_kernels import CpuKernels
 from surgeon.runtime.errors import PatchError, SurgeonError, TargetError
 from surgeon.runtime.gpu import GpuKernels, open_gpu
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.package import PackageFiles, read_package
+from surgeon.runtime.schedules import HeadSchedule, read_schedules
 
 _LOG = logging.getLogger("surgeon")
 
@@ -242,6 +244,39 @@ class Package:
         # One layout for both: the kernel takes one pair of strides.
         rotary = (cos_.contiguous().expand(batch, -1, -1), sin_.contiguous().expand(batch, -1, -1))
         return kernels.attend(layer, q_, k_, v_, None, first_key, scale, rotary=rotary).to(q.dtype)
+
+    def run_backward(
+        self,
+        layer: int,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+        scale: float,
+    ) -> backward.Gradients:
+        """The gradients of q, k and v of a call of `run` on the CPU, from those of its results.
+
+        Raises:
+            PatchError: shapes or dtypes that do not fit the package, or tensors that are not on the CPU.
+        """
+        self._check(q, k, v, position, first_key)
+        self._check_layer(layer)
+        if q.device.type != "cpu":
+            raise PatchError(
+                "surgeon.attention", "tensors on the CPU in a backward pass", str(q.device), ops.WITHOUT_GRADIENTS
+            )
+        batch, length = q.shape[0], q.shape[2]
+        positions = [k.shape[2] - length] * batch if position is None else position.tolist()
+        first_keys = [0] * batch if first_key is None else first_key.tolist()
+        heads, block_size = self._schedules[layer], self.manifest.block_size
+        return backward.gradients(heads, block_size, grad_out, grad_lse, q, k, v, positions, first_keys, scale)
+
+    @cached_property
+    def _schedules(self) -> dict[int, tuple[HeadSchedule, ...]]:
+        return read_schedules(self._files)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.manifest.model.num_hidden_layers:

@@ -1,10 +1,12 @@
 """The torch ops that stand for a packaged attention kernel in eager code, `torch.compile` and `torch.export`."""
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgeon.runtime.backward import Gradients
 from surgeon.runtime.errors import PackageError, PatchError
 
 if TYPE_CHECKING:
@@ -19,6 +21,13 @@ _LIBRARY.define(
     "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? first_key, float scale, "
     "str package, int layer) -> Tensor"
 )
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? position, "
+    "Tensor? first_key, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
+)
+
+WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
+"""What to do where there is no backward pass."""
 
 # A package may be loaded more than once: an id is known as long as one of its packages is.
 _packages: dict[str, weakref.WeakSet["Package"]] = {}
@@ -96,24 +105,78 @@ def _fake_attention_with_lse(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, to
     return _fake_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _backward(_context: Any, *_gradients: torch.Tensor) -> None:
-    raise PatchError(
-        "surgeon.attention",
-        "a forward pass only",
-        "a call of backward",
-        "run under torch.no_grad(), or unpatch the model to train it",
-    )
+def _attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor | None,
+    first_key: torch.Tensor | None,
+    scale: float,
+    package: str,
+    layer: int,
+) -> Gradients:
+    return find(package).run_backward(layer, grad_out, grad_lse, q, k, v, position, first_key, scale)
+
+
+def _fake_attention_backward(
+    _grad_out: torch.Tensor, _grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> Gradients:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001 - torch's names
+    *tensors, ctx.scale, ctx.package, ctx.layer = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(
+    ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    rest = (ctx.scale, ctx.package, ctx.layer)
+    gradients = torch.ops.surgeon.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *rest)
+    return *gradients, *[None] * 5
+
+
+def _no_backward(expected: str, got: str) -> Callable[..., None]:
+    def refuse(_ctx: Any, *_gradients: torch.Tensor) -> None:
+        raise PatchError("surgeon.attention", expected, got, WITHOUT_GRADIENTS)
+
+    return refuse
+
+
+def _under_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The op on q, k and v in autocast's dtype, as torch's own attention: models hand over several dtypes there."""
+
+    def cast_and_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return op(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
+
+    return cast_and_call
 
 
 for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
+    _LIBRARY.impl("attention_backward", _attention_backward, _key)
 _LIBRARY.impl("attention_rotary", _attention_rotary, "CPU")
 for _name, _fake in (
     ("attention", _fake_attention),
     ("attention_with_lse", _fake_attention_with_lse),
     ("attention_rotary", _fake_attention),
+    ("attention_backward", _fake_attention_backward),
 ):
     torch.library.register_fake(f"surgeon::{_name}", _fake, lib=_LIBRARY)
-    # Without this, autograd would drop the gradient in silence.
-    torch.library.register_autograd(f"surgeon::{_name}", _backward, lib=_LIBRARY)
+for _name in ("attention", "attention_with_lse"):
+    torch.library.register_autograd(f"surgeon::{_name}", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+    for _device in ("cpu", "cuda"):
+        _op = getattr(torch.ops.surgeon, _name).default
+        _LIBRARY.impl(_name, _under_autocast(_op, _device), f"Autocast{_device.upper()}")
+# Without these, autograd would drop the gradients in silence.
+for _name, _expected, _got in (
+    ("attention_rotary", "a forward pass only", "a call of backward"),
+    ("attention_backward", "first derivatives only", "a backward pass through a backward pass"),
+):
+    torch.library.register_autograd(f"surgeon::{_name}", _no_backward(_expected, _got), lib=_LIBRARY)

@@ -47,13 +47,12 @@ def test_under_torch_compile(package: Package) -> None:
         torch.testing.assert_close(compiled(q[:, :, :length], k, v), layer(q[:, :, :length], k, v))
 
 
-def test_backward_is_an_error_and_not_a_lost_gradient(package: Package) -> None:
-    q, *rest = arguments(package)
-    for name in ("attention", "attention_with_lse"):
-        out = getattr(torch.ops.surgeon, name)(q.clone().requires_grad_(), *rest)
-        out = out if isinstance(out, torch.Tensor) else out[0]
-        with pytest.raises(PatchError, match="expected a forward pass only, got a call of backward"):
-            out.sum().backward()
+def test_rotary_backward_is_an_error_and_not_a_lost_gradient(package: Package) -> None:
+    q, k, v = (torch.randn(2, heads, 40, 32) for heads in (2, 1, 1))
+    cos, sin = torch.randn(2, 1, 40, 32)
+    out = torch.ops.surgeon.attention_rotary(q.requires_grad_(), k, v, cos, sin, None, 0.2, package.id, 0)
+    with pytest.raises(PatchError, match="expected a forward pass only, got a call of backward"):
+        out.sum().backward()
 
 
 def test_a_package_that_is_not_loaded(package: Package) -> None:
