@@ -9,12 +9,12 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from surgeon.runtime.errors import PackageError, TargetError, TopologyError, shown
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import CPU_ABI_VERSION
 
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY = range(4)
+_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_PAGE = range(5)
 
 
 class Call(ctypes.Structure):
@@ -31,6 +31,7 @@ class Call(ctypes.Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("rotated_k", c_void_p),
+        ("pages", c_void_p),
         ("q_strides", c_int64 * 3),
         ("k_strides", c_int64 * 3),
         ("v_strides", c_int64 * 3),
@@ -38,6 +39,8 @@ class Call(ctypes.Structure):
         ("batch", c_int64),
         ("q_length", c_int64),
         ("k_length", c_int64),
+        ("num_pages", c_int64),
+        ("num_slots", c_int64),
         ("scale", c_float),
         ("dtype", c_int32),
         ("variant", c_int32),
@@ -117,18 +120,26 @@ class CpuLibrary:
         scale: float,
         log_sum_exp: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        pages: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool; shapes as `Package.attention`, positions integers `[batch]`.
 
-        `rotary`, cosines and sines `[batch, length, head_dim]`, rotates q and k, which then have one length.
+        `rotary`, cosines and sines `[batch, length, head_dim]`, rotates q and k, which then have one length. With
+        `pages`, k and v are slots; see `Package.run_paged`.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
+            PatchError: a query reads a block that the pages do not hold.
         """
-        q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
         out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
-        positions = _positions(position, batch, k.shape[2] - q_length)
+        if pages is None:
+            k_length, num_pages, num_slots = k.shape[2], 0, 0
+        else:
+            k, v, pages = k.contiguous(), v.contiguous(), pages.contiguous()
+            k_length, num_pages, num_slots = pages.shape[2] * k.shape[1], pages.shape[2], k.shape[0]
+        positions = _positions(position, batch, k_length - q_length)
         first_keys = _positions(first_key, batch, 0)
         cos, sin = rotary or (None, None)
         rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype)
@@ -143,13 +154,16 @@ class CpuLibrary:
             None if cos is None else cos.data_ptr(),
             None if sin is None else sin.data_ptr(),
             None if rotated_k is None else rotated_k.data_ptr(),
+            None if pages is None else pages.data_ptr(),
             q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
+            k.stride()[:3] if pages is None else (0, 0, head_dim),
+            v.stride()[:3] if pages is None else (0, 0, head_dim),
             (0, 0) if cos is None else cos.stride()[:2],
             batch,
             q_length,
-            k.shape[2],
+            k_length,
+            num_pages,
+            num_slots,
             scale,
             _CODES[q.dtype],
             self._variant,
@@ -157,7 +171,7 @@ class CpuLibrary:
         )
         status = kernel(call)
         if status != _OK:
-            raise _fault(status, q_length, k.shape[2], position)
+            raise _fault(status, q_length, k_length, position)
         return out
 
 
@@ -182,6 +196,13 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
             "a sequence within the topology's blocks (beyond: error)",
             "a longer one",
             'shorten it, or compile a topology with "beyond" set to "window" or "dense"',
+        )
+    if status == _MISSING_PAGE:
+        return PatchError(
+            "attention: pages",
+            "a slot for every block that the queries read",
+            "a block that the cache has dropped, or a slot that it does not have",
+            "read no rows before those that the cache was trimmed for",
         )
     return MemoryError("attention: no memory for the kernel's workspace")
 

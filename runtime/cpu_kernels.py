@@ -66,3 +66,18 @@ class CpuKernels:
                 return dense.attend(q, k, v, end, scale)
         library, kernel = self._kernels[layer, q.dtype]
         return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, rotary)
+
+    def attend_paged(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pages: torch.Tensor,
+        position: torch.Tensor,
+        first_key: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Runs a layer's kernel on keys and values in slots; see `Package.run_paged`."""
+        library, kernel = self._kernels[layer, q.dtype]
+        return library.attend(kernel, q, k, v, position, first_key, scale, pages=pages)

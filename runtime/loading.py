@@ -208,6 +208,46 @@ class Package:
             return kernels.attend(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
         return kernels.attend(layer, q, k, v, position, first_key, scale, log_sum_exp)
 
+    def run_paged(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pages: torch.Tensor,
+        position: torch.Tensor,
+        first_key: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """As `run` on the CPU, on a cache that holds a part of the blocks, each in a slot somewhere.
+
+        k and v are `[slots, block_size, D]`; `pages`, int32 `[B, Hkv, blocks]`, is the slot of each block of each KV
+        head, counted from the first valid key, and -1 for a block that is not held, which no query may read.
+
+        Raises:
+            PatchError: shapes, dtypes or devices that do not fit, or a query reads a block that is not held.
+        """
+        self._check_layer(layer)
+        self._check_queries(q, position, first_key)
+        model, block_size = self.manifest.model, self.manifest.block_size
+        for name, slots in (("k", k), ("v", v)):
+            if slots.dim() != 3 or slots.shape != k.shape or slots.shape[1:] != (block_size, model.head_dim):
+                raise _misfit(name, f"[slots, {block_size}, {model.head_dim}], k and v alike", slots)
+            if slots.dtype != q.dtype or slots.device.type != "cpu":
+                raise PatchError(
+                    f"attention: {name}", f"{q.dtype} on cpu, as q", f"{slots.dtype} on {slots.device}", "convert it"
+                )
+        if pages.dim() != 3 or pages.shape[:2] != (q.shape[0], model.num_key_value_heads):
+            raise _misfit("pages", f"[{q.shape[0]}, {model.num_key_value_heads}, blocks]", pages)
+        if pages.dtype != torch.int32 or pages.device.type != "cpu":
+            raise PatchError(
+                "attention: pages", "torch.int32 on cpu", f"{pages.dtype} on {pages.device}", "convert them"
+            )
+        kernels = self._cpu
+        dtype = q.dtype if q.dtype in kernels.dtypes else self._wider(kernels.dtypes, q.dtype)
+        q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
+        return kernels.attend_paged(layer, q_, k_, v_, pages, position, first_key, scale).to(q.dtype)
+
     def run_rotary(
         self,
         layer: int,
@@ -295,10 +335,8 @@ class Package:
         position: torch.Tensor | None,
         first_key: torch.Tensor | None,
     ) -> None:
-        model = self.manifest.model
-        heads, kv_heads, head_dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-        if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != head_dim:
-            raise _misfit("q", f"[batch, {heads}, length, {head_dim}]", q)
+        self._check_queries(q, position, first_key)
+        kv_heads, head_dim = self.manifest.model.num_key_value_heads, self.manifest.model.head_dim
         for name, tensor in (("k", k), ("v", v)):
             if tensor.dim() != 4 or tensor.shape[:2] != (q.shape[0], kv_heads) or tensor.shape[3] != head_dim:
                 raise _misfit(name, f"[{q.shape[0]}, {kv_heads}, length, {head_dim}]", tensor)
@@ -311,6 +349,11 @@ class Package:
                 )
         if k.shape != v.shape:
             raise _misfit("v", f"{list(k.shape)}, as k", v)
+
+    def _check_queries(self, q: torch.Tensor, position: torch.Tensor | None, first_key: torch.Tensor | None) -> None:
+        heads, head_dim = self.manifest.model.num_attention_heads, self.manifest.model.head_dim
+        if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != head_dim:
+            raise _misfit("q", f"[batch, {heads}, length, {head_dim}]", q)
         for name, place in (("position", position), ("first_key", first_key)):
             if place is not None and (place.shape != q.shape[:1] or place.dtype not in (torch.int64, torch.int32)):
                 raise PatchError(

@@ -18,6 +18,10 @@ _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key
 _LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
 _LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
 _LIBRARY.define(
+    "attention_paged(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor position, Tensor? first_key, float scale, "
+    "str package, int layer) -> Tensor"
+)
+_LIBRARY.define(
     "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? first_key, float scale, "
     "str package, int layer) -> Tensor"
 )
@@ -80,6 +84,20 @@ def _attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
     return find(package).run(layer, q, k, v, position, first_key, scale, log_sum_exp), log_sum_exp
+
+
+def _attention_paged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    position: torch.Tensor,
+    first_key: torch.Tensor | None,
+    scale: float,
+    package: str,
+    layer: int,
+) -> torch.Tensor:
+    return find(package).run_paged(layer, q, k, v, pages, position, first_key, scale)
 
 
 def _attention_rotary(
@@ -161,10 +179,12 @@ for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
     _LIBRARY.impl("attention_backward", _attention_backward, _key)
+_LIBRARY.impl("attention_paged", _attention_paged, "CPU")
 _LIBRARY.impl("attention_rotary", _attention_rotary, "CPU")
 for _name, _fake in (
     ("attention", _fake_attention),
     ("attention_with_lse", _fake_attention_with_lse),
+    ("attention_paged", _fake_attention),
     ("attention_rotary", _fake_attention),
     ("attention_backward", _fake_attention_backward),
 ):
@@ -176,6 +196,7 @@ for _name in ("attention", "attention_with_lse"):
         _LIBRARY.impl(_name, _under_autocast(_op, _device), f"Autocast{_device.upper()}")
 # Without these, autograd would drop the gradients in silence.
 for _name, _expected, _got in (
+    ("attention_paged", "a forward pass only", "a call of backward"),
     ("attention_rotary", "a forward pass only", "a call of backward"),
     ("attention_backward", "first derivatives only", "a backward pass through a backward pass"),
 ):
