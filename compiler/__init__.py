@@ -1,7 +1,28 @@
-"""Build time: from a topology to a package of compiled kernels."""
+"""Build time: from a topology to a package of compiled kernels.
 
-from surgeon.compiler.pipeline import compile_package
-from surgeon.compiler.read import parse_topology, read_topology
-from surgeon.compiler.topology import Topology
+The names below are imported when they are first used: to read a topology or a package takes a small part of the
+compiler, and most of what a short command takes is imports.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgeon.compiler.pipeline import compile_package
+    from surgeon.compiler.read import parse_topology, read_topology
+    from surgeon.compiler.topology import Topology
 
 __all__ = ["Topology", "compile_package", "parse_topology", "read_topology"]
+
+_HOMES = {
+    "Topology": "topology",
+    "compile_package": "pipeline",
+    "parse_topology": "read",
+    "read_topology": "read",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,7 +3,6 @@
 import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import PackageNotFoundError, version
 
 from surgeon.compiler.build_cpu import build_cpu
 from surgeon.compiler.build_triton import build_triton
@@ -11,6 +10,7 @@ from surgeon.compiler.cache import Cache
 from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.progress import Progress
 from surgeon.compiler.stages import Binary, Source
+from surgeon.compiler.versions import version_of
 from surgeon.runtime.manifest import KernelEntry
 
 
@@ -57,11 +57,5 @@ def _key(source: Source, dtype: str) -> str:
     names = [(spec.name, spec.layers) for spec in source.specs]
     entry = [field.name for field in dataclasses.fields(KernelEntry)]  # an entry of another version is of no use
     use = repr((entry, INTERFACES[source.phase], source.phase, source.tile, source.target, dtype, names))
-    return Cache.key([_version_of("triton"), _version_of("surgeon"), use, *(file.text for file in source.files)])
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "none"
+    versions = [version_of(distribution) or "none" for distribution in ("triton", "surgeon")]
+    return Cache.key([*versions, use, *(file.text for file in source.files)])

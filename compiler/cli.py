@@ -7,7 +7,6 @@ used: most of what a short command takes is imports.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -63,6 +62,16 @@ class _UsageError(Exception):
     pass
 
 
+class _ShowVersion(argparse.Action):
+    """As argparse's own, which wants to know the version before anybody has asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from surgeon.compiler.versions import version_of
+
+        print(f"surgeon {version_of('surgeon') or 'of a source tree that is not installed'}")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as an exception, so that it is printed like every other error."""
 
@@ -71,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_version(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--version", action="version", version=f"surgeon {importlib.metadata.version('surgeon')}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
 
 
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -212,11 +221,13 @@ def _configure_inspect(parser: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace) -> Iterable[str]:
     import shutil
 
-    from surgeon.compiler.inspection import inspect, report_json, report_lines
+    from surgeon.compiler.inspection import inspect, report_json
 
     report = inspect(arguments.path)
     if arguments.json:
         return (report_json(report),)
+    from surgeon.compiler.listing import report_lines
+
     encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
     return report_lines(report, shutil.get_terminal_size().columns, encoding)
 

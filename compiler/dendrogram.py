@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from surgeon.runtime.errors import TopologyError, shown
+
+if TYPE_CHECKING:  # imported where a graph is made, which reading and scheduling do without
+    import networkx as nx
 
 Merge = tuple[int, int, float, int]
 """One row of a linkage: left node, right node, height, number of leaves below. Row r makes node `num_leaves + r`."""
@@ -127,11 +130,15 @@ class Dendrogram:
 
     def leaf_order(self) -> tuple[int, ...]:
         """The blocks from left to right in the drawn tree, as `scipy.cluster.hierarchy.leaves_list` gives them."""
+        import networkx as nx
+
         nodes = nx.dfs_preorder_nodes(self._arborescence, self._root)
         return tuple(node for node in nodes if node < self.num_blocks)
 
     def distance(self, first: int, second: int) -> float:
         """d(first, second): the height of the lowest common ancestor, 0 for a block and itself."""
+        import networkx as nx
+
         if first == second:
             return 0.0
         ancestor = nx.lowest_common_ancestor(self._arborescence, first, second)
@@ -173,6 +180,8 @@ class Dendrogram:
 
     @cached_property
     def _arborescence(self) -> "nx.DiGraph[int]":
+        import networkx as nx
+
         tree: nx.DiGraph[int] = nx.DiGraph()
         tree.add_node(self._root)
         for parent, (left, right, _, _) in enumerate(self.linkage, start=self.num_blocks):

@@ -4,8 +4,10 @@ import torch
 
 from surgeon.runtime import dense
 from surgeon.runtime.cpu import CpuLibrary
+from surgeon.runtime.dense_rows import DenseRows, dense_tokens
 from surgeon.runtime.errors import PackageError, TargetError, shown
 from surgeon.runtime.package import PackageFiles
+from surgeon.runtime.schedules import read_schedules
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +45,7 @@ class CpuKernels:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
-        self.dense_rows = dense.dense_rows(files, first.variant)
+        self.dense_rows = DenseRows(dense_tokens(manifest, read_schedules(files)), first.variant)
         self.variants: tuple[str, ...] = first.variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
 

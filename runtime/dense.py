@@ -1,55 +1,11 @@
-"""Dense attention where it computes the same as a kernel and takes less time.
-
-A kernel reads only what is visible, so against `scaled_dot_product_attention` it can lose only where everything is: in
-the rows of a layer that see every block up to their own. There, what decides is how fast the two are a block.
-"""
+"""Dense attention by torch, where it computes the same as a kernel and takes less time: see `dense_rows`."""
 
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from surgeon.runtime.package import PackageFiles
-from surgeon.runtime.schedules import read_schedules
-
-_RATE = {"x86_64_v4": 1.5, "x86_64_v3": 1.3, "portable": 0.5}
-"""A variant's time a dense block under torch's own, measured on processors with AVX2 and AVX-512: see benchmarks."""
-
 _LOG = logging.getLogger("surgeon")
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """How many tokens from the start each layer sees densely, and whether torch is faster there, on one variant."""
-
-    tokens: dict[int, int]
-    variant: str
-
-    @property
-    def torch_is_faster(self) -> bool:
-        """Whether dense rows are better left to torch; for an unknown variant they are not."""
-        return _RATE.get(self.variant, 1.0) < 1.0
-
-    def explain(self, layer: int, length: int) -> str:
-        """What runs a prefill of `length` tokens, and why."""
-        rate, dense = _RATE.get(self.variant, 1.0), length <= self.tokens[layer]
-        sees = "sees every block" if dense else f"sees every block only up to token {self.tokens[layer]}"
-        speed = f"{self.variant} takes {1 / rate:.1f} of torch's time a dense block"
-        return f"{'sdpa' if dense and self.torch_is_faster else 'kernel'}: layer {layer} {sees}; {speed}"
-
-
-def dense_rows(files: PackageFiles, variant: str) -> DenseRows:
-    """Counts the dense rows of a package's schedules.
-
-    Raises:
-        PackageError: the schedules are damaged.
-    """
-    blocks = {layer: min(head.dense_rows for head in heads) for layer, heads in read_schedules(files).items()}
-    size = files.manifest.block_size
-    # What lies beyond is refused, which the kernel does.
-    most = files.manifest.num_blocks if files.manifest.beyond == "error" else max(blocks.values(), default=0)
-    return DenseRows({layer: min(count, most) * size for layer, count in blocks.items()}, variant)
 
 
 def visible_end(

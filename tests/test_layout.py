@@ -14,8 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("compiler", "runtime", "templates")
 LEAVES = {"surgeon.runtime.errors", "surgeon.runtime.manifest", "surgeon.runtime.target"}
-# What else a module of the compiler may take from the runtime: `surgeon inspect` shows packages through their reader.
-MORE = {"inspection.py": {"surgeon.runtime.package"}}
+# What else a module of the compiler may take from the runtime: `surgeon inspect` shows packages through their readers.
+MORE = {
+    "inspection.py": {"surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "packaged.py": {"surgeon.runtime.schedules"},
+}
 
 
 def imported(file: Path) -> Iterator[str]:

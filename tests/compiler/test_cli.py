@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import packages
 import topologies
 from surgeon.compiler import cli
 from surgeon.compiler.progress import progress_bar
@@ -381,12 +382,34 @@ def test_interrupting_a_process_leaves_one_line(topology_file: Path) -> None:
     assert err == "surgeon: interrupted\n"
 
 
-def test_inspecting_loads_no_torch(topology_file: Path) -> None:
-    # Of a package the manifest alone is needed here: a folder without one is refused after its reader was loaded.
-    program = RUN.replace("sys.exit(main())", "status = main(); assert 'torch' not in sys.modules; sys.exit(status)")
-    for path, status in ((topology_file, 0), (topology_file.parent, 2)):
-        result = subprocess.run([sys.executable, "-c", program, "inspect", str(path)], capture_output=True, timeout=300)
-        assert result.returncode == status, result.stderr
+HEAVY = {"torch", "triton", "transformers", "networkx", "jinja2", "rich", "multiprocessing", "concurrent"}
+
+
+def imported_by(*arguments: str | Path, status: int = 0) -> set[str]:
+    """The top names of the modules that a fresh process has imported when a command ends with `status`."""
+    program = (
+        "import sys\nfrom surgeon.compiler.cli import main\nstatus = main()\nprint(*sys.modules)\nsys.exit(status)"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--help"], 0), (["compile", "--help"], 0), ([], 2), (["compile", "t", "--out", ""], 2)]
+)
+def test_help_and_wrong_usage_import_only_the_standard_library(arguments: list[str], status: int) -> None:
+    assert not imported_by(*arguments, status=status) & (HEAVY | {"numpy", "safetensors"})
+
+
+def test_inspecting_imports_only_what_reads_and_verifies(topology_file: Path, tmp_path: Path) -> None:
+    assert not imported_by("inspect", topology_file) & HEAVY
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
+    assert not imported_by("inspect", folder) & HEAVY
+    (folder / "cpu" / "attention.so").write_bytes(b"damaged")
+    assert not imported_by("inspect", folder, status=2) & HEAVY
+    assert not imported_by("inspect", tmp_path / "nothing", status=2) & HEAVY
 
 
 class Screen:

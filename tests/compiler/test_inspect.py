@@ -1,5 +1,6 @@
 """What `surgeon inspect` finds and draws."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import packages
 import topologies
 from surgeon.compiler import cli
-from surgeon.compiler.inspection import PackageReport, inspect, pattern_of, report_json, report_lines
-from surgeon.compiler.topology import Topology
+from surgeon.compiler.inspection import PackageReport, inspect, pattern_of, report_json
+from surgeon.compiler.listing import report_lines
+from surgeon.compiler.schedule import schedule_layers
 from surgeon.runtime.errors import PackageError
-from surgeon.runtime.manifest import FileEntry, KernelEntry, Manifest, Tool
+from surgeon.runtime.manifest import FileEntry, Manifest
 
 PATTERN_KEYS = [
     "topology_sha256",
@@ -26,6 +29,7 @@ PATTERN_KEYS = [
     "dendrograms",
     "distinct_layers",
     "distinct_heads",
+    "layers",
     "density",
     "mean_density",
 ]
@@ -51,7 +55,7 @@ def test_density_is_that_of_the_definition(seed: int, num_blocks: int, beyond: s
         num_blocks=num_blocks,
         beyond=beyond,
     )
-    pattern = pattern_of(topology)
+    pattern = pattern_of(topology, schedule_layers(topology))
     expected = np.array([topology.density(layer) for layer in range(3)])
     np.testing.assert_allclose(pattern.density, expected, rtol=1e-15)
     assert pattern.mean_density == pytest.approx(expected.mean(), rel=1e-15)
@@ -110,7 +114,7 @@ def test_a_long_topology_is_counted_without_being_expanded() -> None:
     num_blocks = topology.num_blocks
     visible = [sum(min(row + 1, window + 1) for row in range(num_blocks)) for window in (1, 8)]
     causal = num_blocks * (num_blocks + 1) / 2
-    assert pattern_of(topology).density == (tuple(pairs / causal for pairs in visible),)
+    assert pattern_of(topology, schedule_layers(topology)).density == (tuple(pairs / causal for pairs in visible),)
 
 
 @pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "█"), ("ascii", "@")])
@@ -141,64 +145,37 @@ def test_the_command_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert "llama: 2 layers, 1 head, 1 KV head, head size 32" in text
 
 
-def package(folder: Path, topology: Topology, topology_text: str | None = None) -> Path:
-    """A package as the reader wants it, whose kernels are nothing that a processor could run."""
-    files = {
-        "cpu/attention.so": b"\x7fELF",
-        "schedule.safetensors": b"",
-        "topology.json": (topology.canonical() if topology_text is None else topology_text).encode(),
-    }
-    layers = tuple(range(topology.model.num_hidden_layers))
-    manifest = Manifest(
-        topology_sha256=topology.sha256,
-        model=topology.model,
-        block_size=topology.block_size,
-        num_blocks=topology.num_blocks,
-        beyond=topology.beyond,
-        kernels=tuple(
-            KernelEntry("cpu", dtype, layers, "attention_000", "cpu/attention.so", "f", (), None, 0, ())
-            for dtype in ("fp32", "bf16")
-        ),
-        files=tuple(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()),
-        tools=(Tool("g++", "g++ (Debian) 12"),),
-    )
-    for path, data in (files | {"manifest.json": manifest.to_json().encode()}).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    return folder
-
-
 def test_a_package_as_json(tmp_path: Path) -> None:
     topology = topologies.window_topology([1, 2], num_layers=2, num_blocks=4)
-    folder = package(tmp_path / "kernels", topology)
+    folder = packages.write(tmp_path / "kernels", topology)
     found = json.loads(report_json(inspect(folder)))
     assert list(found) == ["kind", "path", "id", "bytes", "targets", "kernels", "files", "tools", *PATTERN_KEYS]
     assert found["kind"] == "package"
     assert found["id"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     assert found["topology_sha256"] == topology.sha256
     assert found["targets"] == ["cpu"]
-    assert [kernel["dtype"] for kernel in found["kernels"]] == ["fp32", "bf16"]
+    assert [kernel["dtype"] for kernel in found["kernels"]] == ["fp32", "bf16", "fp16"]
     assert found["bytes"] == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert found["tools"] == [{"name": "g++", "version": "g++ (Debian) 12"}]
     np.testing.assert_allclose(found["density"], [topology.density(0), topology.density(1)])
 
 
 def test_a_package_for_people(tmp_path: Path) -> None:
-    folder = package(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
     report = inspect(folder)
     assert isinstance(report, PackageReport)
     text = "\n".join(report_lines(report, 80, "utf-8"))
     assert report.id in text
     assert report.pattern.topology_sha256 in text
-    assert "cpu: 2 kernels, fp32, bf16" in text
+    assert "cpu: 3 kernels, fp32, bf16, fp16" in text
     assert "g++ (Debian) 12" in text
     assert "cpu/attention.so" in text
     assert "layer 1  " in text
 
 
 def test_a_damaged_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = package(tmp_path / "kernels", topologies.window_topology([1], num_blocks=4))
-    (folder / "cpu" / "attention.so").write_bytes(b"\x7fELG")
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1], num_blocks=4))
+    (folder / "cpu" / "attention.so").write_bytes(packages.CODE[::-1])
     assert cli.main(["inspect", str(folder)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -211,6 +188,45 @@ def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
+@pytest.mark.parametrize("beyond", ["window", "dense", "error"])
+def test_a_package_has_the_pattern_of_its_topology(tmp_path: Path, beyond: str) -> None:
+    topology = topologies.random_topology(
+        np.random.default_rng(7),
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=64,
+        num_blocks=19,
+        beyond=beyond,
+    )
+    folder = packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90"])
+    assert inspect(folder).pattern == pattern_of(topology, schedule_layers(topology))
+
+
+def test_layers_with_one_schedule_have_one_kernel(tmp_path: Path) -> None:
+    near, far = topologies.head(window=1), topologies.head(window=2)
+    layers = [[near, far], [far, near], [near, far], [far, far]]
+    topology = topologies.build(layers, [{"linkage": topologies.balanced_tree(8)}])
+    found = inspect(packages.write(tmp_path / "kernels", topology)).pattern.layers
+    assert [layer.kernel for layer in found] == [0, 1, 0, 2]
+    assert [layer.distinct_heads for layer in found] == [2, 2, 2, 1]
+    pieces = {head: len(head.pieces) for layer in schedule_layers(topology) for head in layer.heads}
+    assert len(pieces) == 2
+    assert [layer.pieces for layer in found] == [sum(pieces.values())] * 3 + [max(pieces.values())]
+
+
+def listed_again(folder: Path, path: str, data: bytes) -> None:
+    """Puts other bytes into a file of a package, and their size and hash into its manifest."""
+    (folder / path).write_bytes(data)
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    files = tuple(
+        FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) if file.path == path else file
+        for file in manifest.files
+    )
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -219,6 +235,7 @@ def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_package_with_another_topology_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    topology = topologies.window_topology([1], sink=1, num_blocks=4)
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1], sink=1, num_blocks=4))
+    listed_again(folder, "topology.json", text.encode())
     with pytest.raises(PackageError, match=words):
-        inspect(package(tmp_path / "kernels", topology, text))
+        inspect(folder)

@@ -1,0 +1,93 @@
+"""What `surgeon inspect` found, as lines for people, with a picture of the densities."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from surgeon.compiler.inspection import PackageReport, Pattern, TopologyReport
+from surgeon.runtime.manifest import KernelEntry
+
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = ".:-=+*%@"
+
+
+def report_lines(report: TopologyReport | PackageReport, width: int, encoding: str) -> tuple[str, ...]:
+    """The report for people, ending in a picture of the densities.
+
+    The picture fits into `width` columns, several heads to a cell where it must, and is drawn in ASCII where `encoding`
+    has no bars. Names out of files stand in the lines as they are: the caller makes them safe to print.
+    """
+    head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
+    return (*head, *_pattern_lines(report.pattern), "", *_picture(report.pattern, width, encoding))
+
+
+def _topology_lines(report: TopologyReport) -> Iterator[str]:
+    yield f"topology   {report.path}, {report.size:,} bytes"
+    yield f"sha256     {report.pattern.topology_sha256}"
+
+
+def _package_lines(report: PackageReport) -> Iterator[str]:
+    manifest = report.manifest
+    yield f"package    {report.path}"
+    yield f"id         {report.id}"
+    yield f"topology   {manifest.topology_sha256}"
+    for target in manifest.targets:
+        kernels = [kernel for kernel in manifest.kernels if kernel.target == target]
+        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
+    for tool in manifest.tools:
+        yield f"tool       {tool.name}: {tool.version}"
+    yield f"files      {len(manifest.files)} and the manifest, {report.size:,} bytes"
+    for file in manifest.files:
+        yield f"{file.size:>13,}  {file.sha256[:12]}  {file.path}"
+
+
+def _pattern_lines(pattern: Pattern) -> Iterator[str]:
+    model = pattern.model
+    yield (
+        f"model      {model.model_type}: {_counted(model.num_hidden_layers, 'layer')}, "
+        f"{_counted(model.num_attention_heads, 'head')}, {_counted(model.num_key_value_heads, 'KV head')}, "
+        f"head size {model.head_dim}"
+    )
+    yield f"weights    {model.weights_sha256 or 'any'}"
+    yield (
+        f"blocks     {pattern.num_blocks} of {pattern.block_size} tokens ({pattern.num_blocks * pattern.block_size:,} "
+        f"tokens), beyond: {pattern.beyond}"
+    )
+    yield (
+        f"schedules  {_counted(pattern.distinct_layers, 'distinct layer')}, "
+        f"{_counted(pattern.distinct_heads, 'distinct head')}, from {_counted(pattern.dendrograms, 'dendrogram')}"
+    )
+
+
+def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
+    bars = _BARS if _has(encoding, _BARS) else _ASCII_BARS
+    digits = len(str(len(pattern.density) - 1))
+    room = max(1, width - len("layer ") - digits - len("  ") - len("  0.000"))
+    heads_a_cell = math.ceil(pattern.model.num_attention_heads / room)
+    yield f"density    {pattern.mean_density:.3f} over all heads; a row is a layer, with its mean"
+    yield f"           {bars[0]} up to 1/8, {bars[3]} up to 1/2, {bars[-1]} above 7/8 of the causal pairs of blocks"
+    if heads_a_cell > 1:
+        yield f"           a cell is the mean of {heads_a_cell} heads"
+    for layer, heads in enumerate(pattern.density):
+        groups = (heads[first : first + heads_a_cell] for first in range(0, len(heads), heads_a_cell))
+        cells = "".join(bars[max(0, math.ceil(_mean(group) * len(bars)) - 1)] for group in groups)
+        yield f"layer {layer:>{digits}}  {cells}  {_mean(heads):.3f}"
+
+
+def _dtypes(kernels: Sequence[KernelEntry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(kernel.dtype for kernel in kernels))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _has(encoding: str, characters: str) -> bool:
+    try:
+        characters.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
