@@ -21,7 +21,9 @@ def packaged_layers(
     found = []
     for index in range(manifest.model.num_hidden_layers):
         if index not in packaged:
-            raise PackageError("manifest.json: kernels", f"a kernel of layer {index}", "none", "compile the package again")
+            raise PackageError(
+                "manifest.json: kernels", f"a kernel of layer {index}", "none", "compile the package again"
+            )
         layer = LayerSchedule(
             heads=tuple(heads.setdefault(head, head) for head in map(_head, packaged[index])),
             num_key_value_heads=manifest.model.num_key_value_heads,

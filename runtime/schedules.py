@@ -73,16 +73,17 @@ def read_schedules(files: PackageFiles) -> dict[int, tuple[HeadSchedule, ...]]:
 def _heads(
     pieces: npt.NDArray[np.int32], runs: npt.NDArray[np.int32], heads: npt.NDArray[np.int32]
 ) -> tuple[HeadSchedule, ...]:
-    if pieces.ndim != 2 or pieces.shape[1] != 6 or runs.ndim != 2 or runs.shape[1] != 2:
-        raise ValueError("tables of other shapes")
+    for table, columns in ((pieces, 6), (runs, 2), (heads, 3)):
+        if table.dtype != np.int32 or table.ndim != 2 or table.shape[1] != columns:
+            raise ValueError(f"{table.dtype} {list(table.shape)} where int32 [any, {columns}] belongs")
     found: dict[tuple[int, ...], HeadSchedule] = {}
     for first, end, first_run in dict.fromkeys(map(tuple, heads.tolist())):
         own = tuple(map(tuple, pieces[first:end].tolist()))
-        slices = [piece[2:4] for piece in own if piece[2] < piece[3]]
+        slices = [piece[2:4] for piece in own]
         last_run = first_run + max((end_run for _, end_run in slices), default=0)
         if not 0 <= first < end <= len(pieces) or own[0][0] != 0 or not 0 <= first_run <= last_run <= len(runs):
             raise ValueError("a head without pieces or runs of its own")
-        if any(begin < 0 for begin, _ in slices):
-            raise ValueError("a run before the first")
+        if any(not 0 <= begin <= end_run for begin, end_run in slices):
+            raise ValueError("a piece with runs from behind their end, or from before the first")
         found[first, end, first_run] = HeadSchedule(tuple(map(tuple, runs[first_run:last_run].tolist())), own)
     return tuple(found[tuple(head)] for head in heads.tolist())
