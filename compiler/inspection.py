@@ -11,8 +11,11 @@ from surgeon.compiler.packaged import packaged_layers
 from surgeon.compiler.read import parse_topology, read_topology
 from surgeon.compiler.schedule import LayerSchedule, schedule_layers, visible_blocks
 from surgeon.compiler.topology import Topology
+from surgeon.runtime.dense_rows import RATES, DenseRows, dense_tokens
 from surgeon.runtime.errors import PackageError, TopologyError
 from surgeon.runtime.manifest import Manifest, ModelShape
+from surgeon.runtime.package import read_package
+from surgeon.runtime.schedules import read_schedules
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,40 @@ class TopologyReport:
 
 
 @dataclass(frozen=True)
+class LayerRun:
+    """How a layer's prefill runs on a GPU target: in so many kernels, each for some of its heads."""
+
+    target: str
+    kernels: int
+
+
+@dataclass(frozen=True)
 class PackageReport:
-    """A verified package; `id` is the SHA-256 of its manifest, `size` is that of all its files in bytes."""
+    """A verified package; `id` is the SHA-256 of its manifest, `size` is that of all its files in bytes.
+
+    `on_cpu` has, for each instruction set of the CPU library, what the runtime decides by: how many tokens from the
+    start each layer sees whole, and whether torch's dense attention is faster there.
+    """
 
     path: str
     id: str
     size: int
     pattern: Pattern
     manifest: Manifest
+    on_cpu: tuple[DenseRows, ...]
+
+    def runs(self, layer: int) -> tuple[LayerRun, ...]:
+        """How a layer's prefill runs on each of the package's GPU targets."""
+        found = []
+        for target in self.manifest.targets:
+            kernels = [
+                kernel
+                for kernel in self.manifest.kernels
+                if kernel.target == target and kernel.phase == "prefill" and layer in kernel.layers
+            ]
+            if kernels:
+                found.append(LayerRun(target, sum(kernel.dtype == kernels[0].dtype for kernel in kernels)))
+        return tuple(found)
 
 
 def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
@@ -126,6 +155,13 @@ def report_json(report: TopologyReport | PackageReport) -> str:
         "kernels": [asdict(kernel) for kernel in manifest.kernels],
         "files": [asdict(file) for file in manifest.files],
         "tools": [asdict(tool) for tool in manifest.tools],
+        "runs": [
+            {
+                "on_gpu": [asdict(run) for run in report.runs(layer)],
+                "on_cpu": {rows.variant: rows.explain(layer, rows.tokens[layer]) for rows in report.on_cpu},
+            }
+            for layer in range(manifest.model.num_hidden_layers)
+        ],
     }
     return json.dumps(package | pattern)
 
@@ -141,9 +177,6 @@ def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> Lay
 
 
 def _inspect_package(folder: Path) -> PackageReport:
-    from surgeon.runtime.package import read_package
-    from surgeon.runtime.schedules import read_schedules
-
     package = read_package(folder)
     place = f"{folder}/topology.json"
     try:
@@ -158,6 +191,9 @@ def _inspect_package(folder: Path) -> PackageReport:
             "compile the package again",
         )
     # The schedules that its kernels were made from: to make them again would take most of the time.
-    layers = packaged_layers(package.manifest, read_schedules(package))
+    schedules = read_schedules(package)
+    pattern = pattern_of(topology, packaged_layers(package.manifest, schedules))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
-    return PackageReport(str(folder), package.id, size, pattern_of(topology, layers), package.manifest)
+    tokens = dense_tokens(package.manifest, schedules)
+    on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
+    return PackageReport(str(folder), package.id, size, pattern, package.manifest, on_cpu)

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from surgeon.compiler.inspection import PackageReport, Pattern, TopologyReport
+from surgeon.runtime.dense_rows import DenseRows
 from surgeon.runtime.manifest import KernelEntry
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = ".:-=+*%@"
+_LONGEST = 2**31 - 1  # tokens of a sequence
 
 
 def report_lines(report: TopologyReport | PackageReport, width: int, encoding: str) -> tuple[str, ...]:
@@ -17,7 +19,8 @@ def report_lines(report: TopologyReport | PackageReport, width: int, encoding: s
     has no bars. Names out of files stand in the lines as they are: the caller makes them safe to print.
     """
     head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
-    return (*head, *_pattern_lines(report.pattern), "", *_picture(report.pattern, width, encoding))
+    layers = _layer_lines(report)
+    return (*head, *_pattern_lines(report.pattern), "", *layers, "", *_picture(report.pattern, width, encoding))
 
 
 def _topology_lines(report: TopologyReport) -> Iterator[str]:
@@ -56,6 +59,31 @@ def _pattern_lines(pattern: Pattern) -> Iterator[str]:
         f"schedules  {_counted(pattern.distinct_layers, 'distinct layer')}, "
         f"{_counted(pattern.distinct_heads, 'distinct head')}, from {_counted(pattern.dendrograms, 'dendrogram')}"
     )
+
+
+def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
+    """A row a layer: its kernel, its heads and pieces, and how it runs on each GPU; then what decides on a CPU."""
+    package = report if isinstance(report, PackageReport) else None
+    yield "layers     kernel, which equal layers share; distinct heads; pieces of their schedules"
+    for index, layer in enumerate(report.pattern.layers):
+        cells = [
+            f"{index:>9}",
+            f"attention_{layer.kernel:03d}",
+            f"{layer.distinct_heads:>3} {'head' if layer.distinct_heads == 1 else 'heads'}",
+            f"{layer.pieces:>5} {'piece' if layer.pieces == 1 else 'pieces'}",
+        ]
+        if package is not None:
+            cells += [f"{run.target}: {_counted(run.kernels, 'kernel')}" for run in package.runs(index)]
+            cells += [_seen_whole(rows, index) for rows in package.on_cpu[:1]]
+        yield "  ".join(cells)
+    for rows in package.on_cpu if package is not None else ():
+        runs = "sdpa for a call that sees every block, else kernels" if rows.torch_is_faster else "kernels"
+        yield f"on cpu     {rows.variant}: {runs}; {rows.reason}"
+
+
+def _seen_whole(rows: DenseRows, layer: int) -> str:
+    tokens = rows.tokens[layer]
+    return "cpu: every block seen" if tokens > _LONGEST else f"cpu: every block seen up to token {tokens}"
 
 
 def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:

@@ -26,12 +26,16 @@ class DenseRows:
         """Whether dense rows are better left to torch; for an unknown variant they are not."""
         return RATES.get(self.variant, 1.0) < 1.0
 
+    @property
+    def reason(self) -> str:
+        """What decides where a layer sees every block: the variant's time beside torch's."""
+        return f"{self.variant} takes {1 / RATES.get(self.variant, 1.0):.1f} of torch's time a dense block"
+
     def explain(self, layer: int, length: int) -> str:
         """What runs a prefill of `length` tokens, and why."""
-        rate, dense = RATES.get(self.variant, 1.0), length <= self.tokens[layer]
+        dense = length <= self.tokens[layer]
         sees = "sees every block" if dense else f"sees every block only up to token {self.tokens[layer]}"
-        speed = f"{self.variant} takes {1 / rate:.1f} of torch's time a dense block"
-        return f"{'sdpa' if dense and self.torch_is_faster else 'kernel'}: layer {layer} {sees}; {speed}"
+        return f"{'sdpa' if dense and self.torch_is_faster else 'kernel'}: layer {layer} {sees}; {self.reason}"
 
 
 def dense_tokens(manifest: Manifest, schedules: Mapping[int, Sequence[HeadSchedule]]) -> dict[int, int]:

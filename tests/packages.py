@@ -5,9 +5,10 @@ from pathlib import Path
 
 from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.package import write_package
+from surgeon.compiler.render_cpu import X86_64
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
-from surgeon.compiler.stages import Binary, KernelSpec, Source
+from surgeon.compiler.stages import Binary, KernelSpec, Source, SourceFile
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.manifest import KernelEntry, Launch, Tool
 from surgeon.runtime.target import Target
@@ -21,7 +22,10 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
     sources, binaries = [], []
     for target in map(Target.parse, targets):
         specs = specialize(topology, layers, target)
-        sources.append(Source(target, specs, ()))
+        files = (
+            tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if target.backend == "cpu" else ()
+        )
+        sources.append(Source(target, specs, files))
         binaries += (
             [_library(specs)] if target.backend == "cpu" else [_code(spec, d) for spec in specs for d in spec.dtypes]
         )

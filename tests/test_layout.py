@@ -16,7 +16,8 @@ FOLDERS = ("compiler", "runtime", "templates")
 LEAVES = {"surgeon.runtime.errors", "surgeon.runtime.manifest", "surgeon.runtime.target"}
 # What else a module of the compiler may take from the runtime: `surgeon inspect` shows packages through their readers.
 MORE = {
-    "inspection.py": {"surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "inspection.py": {"surgeon.runtime.dense_rows", "surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "listing.py": {"surgeon.runtime.dense_rows"},
     "packaged.py": {"surgeon.runtime.schedules"},
 }
 

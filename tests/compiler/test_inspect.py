@@ -149,7 +149,7 @@ def test_a_package_as_json(tmp_path: Path) -> None:
     topology = topologies.window_topology([1, 2], num_layers=2, num_blocks=4)
     folder = packages.write(tmp_path / "kernels", topology)
     found = json.loads(report_json(inspect(folder)))
-    assert list(found) == ["kind", "path", "id", "bytes", "targets", "kernels", "files", "tools", *PATTERN_KEYS]
+    assert list(found) == ["kind", "path", "id", "bytes", "targets", "kernels", "files", "tools", "runs", *PATTERN_KEYS]
     assert found["kind"] == "package"
     assert found["id"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     assert found["topology_sha256"] == topology.sha256
@@ -170,7 +170,7 @@ def test_a_package_for_people(tmp_path: Path) -> None:
     assert "cpu: 3 kernels, fp32, bf16, fp16" in text
     assert "g++ (Debian) 12" in text
     assert "cpu/attention.so" in text
-    assert "layer 1  " in text
+    assert "        1  attention_000    2 heads      4 pieces  cpu: every block seen up to token 128" in text
 
 
 def test_a_damaged_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +214,26 @@ def test_layers_with_one_schedule_have_one_kernel(tmp_path: Path) -> None:
     pieces = {head: len(head.pieces) for layer in schedule_layers(topology) for head in layer.heads}
     assert len(pieces) == 2
     assert [layer.pieces for layer in found] == [sum(pieces.values())] * 3 + [max(pieces.values())]
+
+
+def test_how_each_layer_runs(tmp_path: Path) -> None:
+    layers = [[topologies.DENSE, topologies.DENSE], [topologies.DENSE, topologies.head(window=3)]]
+    topology = topologies.build(layers, [{"linkage": topologies.balanced_tree(8)}])
+    report = inspect(packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90", "hip:gfx942"]))
+    dense, sparse = json.loads(report_json(report))["runs"]
+    on_gpu = [{"target": "cuda:90", "kernels": 1}, {"target": "hip:gfx942", "kernels": 1}]
+    assert dense["on_gpu"] == sparse["on_gpu"] == on_gpu
+    assert list(dense["on_cpu"]) == ["x86_64_v4", "x86_64_v3", "portable"]
+    slow, fast = "portable takes 2.0 of torch's time", "x86_64_v3 takes 0.8 of torch's time"
+    assert dense["on_cpu"]["portable"] == f"sdpa: layer 0 sees every block; {slow} a dense block"
+    assert sparse["on_cpu"]["portable"] == f"sdpa: layer 1 sees every block; {slow} a dense block"
+    assert dense["on_cpu"]["x86_64_v3"] == f"kernel: layer 0 sees every block; {fast} a dense block"
+    lines = report_lines(report, 80, "utf-8")
+    gpus = "cuda:90: 1 kernel  hip:gfx942: 1 kernel"
+    assert f"        0  attention_000    1 head      1 piece  {gpus}  cpu: every block seen" in lines
+    assert f"        1  attention_001    2 heads      3 pieces  {gpus}  cpu: every block seen up to token 192" in lines
+    assert f"on cpu     x86_64_v3: kernels; {fast} a dense block" in lines
+    assert f"on cpu     portable: sdpa for a call that sees every block, else kernels; {slow} a dense block" in lines
 
 
 def listed_again(folder: Path, path: str, data: bytes) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import reference
 from surgeon.compiler import Topology, compile_package
+from surgeon.compiler.inspection import PackageReport, inspect
 from surgeon.runtime import Package, dense, load
 from surgeon.runtime.errors import PatchError, TopologyError
 from topologies import DENSE, balanced_tree, build, dense_topology, head, window_topology
@@ -108,6 +109,16 @@ def test_the_choice_is_explained(folder: Path) -> None:
     assert package.explain(1, 49) == f"kernel: layer 1 sees every block only up to token 48; {slow}"
     with pytest.raises(PatchError, match=r"expected a layer in 0\.\.1, got 2"):
         package.explain(2, 49)
+
+
+def test_inspection_says_what_the_runtime_does(folder: Path) -> None:
+    report = inspect(folder)
+    assert isinstance(report, PackageReport)
+    for variant in load(folder).cpu_variants:
+        package = load(folder, cpu_variant=variant)
+        (rows,) = (rows for rows in report.on_cpu if rows.variant == variant)
+        for layer, length in ((0, 5000), (1, 48), (1, 49)):
+            assert rows.explain(layer, length) == package.explain(layer, length)
 
 
 def test_the_dense_tokens_are_those_of_the_definition(tmp_path: Path) -> None:
