@@ -12,15 +12,19 @@ import patterns
 from measure import interleaved, repeats_for, seconds_of
 from patterns import Shape
 
+Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of k and v
+
 
 def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
     """Dense and sparse decoding at several cache lengths.
 
     `folded` is SDPA with the group of a KV head folded into the query length, its best spelling; `gather` picks the
     visible keys first, which works where all heads of the layer see the same ones. `bandwidth` is the visible bytes of
-    k and v over the time, beside that of summing as many gigabytes of floats in place.
+    k and v over the time, beside that of summing 64 MiB of floats. Each call reads another copy of k and v, of so many
+    that a copy is in memory and not in the cache when its turn comes, as behind a model's weights.
     """
     block = 64
+    large = torch.randn(64 * 2**20 // 4)
     for (heads, kv_heads, head_dim), length, density in itertools.product(
         ((8, 8, 128), (32, 8, 128), (9, 3, 64)), (2048, 8192, 32768), (1.0, 0.25)
     ):
@@ -37,15 +41,19 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
             raise ArithmeticError(f"decoding is wrong: relative error {error:.1e}")
 
         seen = torch.from_numpy(np.any(row_mask[:, 0], axis=0)).repeat_interleave(block).nonzero()[:, 0]
-        large = torch.randn(64 * 2**20 // 4)
         folded_q = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
-        calls: dict[str, Callable[[], object]] = {
-            "ours": partial(package.attention, 0, q, k, v),
-            "sdpa": partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
-            "folded": partial(scaled_dot_product_attention, folded_q, k, v),
-            "gather": partial(_gathered, folded_q, k, v, seen),
-            "read": large.sum,
+        copies = 1 + 128 * 2**20 // (2 * k.numel() * 4)
+        cache = itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
+        attentions: dict[str, Attention] = {
+            "ours": partial(package.attention, 0, q),
+            "sdpa": partial(scaled_dot_product_attention, q, enable_gqa=True),
+            "folded": partial(scaled_dot_product_attention, folded_q),
+            "gather": partial(_gathered, folded_q, seen),
         }
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(_of_next, attention, cache) for name, attention in attentions.items()
+        }
+        calls["read"] = large.sum
         times = interleaved(calls, repeats_for(sum(seconds_of(call) for call in calls.values()), budget=3.0, least=9))
         share = float(row_mask.mean())
         group = heads // kv_heads
@@ -69,7 +77,11 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
         }
 
 
-def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def _of_next(attention: Attention, cache: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return attention(*next(cache))
+
+
+def _gathered(q: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return scaled_dot_product_attention(q, k.index_select(2, seen), v.index_select(2, seen))
 
 
