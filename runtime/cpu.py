@@ -45,6 +45,8 @@ class Call(ctypes.Structure):
         ("dtype", c_int32),
         ("variant", c_int32),
         ("threads", c_int32),
+        ("first_key_value_head", c_int32),
+        ("num_key_value_heads", c_int32),
     ]
 
 
@@ -119,13 +121,15 @@ class CpuLibrary:
         first_key: torch.Tensor | None,
         scale: float,
         log_sum_exp: torch.Tensor | None = None,
+        first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         pages: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool; shapes as `Package.attention`, positions integers `[batch]`.
 
-        `rotary`, cosines and sines `[batch, length, head_dim]`, rotates q and k, which then have one length. With
-        `pages`, k and v are slots; see `Package.run_paged`.
+        k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
+        `[batch, length, head_dim]`, rotates q and k, which then have one length. With `pages`, k and v are slots;
+        see `Package.run_paged`.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
@@ -168,6 +172,8 @@ class CpuLibrary:
             _CODES[q.dtype],
             self._variant,
             torch.get_num_threads(),
+            first_kv_head,
+            k.shape[1] if pages is None else pages.shape[1],
         )
         status = kernel(call)
         if status != _OK:

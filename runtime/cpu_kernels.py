@@ -59,6 +59,7 @@ class CpuKernels:
         first_key: torch.Tensor | None,
         scale: float,
         log_sum_exp: torch.Tensor | None = None,
+        first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel, or dense attention where that is the same and faster; see `CpuLibrary.attend`."""
@@ -67,7 +68,7 @@ class CpuKernels:
             if end is not None and q.shape[2] <= end <= min(self.dense_rows.tokens[layer], k.shape[2]):
                 return dense.attend(q, k, v, end, scale)
         library, kernel = self._kernels[layer, q.dtype]
-        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, rotary)
+        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, first_kv_head, rotary)
 
     def attend_paged(
         self,
@@ -79,7 +80,8 @@ class CpuKernels:
         position: torch.Tensor,
         first_key: torch.Tensor | None,
         scale: float,
+        first_kv_head: int = 0,
     ) -> torch.Tensor:
         """Runs a layer's kernel on keys and values in slots; see `Package.run_paged`."""
         library, kernel = self._kernels[layer, q.dtype]
-        return library.attend(kernel, q, k, v, position, first_key, scale, pages=pages)
+        return library.attend(kernel, q, k, v, position, first_key, scale, None, first_kv_head, pages=pages)

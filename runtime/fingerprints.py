@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from surgeon.runtime.errors import ModelError
 
@@ -14,7 +15,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     their names: `name dtype shape digest` and a line feed. dtype is PyTorch's name without "torch.", shape is the
     sizes joined by "x" (empty for a scalar), digest the SHA-256 of the elements' bytes in row-major order, as a
     little-endian machine has them. Strides, device and requires_grad do not count, nor do buffers. A traced model has
-    the fingerprint of its model.
+    the fingerprint of its model, and so has one that is sharded over processes, each of which must call this.
 
     Raises:
         ModelError: a parameter is not in memory (the meta device).
@@ -33,5 +34,6 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().to(device="cpu").contiguous().reshape(-1)
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    flat = whole.detach().to(device="cpu").contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

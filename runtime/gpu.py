@@ -111,6 +111,7 @@ class GpuKernels:
         self._programs = _PROGRAMS_A_PROCESSOR * processors
         self._warned: set[str] = set()
         self._block_size = manifest.block_size
+        self._kv_heads = manifest.model.num_key_value_heads
         self._max_keys = manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else None
         self.driver = driver.name
         entries = [entry for entry in manifest.kernels if entry.target == str(target)]
@@ -140,6 +141,7 @@ class GpuKernels:
         first_key: torch.Tensor | None,
         scale: float,
         log_sum_exp: torch.Tensor | None,
+        first_kv_head: int = 0,
     ) -> torch.Tensor:
         """Queues a layer's kernels on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
 
@@ -149,10 +151,17 @@ class GpuKernels:
         Raises:
             PatchError: strict, and a tensor's address or strides are none that the kernel takes.
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
-            TargetError: the driver refuses the launch.
+            TargetError: the driver refuses the launch, or the call is for a part of the layer's heads.
         """
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
+        if kv_heads != self._kv_heads:
+            raise TargetError(
+                f"attention on cuda:{self._device}",
+                f"all {self._kv_heads} KV heads of the layer, which a GPU's kernels are compiled for",
+                f"those from {first_kv_head} to {first_kv_head + kv_heads - 1}",
+                "run the model without tensor parallelism there, or on CPUs",
+            )
         self._check_lengths(q_length, k_length, position, first_key)
         out = q.new_empty((batch, q_length, heads, head_dim))
         if out.numel() == 0:

@@ -1,5 +1,6 @@
 """Loads a verified package: kernels ready to be called, found by layer and dtype."""
 
+import copy
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from surgeon.runtime.package import PackageFiles, read_package
 from surgeon.runtime.schedules import HeadSchedule, read_schedules
 
 _LOG = logging.getLogger("surgeon")
+_PART = ":kv_heads="
 
 
 def load(
@@ -53,6 +55,8 @@ class Package:
         options = (*(("strict",) if strict else ()), *((cpu_variant,) if cpu_variant else ()))
         self.id: str = ":".join((files.id, *options))
         self.manifest: Manifest = files.manifest
+        self.kv_heads = range(files.manifest.model.num_key_value_heads)
+        self._num_heads = files.manifest.model.num_attention_heads
         self.strict = strict
         self._files = files
         self._cpu_variant = cpu_variant
@@ -126,6 +130,32 @@ class Package:
                         str(self._files.folder), "tensors on the CPU or a GPU", str(device), "move them to one of these"
                     )
             return self._loaded[device]
+
+    def part(self, kv_heads: range) -> "Package":
+        """This package for some of each layer's KV heads and their query heads alone: q, k and v then hold no others.
+
+        It shares the loaded kernels; keep it as long as its heads are called. The process of a tensor-parallel model
+        runs its own heads on such a part.
+
+        Raises:
+            PatchError: not consecutive heads of the package, or none.
+        """
+        shape = self.manifest.model
+        if kv_heads.step != 1 or not 0 <= kv_heads.start < kv_heads.stop <= shape.num_key_value_heads:
+            raise PatchError(
+                "Package.part",
+                f"consecutive KV heads out of 0..{shape.num_key_value_heads - 1}",
+                str(kv_heads),
+                "correct the range",
+            )
+        if kv_heads == self.kv_heads:
+            return self
+        part = copy.copy(self)
+        part.kv_heads = kv_heads
+        part._num_heads = shape.num_attention_heads // shape.num_key_value_heads * len(kv_heads)
+        part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
+        ops.register(part)
+        return part
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
         """The package itself: a copy of a patched model runs on the same loaded kernels."""
@@ -205,8 +235,9 @@ class Package:
         if q.dtype not in kernels.dtypes:
             dtype = self._wider(kernels.dtypes, q.dtype)
             q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
-            return kernels.attend(layer, q_, k_, v_, position, first_key, scale, log_sum_exp).to(q.dtype)
-        return kernels.attend(layer, q, k, v, position, first_key, scale, log_sum_exp)
+            out = kernels.attend(layer, q_, k_, v_, position, first_key, scale, log_sum_exp, self.kv_heads.start)
+            return out.to(q.dtype)
+        return kernels.attend(layer, q, k, v, position, first_key, scale, log_sum_exp, self.kv_heads.start)
 
     def run_paged(
         self,
@@ -237,8 +268,8 @@ class Package:
                 raise PatchError(
                     f"attention: {name}", f"{q.dtype} on cpu, as q", f"{slots.dtype} on {slots.device}", "convert it"
                 )
-        if pages.dim() != 3 or pages.shape[:2] != (q.shape[0], model.num_key_value_heads):
-            raise _misfit("pages", f"[{q.shape[0]}, {model.num_key_value_heads}, blocks]", pages)
+        if pages.dim() != 3 or pages.shape[:2] != (q.shape[0], len(self.kv_heads)):
+            raise _misfit("pages", f"[{q.shape[0]}, {len(self.kv_heads)}, blocks]", pages)
         if pages.dtype != torch.int32 or pages.device.type != "cpu":
             raise PatchError(
                 "attention: pages", "torch.int32 on cpu", f"{pages.dtype} on {pages.device}", "convert them"
@@ -246,7 +277,8 @@ class Package:
         kernels = self._cpu
         dtype = q.dtype if q.dtype in kernels.dtypes else self._wider(kernels.dtypes, q.dtype)
         q_, k_, v_ = (tensor.to(dtype) for tensor in (q, k, v))
-        return kernels.attend_paged(layer, q_, k_, v_, pages, position, first_key, scale).to(q.dtype)
+        out = kernels.attend_paged(layer, q_, k_, v_, pages, position, first_key, scale, self.kv_heads.start)
+        return out.to(q.dtype)
 
     def run_rotary(
         self,
@@ -283,7 +315,8 @@ class Package:
         q_, k_, v_, cos_, sin_ = (tensor.to(dtype) for tensor in (q, k, v, cos, sin))
         # One layout for both: the kernel takes one pair of strides.
         rotary = (cos_.contiguous().expand(batch, -1, -1), sin_.contiguous().expand(batch, -1, -1))
-        return kernels.attend(layer, q_, k_, v_, None, first_key, scale, rotary=rotary).to(q.dtype)
+        out = kernels.attend(layer, q_, k_, v_, None, first_key, scale, None, self.kv_heads.start, rotary)
+        return out.to(q.dtype)
 
     def run_backward(
         self,
@@ -311,7 +344,9 @@ class Package:
         batch, length = q.shape[0], q.shape[2]
         positions = [k.shape[2] - length] * batch if position is None else position.tolist()
         first_keys = [0] * batch if first_key is None else first_key.tolist()
-        heads, block_size = self._schedules[layer], self.manifest.block_size
+        first = self.kv_heads.start * self._num_heads // len(self.kv_heads)
+        heads = self._schedules[layer][first : first + self._num_heads]
+        block_size = self.manifest.block_size
         return backward.gradients(heads, block_size, grad_out, grad_lse, q, k, v, positions, first_keys, scale)
 
     @cached_property
@@ -336,7 +371,7 @@ class Package:
         first_key: torch.Tensor | None,
     ) -> None:
         self._check_queries(q, position, first_key)
-        kv_heads, head_dim = self.manifest.model.num_key_value_heads, self.manifest.model.head_dim
+        kv_heads, head_dim = len(self.kv_heads), self.manifest.model.head_dim
         for name, tensor in (("k", k), ("v", v)):
             if tensor.dim() != 4 or tensor.shape[:2] != (q.shape[0], kv_heads) or tensor.shape[3] != head_dim:
                 raise _misfit(name, f"[{q.shape[0]}, {kv_heads}, length, {head_dim}]", tensor)
@@ -351,7 +386,7 @@ class Package:
             raise _misfit("v", f"{list(k.shape)}, as k", v)
 
     def _check_queries(self, q: torch.Tensor, position: torch.Tensor | None, first_key: torch.Tensor | None) -> None:
-        heads, head_dim = self.manifest.model.num_attention_heads, self.manifest.model.head_dim
+        heads, head_dim = self._num_heads, self.manifest.model.head_dim
         if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != head_dim:
             raise _misfit("q", f"[batch, {heads}, length, {head_dim}]", q)
         for name, place in (("position", position), ("first_key", first_key)):

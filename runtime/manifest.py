@@ -14,7 +14,7 @@ from surgeon.runtime.errors import PackageError, shown
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 3
+CPU_ABI_VERSION = 4
 """Version of the call structure between the runtime and a CPU library."""
 
 _ROOT = {"format": "surgeon.package", "version": 1}

@@ -10,6 +10,7 @@ from surgeon.runtime import sites
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.fit import check_fit
 from surgeon.runtime.loading import Package
+from surgeon.runtime.parallel import local_kv_heads
 
 _ATTRIBUTE = "_surgeon_patch"
 
@@ -26,9 +27,10 @@ class _Patch:
 def patch(model: PreTrainedModel, package: Package) -> None:
     """Makes every attention of the model run on the package's kernels, in place; the weights are not touched.
 
-    generate(), dynamic and static caches, chunked prefill and left padding work as before. All is checked first: after
-    an error the model is as it was. The model gets a config of its own, so another model made from the same config
-    object keeps its attention; what is changed in that config while patched is gone after `unpatch`.
+    generate(), dynamic and static caches, chunked prefill and left padding work as before. Of a tensor-parallel model,
+    each process patches its own part. All is checked first: after an error the model is as it was. The model gets a
+    config of its own, so another model made from the same config object keeps its attention; what is changed in that
+    config while patched is gone after `unpatch`.
 
     Raises:
         PatchError: the package does not fit the model, or the model or a part of it is patched already.
@@ -49,11 +51,12 @@ def patch(model: PreTrainedModel, package: Package) -> None:
         (module, name) for module in model.modules() for name, value in vars(module).items() if value is original
     )
     found = sites.find(model)
+    part = package.part(local_kv_heads(found, package.manifest.model))
     sites.register()
     for module, name in holders:
         setattr(module, name, own)
     for layer, (_, module) in enumerate(found):
-        sites.bind(module, sites.Site(package, layer))
+        sites.bind(module, sites.Site(part, layer))
     record = _Patch(original, holders, tuple(module for _, module in found))
     setattr(model, _ATTRIBUTE, record)
 

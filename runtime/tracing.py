@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from surgeon.runtime.errors import PatchError, SurgeonError, shown
 from surgeon.runtime.loading import Package
 from surgeon.runtime.masks import valid_keys
+from surgeon.runtime.parallel import is_sharded
 from surgeon.runtime.patching import is_patched, patch, unpatch
 from surgeon.runtime.rotary import fuse_rotary
 
@@ -41,6 +42,13 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
         PatchError: the package does not fit the model, torch.export cannot trace it, or an attention of it would not
             run on the kernels.
     """
+    if is_sharded(model):
+        raise PatchError(
+            type(model).__name__,
+            "a model that is whole in this process",
+            "one whose weights processes share",
+            "use patch(model, package), which takes such a model",
+        )
     shadow = _shadow(model)
     if is_patched(shadow):
         unpatch(shadow)

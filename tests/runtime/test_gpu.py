@@ -393,6 +393,17 @@ def test_fewer_keys_than_queries(files: PackageFiles, backend: str, driver: Driv
 
 
 @by_any_way
+def test_a_part_of_the_heads_is_refused(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = tensors(2, 300)
+    kv_heads = k.shape[1]
+    with pytest.raises(TargetError, match=rf"expected all {kv_heads} KV heads of the layer.*got those from 1 to 1"):
+        gpu.attend(0, q[:, : HEADS // kv_heads], k[:, 1:2], v[:, 1:2], None, None, 1.0, None, first_kv_head=1)
+    assert standin.log() == []
+
+
+@by_any_way
 def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: Standin, tmp_path: Path) -> None:
     out = compile_package(topology("error"), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"])
     gpu = kernels(read_package(out), backend, driver)
