@@ -17,6 +17,7 @@ LEAVES = {"surgeon.runtime.errors", "surgeon.runtime.manifest", "surgeon.runtime
 # What else a module of the compiler may take from the runtime: `surgeon inspect` shows packages through their readers.
 MORE = {
     "inspection.py": {"surgeon.runtime.dense_rows", "surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "learn.py": {"surgeon.runtime.fingerprints"},
     "listing.py": {"surgeon.runtime.dense_rows"},
     "packaged.py": {"surgeon.runtime.schedules"},
 }

@@ -1,0 +1,104 @@
+"""Topologies made by learning: built, scaled to other lengths, and written."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgeon.compiler.learn.trees import interval_tree
+from surgeon.compiler.learn.windows import Windows
+from surgeon.compiler.read import parse_topology
+from surgeon.compiler.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.manifest import ModelShape
+
+
+def window_topology(
+    model: ModelShape, block_size: int, blocks: int, sink: int, windows: Windows, provenance: Mapping[str, Any]
+) -> Topology:
+    """A topology of sinks and windows; its tree is one of intervals, which no head cuts."""
+    layers = tuple(tuple(SparseHead(0, 0.0, sink, int(window)) for window in layer) for layer in windows)
+    return Topology(model, block_size, blocks, (interval_tree(blocks),), layers, "window", provenance)
+
+
+def scaled(topology: Topology, blocks: int) -> Topology:
+    """The topology for sequences of `blocks` blocks: windows grow or shrink with the length, sinks stay as they are.
+
+    Measured: windows that were learned at one length keep their gain over equal windows at other lengths.
+
+    Raises:
+        TopologyError: a head has clusters, which belong to the positions that they were learned on.
+    """
+    factor = blocks / topology.num_blocks
+
+    def head(present: Head, where: str) -> Head:
+        if isinstance(present, DenseHead):
+            return present
+        if len(topology.dendrograms[present.dendrogram].clusters(present.cut)) < topology.num_blocks:
+            raise TopologyError(
+                f"{where}.cut",
+                "clusters of single blocks, so that the topology can be scaled",
+                str(present.cut),
+                "learn for this length",
+            )
+        window = max(1, min(blocks, round(present.window * factor)))
+        return dataclasses.replace(present, dendrogram=0, cut=0.0, window=window)
+
+    layers = tuple(
+        tuple(head(present, f"layers[{layer}].heads[{index}]") for index, present in enumerate(heads))
+        for layer, heads in enumerate(topology.layers)
+    )
+    return dataclasses.replace(topology, num_blocks=blocks, dendrograms=(interval_tree(blocks),), layers=layers)
+
+
+def mean_density(topology: Topology) -> float:
+    """Visible pairs over causal pairs of blocks, over all layers and heads."""
+    densities = [topology.density(layer).mean() for layer in range(len(topology.layers))]
+    return float(sum(densities) / len(densities))
+
+
+def spelled(topology: Topology) -> str:
+    """The text of topology.json, with a line for each head and each merge."""
+    plain = json.loads(topology.canonical())
+    trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
+    layers = [_listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
+    parts = {
+        "format": json.dumps(plain["format"]),
+        "version": json.dumps(plain["version"]),
+        "model": json.dumps(plain["model"]),
+        "block_size": json.dumps(plain["block_size"]),
+        "num_blocks": json.dumps(plain["num_blocks"]),
+        "dendrograms": _listed([f'{{"linkage": {tree}}}' for tree in trees], 2),
+        "layers": _listed([f'{{"heads": {layer}}}' for layer in layers], 2),
+        "beyond": json.dumps(plain["beyond"]),
+        "provenance": json.dumps(dict(topology.provenance), indent=1).replace("\n", "\n "),
+    }
+    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+
+
+def write_topology(topology: Topology, file: Path) -> None:
+    """Checks a topology as its reader will, and writes it beside its place and renames it into it.
+
+    Raises:
+        TopologyError: it breaks the format.
+    """
+    text = spelled(topology)
+    parse_topology(text)
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(scratch).chmod(0o644)
+        Path(scratch).replace(file)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _listed(items: list[str], indent: int) -> str:
+    if not items:
+        return "[]"
+    space = " " * indent
+    return "[\n" + ",\n".join(space + item for item in items) + "\n" + " " * (indent - 1) + "]"

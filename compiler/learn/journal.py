@@ -1,0 +1,68 @@
+"""The steps of a long run, each done once: what makes learning resumable."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from surgeon.runtime.errors import ModelError
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Journal:
+    """Keeps the results of steps in a folder, by what they depend on; with no folder, in memory.
+
+    A result is written beside its place and renamed into it, so a step that is interrupted leaves nothing. `computed`
+    and `found` count the steps that this run did, and those that had been done before.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._seen: set[Path] = set()
+        self._memory: dict[str, Tensors] = {}
+        self.computed = self.found = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def once(self, step: Mapping[str, object], compute: Callable[[], Tensors]) -> Tensors:
+        """The result of a step: read if it has been done before, else computed.
+
+        `step` names all that the result depends on, as JSON holds it; a step that differs in anything is another one.
+
+        Raises:
+            ModelError: a kept result is damaged.
+        """
+        text = json.dumps(step, sort_keys=True)
+        if self._folder is None:
+            if text not in self._memory:
+                self._memory[text] = compute()
+                self.computed += 1
+            return self._memory[text]
+        file = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        if file.exists():
+            self.found += file not in self._seen
+            self._seen.add(file)
+            try:
+                return safetensors.torch.load_file(file)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ModelError(
+                    str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
+                ) from None
+        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+        self.computed += 1
+        self._seen.add(file)
+        handle, scratch = tempfile.mkstemp(dir=self._folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(safetensors.torch.save(tensors, {"step": text}))
+            Path(scratch).replace(file)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+        return tensors

@@ -1,0 +1,99 @@
+"""The text that a topology is learned on: read, turned into tokens, and divided into what it is used for."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from surgeon.runtime.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A text as token ids `[tokens]`, with its file's name and SHA-256."""
+
+    name: str
+    sha256: str
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences `[1, length]` by use: no token is in two of them. `refine[r]` are for round r of the refinement."""
+
+    calibrate: tuple[torch.Tensor, ...]
+    validate: tuple[torch.Tensor, ...]
+    refine: tuple[tuple[torch.Tensor, ...], ...]
+
+
+def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
+    """Reads a UTF-8 text file and turns it into tokens.
+
+    Raises:
+        ModelError: it cannot be read, is no text, or is empty.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelError(str(path), "a readable text file", reason, "check the path") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            str(path), "UTF-8 text", f"a stray byte at {error.start}", "convert it, or name a text file"
+        ) from None
+    if "\0" in text:
+        raise ModelError(str(path), "text", f"a null character at {text.index(chr(0))}", "name a text file")
+    if not text.strip():
+        raise ModelError(str(path), "a text", "an empty file", "name a file with text in it")
+    # The tokenizer warns of texts beyond the model's context; the model gets sequences of them.
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return TokenText(path.name, hashlib.sha256(data).hexdigest(), torch.tensor(ids))
+
+
+def divide(
+    texts: Sequence[TokenText], length: int, calibrate: int, validate: int, refine: Sequence[int], seed: int
+) -> Sequences:
+    """Cuts every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
+
+    The counts are for each text. A text of too few sequences gives each use its share, and at least validation and
+    calibration one; rounds of refinement that get none from any text fall back on the calibration sequences.
+
+    Raises:
+        ModelError: a text holds fewer than two sequences.
+    """
+    uses = ["validate", "calibrate", *(f"refine {index}" for index in range(len(refine)))]
+    wanted = [validate, calibrate, *refine]
+    given: dict[str, list[torch.Tensor]] = {use: [] for use in uses}
+    generator = torch.Generator().manual_seed(seed)
+    for text in texts:
+        count = len(text.tokens) // length
+        if count < 2:
+            raise ModelError(
+                text.name,
+                f"at least {2 * length} tokens: two sequences, one to learn on and one to validate on",
+                f"{len(text.tokens)} tokens",
+                "use a longer text, or a smaller length",
+            )
+        order = torch.randperm(count, generator=generator).tolist()
+        for use, number in zip(uses, _shares(wanted, count), strict=True):
+            for index in order[:number]:
+                given[use].append(text.tokens[index * length : (index + 1) * length][None])
+            del order[:number]
+    rounds = tuple(tuple(given[use]) or tuple(given["calibrate"]) for use in uses[2:])
+    return Sequences(tuple(given["calibrate"]), tuple(given["validate"]), rounds)
+
+
+def _shares(wanted: Sequence[int], available: int) -> list[int]:
+    """How many each use gets: one in turn to every use that still wants one, the first uses first."""
+    shares = [0] * len(wanted)
+    while available and shares != list(wanted):
+        for use in range(len(wanted)):
+            if available and shares[use] < wanted[use]:
+                shares[use] += 1
+                available -= 1
+    return shares

@@ -1,0 +1,89 @@
+"""Patterns of a sink and a window: how many blocks they see, and the uniform one that uses up a density."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from surgeon.runtime.errors import TopologyError
+
+Windows = npt.NDArray[np.int64]
+"""A window, in blocks, for each layer and head: `[layers, heads]`."""
+
+
+def window_patterns(blocks: int, sink: int) -> torch.Tensor:
+    """What windows of 1 to `blocks` blocks see beside the sink: bool `[windows, blocks, blocks]`."""
+    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+    near = row - column < torch.arange(1, blocks + 1)[:, None, None]
+    return (column <= row) & ((column < sink) | near)
+
+
+def visible_pairs(blocks: int, sink: int) -> npt.NDArray[np.float64]:
+    """Visible pairs of blocks under windows of 1 to `blocks` blocks, `[windows]`."""
+    pairs: npt.NDArray[np.float64] = window_patterns(blocks, sink).sum(dim=(1, 2)).numpy().astype(np.float64)
+    return pairs
+
+
+def causal_pairs(blocks: int) -> int:
+    """Pairs of blocks that a dense head sees."""
+    return blocks * (blocks + 1) // 2
+
+
+def uniform_windows(layers: int, heads: int, blocks: int, sink: int, density: float) -> Windows:
+    """Equal windows in all heads as far as the density goes, and one block more in as many heads as it still pays for.
+
+    The heads with more are spread evenly over the model.
+
+    Raises:
+        TopologyError: sink and own block alone see more.
+    """
+    pairs = visible_pairs(blocks, sink)
+    wanted = density * causal_pairs(blocks)
+    if wanted < pairs[0]:
+        raise unreachable(density, float(pairs[0]) / causal_pairs(blocks))
+    common = int(np.searchsorted(pairs, wanted * (1 + 1e-12), side="right"))
+    windows = np.full(layers * heads, common, dtype=np.int64)
+    if common < blocks:
+        more = int((wanted - pairs[common - 1]) / (pairs[common] - pairs[common - 1]) * windows.size)
+        windows[np.arange(more) * windows.size // max(more, 1)] += 1
+    return windows.reshape(layers, heads)
+
+
+def window_floor(blocks: int, sink: int, density: float) -> int:
+    """The smallest window that a head may get: the uniform window whose pairs are nearest to two thirds of the budget.
+
+    A head's far context differs between texts, its near context does not; without a floor a learner takes more from
+    heads than other texts forgive.
+
+    Raises:
+        TopologyError: sink and own block alone exceed the density.
+    """
+    pairs = visible_pairs(blocks, sink)
+    wanted = density * causal_pairs(blocks)
+    if wanted < pairs[0]:
+        raise unreachable(density, float(pairs[0]) / causal_pairs(blocks))
+    affordable = int(np.searchsorted(pairs, wanted * (1 + 1e-12), side="right"))
+    nearest = int(np.abs(pairs - wanted * 2 / 3).argmin()) + 1
+    return min(affordable, nearest)
+
+
+def density_of(windows: Windows, blocks: int, sink: int) -> float:
+    """Visible pairs over causal pairs of blocks, over all heads."""
+    return float(visible_pairs(blocks, sink)[windows - 1].mean() / causal_pairs(blocks))
+
+
+def window_masks(windows: Windows, blocks: int, sink: int) -> Sequence[torch.Tensor]:
+    """What the heads of each layer see: bool `[heads, blocks, blocks]` a layer."""
+    patterns = window_patterns(blocks, sink)
+    return [patterns[torch.from_numpy(layer) - 1] for layer in windows]
+
+
+def unreachable(density: float, least: float) -> TopologyError:
+    """The error for a density below what a sink and every block's own pair cost."""
+    return TopologyError(
+        "--density",
+        f"at least {least:.4f}: the sink and every block itself",
+        f"{density}",
+        "raise the density, use smaller blocks, or learn for a greater length",
+    )

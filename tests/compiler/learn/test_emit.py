@@ -1,0 +1,44 @@
+"""Topologies made by learning: written, read again, scaled."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import sparse_topology
+from surgeon.compiler.learn.emit import mean_density, scaled, spelled, window_topology, write_topology
+from surgeon.compiler.read import parse_topology, read_topology
+from surgeon.compiler.topology import SparseHead, Topology
+from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.manifest import ModelShape
+
+
+def made(blocks: int = 8) -> Topology:
+    shape = ModelShape("llama", 2, 2, 1, 32, None)
+    return window_topology(shape, 64, blocks, 1, np.array([[1, 3], [8, 2]]), {"method": "budget", "rounds": [1, 2]})
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    write_topology(made(), tmp_path / "t.json")
+    found = read_topology(tmp_path / "t.json")
+    assert found.sha256 == made().sha256
+    assert found.provenance == made().provenance
+    assert [file.name for file in tmp_path.iterdir()] == ["t.json"]
+
+
+@pytest.mark.parametrize("blocks", [4, 12, 16, 17])
+def test_windows_scale_and_sinks_stay(blocks: int) -> None:
+    heads = [head for layer in scaled(made(), blocks).layers for head in layer]
+    assert [head.sink for head in heads if isinstance(head, SparseHead)] == [1] * 4
+    expected = [max(1, round(window * blocks / 8)) for window in (1, 3, 8, 2)]
+    assert [head.window for head in heads if isinstance(head, SparseHead)] == expected
+    assert parse_topology(spelled(scaled(made(), blocks))).num_blocks == blocks
+
+
+def test_a_topology_with_clusters_is_not_scaled() -> None:
+    with pytest.raises(TopologyError, match=r"layers\[0\].heads\[2\].cut: expected clusters of single blocks"):
+        scaled(sparse_topology(), 8)
+
+
+def test_the_density_is_the_mean_over_layers_and_heads() -> None:
+    assert mean_density(made()) == pytest.approx(np.mean([made().density(layer) for layer in (0, 1)]))
