@@ -232,6 +232,43 @@ def _inspect(arguments: argparse.Namespace) -> Iterable[str]:
     return report_lines(report, shutil.get_terminal_size().columns, encoding)
 
 
+def _configure_learn(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
+    parser.add_argument(
+        "--text", action="append", required=True, type=_path, metavar="FILE", help="UTF-8 text; repeatable"
+    )
+    parser.add_argument(
+        "--density", required=True, type=_density, help="visible share of the block pairs, for instance 0.25"
+    )
+    parser.add_argument("--out", required=True, type=_path, metavar="topology.json", help="the file to write")
+    parser.add_argument("--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048")
+    parser.add_argument("--block", type=_positive, default=64, metavar="TOKENS", help="default: 64")
+    parser.add_argument(
+        "--measured-length",
+        type=_positive,
+        metavar="TOKENS",
+        help="learn on sequences of this length and scale the windows to --length; default: --length",
+    )
+    parser.add_argument(
+        "--method", choices=("budget", "window"), default="budget", help="window: equal windows; default: budget"
+    )
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--work",
+        type=_path,
+        metavar="FOLDER",
+        help="where finished steps are kept, so that the same command continues an interrupted run; default: a folder"
+        " beside --out, removed at the end",
+    )
+    _add_json(parser)
+
+
+def _learn(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.learn.command import run
+
+    return run(arguments)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -242,6 +279,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _density(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return value
+
+
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
@@ -250,4 +303,5 @@ def _path(text: str) -> Path:
 
 COMPILE = Command("compile", "Compile a topology into a package of attention kernels.", _configure_compile, _compile)
 INSPECT = Command("inspect", "Show what a topology file or a package holds.", _configure_inspect, _inspect)
-COMMANDS = (COMPILE, INSPECT)
+LEARN = Command("learn", "Learn a topology from a frozen model and text.", _configure_learn, _learn)
+COMMANDS = (COMPILE, INSPECT, LEARN)

@@ -1,0 +1,62 @@
+"""`surgeon learn`: the arguments' values become a topology file."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import transformers
+
+from surgeon.compiler.learn.emit import mean_density, write_topology
+from surgeon.compiler.learn.learn import Request, learn
+from surgeon.compiler.learn.models import read_model
+from surgeon.compiler.learn.text import read_text
+from surgeon.compiler.progress import progress_bar
+from surgeon.compiler.topology import Topology
+
+
+def run(arguments: argparse.Namespace) -> Iterable[str]:
+    """Learns and writes the topology; returns the lines to print.
+
+    Raises:
+        ModelError: the model or a text cannot be used.
+        TopologyError: a length or density cannot be had.
+    """
+    started = time.perf_counter()
+    request = Request(
+        density=arguments.density,
+        length=arguments.length,
+        block_size=arguments.block,
+        method=arguments.method,
+        seed=arguments.seed,
+        measured_length=arguments.measured_length,
+    )
+    out: Path = arguments.out
+    work: Path = arguments.work or out.with_name(out.name + ".steps")
+    if not (sys.stderr and sys.stderr.isatty()):
+        transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = read_model(arguments.model)
+    texts = [read_text(path, tokenizer) for path in arguments.text]
+    with progress_bar() as progress:
+        topology = learn(model, texts, request, work=work, progress=progress)
+    write_topology(topology, out)
+    if arguments.work is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return _lines(topology, out, time.perf_counter() - started, arguments.json)
+
+
+def _lines(topology: Topology, out: Path, seconds: float, as_json: bool) -> Iterable[str]:
+    density = mean_density(topology)
+    if as_json:
+        made = {"path": str(out), "topology_sha256": topology.sha256, "density": density, "seconds": round(seconds, 3)}
+        return (json.dumps(made | {"provenance": dict(topology.provenance)}),)
+    lines = [f"{out}: {topology.provenance['method']}, {density:.1%} of the blocks, {seconds:.0f} s"]
+    if figures := topology.provenance.get("validation"):
+        lines.append(
+            f"KL divergence from the dense model on validation text: {figures['divergence']:.4f} nats a token,"
+            f" equal windows {figures['equal_windows']:.4f}"
+        )
+    return lines
