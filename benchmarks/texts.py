@@ -1,10 +1,9 @@
 """Text to measure on: the Debian handbook where its package can be had, else the story that stands beside this file."""
 
 import hashlib
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,13 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cache import cached
+from debian import reason, run, unpack
 from surgeon.runtime.errors import ModelError
 
 SHIPPED = Path(__file__).parent / "text" / "lighthouse.txt"
 HANDBOOK = "debian-handbook"
 _BLOCKS = frozenset({"dd", "div", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "li", "p", "pre", "td", "th"})
 _UNSEEN = frozenset({"head", "script", "style", "div#banner", "ul.docnav"})
-_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def real_text(cache: Path, progress: Callable[[str], None] = lambda _: None) -> 
     try:
         folder = cached(cache / "texts" / HANDBOOK, lambda folder: _fetch_handbook(folder, progress))
     except (OSError, subprocess.SubprocessError) as error:
-        progress(f"no {HANDBOOK} through apt ({_reason(error)}): using {SHIPPED.name}, which this project ships")
+        progress(f"no {HANDBOOK} through apt ({reason(error)}): using {SHIPPED.name}, which this project ships")
         return Text(SHIPPED.name, SHIPPED.read_text(encoding="utf-8"))
     return Text(HANDBOOK, (folder / "handbook.txt").read_text(encoding="utf-8"))
 
@@ -58,6 +57,55 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, most: i
     count = min(most, len(tokens) // length)
     step = len(tokens) // count
     return [torch.tensor([tokens[start : start + length]]) for start in range(0, count * step, step)]
+
+
+def learning_texts(cache: Path, progress: Callable[[str], None] = lambda _: None) -> tuple[Text, ...]:
+    """What a topology may be learned on: the handbook's first three quarters, the Old Testament, Perl's manuals.
+
+    Raises:
+        ModelError: one of the packages cannot be had.
+    """
+    handbook, _ = _handbook_parts(cache, progress)
+    perl = _fetched(cache, "perl-doc", _fetch_perl, progress) / "perl.txt"
+    old = _fetched(cache, "bible-kjv", _fetch_bible, progress) / "old.txt"
+    return (
+        Text("debian-handbook, first three quarters", handbook),
+        Text("King James Bible, Old Testament", old.read_text(encoding="utf-8")),
+        Text("perl-doc", perl.read_text(encoding="utf-8")),
+    )
+
+
+def held_out_texts(cache: Path, progress: Callable[[str], None] = lambda _: None) -> tuple[Text, ...]:
+    """What nothing is learned, validated or chosen on: the handbook's last quarter, the New Testament.
+
+    Raises:
+        ModelError: one of the packages cannot be had.
+    """
+    _, handbook = _handbook_parts(cache, progress)
+    new = _fetched(cache, "bible-kjv", _fetch_bible, progress) / "new.txt"
+    return (
+        Text("debian-handbook, last quarter", handbook),
+        Text("King James Bible, New Testament", new.read_text(encoding="utf-8")),
+    )
+
+
+def _handbook_parts(cache: Path, progress: Callable[[str], None]) -> tuple[str, str]:
+    """The first three quarters and the last one, cut at the end of a line."""
+    text = (_fetched(cache, HANDBOOK, _fetch_handbook, progress) / "handbook.txt").read_text(encoding="utf-8")
+    end = text.rindex("\n", 0, len(text) * 3 // 4) + 1
+    return text[:end], text[end:]
+
+
+def _fetched(
+    cache: Path,
+    name: str,
+    fetch: Callable[[Path, Callable[[str], None]], None],
+    progress: Callable[[str], None],
+) -> Path:
+    try:
+        return cached(cache / "texts" / name, lambda folder: fetch(folder, progress))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ModelError(name, "its package, through apt", reason(error), "run this on a Debian with network") from None
 
 
 def strip_tags(html: str) -> str:
@@ -100,27 +148,9 @@ class _Reader(HTMLParser):
 
 
 def _fetch_handbook(folder: Path, progress: Callable[[str], None]) -> None:
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise FileNotFoundError(f"{tool} is not installed")
-    progress(f"fetching the package {HANDBOOK} (35 MB) through apt")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        scratch = Path(name)
-        try:
-            _run(["apt-get", "download", HANDBOOK], scratch)
-        except (
-            subprocess.CalledProcessError
-        ):  # no package lists yet, or stale ones: take lists of our own, as any user can
-            lists = ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch / 'cache'}"]
-            for part in ("lists/partial", "cache/archives/partial"):
-                (scratch / part).mkdir(parents=True)
-            _run(["apt-get", *lists, "update"], scratch)
-            _run(["apt-get", *lists, "download", HANDBOOK], scratch)
-        package = next(iter(sorted(scratch.glob("*.deb"))), None)
-        if package is None:
-            raise FileNotFoundError("apt-get left no package")
-        _run(["dpkg-deb", "-x", str(package), "files"], scratch)
-        pages = sorted((scratch / "files" / "usr/share/doc" / HANDBOOK / "html" / "en-US").glob("*.html"))
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        files = unpack([HANDBOOK], Path(scratch), progress)
+        pages = sorted((files / "usr/share/doc" / HANDBOOK / "html" / "en-US").glob("*.html"))
         if not pages:
             raise FileNotFoundError("the package holds no en-US pages")
         progress(f"reading {len(pages)} pages")
@@ -128,13 +158,21 @@ def _fetch_handbook(folder: Path, progress: Callable[[str], None]) -> None:
         (folder / "handbook.txt").write_text(text + "\n", encoding="utf-8")
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
-    subprocess.run(
-        command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=True
-    )
+def _fetch_bible(folder: Path, progress: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        files = unpack(["bible-kjv", "bible-kjv-text"], Path(scratch), progress)
+        for name, verses in (("old", "gen1:1-mal4:6"), ("new", "mat1:1-rev22:21")):
+            reader = [str(files / "usr/bin/bible"), "-p", str(files / "usr/lib"), "-f", verses]
+            # A verse a line, its reference before the first space.
+            lines = [line.partition(" ")[2] for line in run(reader, folder).splitlines()]
+            (folder / f"{name}.txt").write_text("\n".join(filter(None, lines)) + "\n", encoding="utf-8")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        return (str(error.stderr).strip().splitlines() or [f"exit status {error.returncode}"])[-1]
-    return str(error)
+def _fetch_perl(folder: Path, progress: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        pages = sorted(unpack(["perl-doc"], Path(scratch), progress).rglob("*.pod"))
+        manuals = [page for page in pages if "delta" not in page.name]  # those only say what a release changed
+        text = "\n\n".join(run(["pod2text", "-u", str(page)], folder) for page in manuals)
+        if not text:
+            raise FileNotFoundError("the package holds no manual")
+        (folder / "perl.txt").write_text(text, encoding="utf-8")

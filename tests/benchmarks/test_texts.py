@@ -9,7 +9,7 @@ import pytest
 
 import texts
 from surgeon.runtime.errors import ModelError
-from texts import Text, real_text, strip_tags, windows
+from texts import Text, held_out_texts, learning_texts, real_text, strip_tags, windows
 
 PAGE = """<?xml version="1.0"?><!DOCTYPE html><html><head><title>No</title><link href="x"></head>
 <body class="a"><div id="banner"><a href="y"><span>No banner</span></a></div>
@@ -98,3 +98,35 @@ def test_windows_are_apart_and_spread_over_the_text() -> None:
 def test_a_text_that_is_too_short_is_an_error() -> None:
     with pytest.raises(ModelError, match="expected a text of at least 4 tokens, got 3 tokens"):
         windows(Words(), Text("short", "1 2 3"), length=4, most=1)  # type: ignore[arg-type]
+
+
+def test_what_is_held_out_is_no_part_of_what_is_learned_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = "files/usr/share/doc/debian-handbook/html/en-US"
+    paragraphs = "".join(f"<p>paragraph {number}</p>" for number in range(100))
+    write_tool(tmp_path / "bin", "apt-get", 'shift; for name in "$@"; do touch "$name.deb"; done')
+    write_tool(
+        tmp_path / "bin",
+        "dpkg-deb",
+        f"""case "$2" in
+            *debian-handbook*) mkdir -p {pages}; echo '{paragraphs}' > {pages}/index.html;;
+            *bible-kjv.deb) mkdir -p files/usr/bin; cp "$(dirname "$0")/reader" files/usr/bin/bible;;
+            *perl-doc*) mkdir -p files; touch files/perlop.pod files/perl5000delta.pod;;
+        esac""",
+    )
+    write_tool(tmp_path / "bin", "reader", 'echo "Ge1:1 first of $4"; echo; echo "Ge1:2 second of $4"')
+    write_tool(tmp_path / "bin", "pod2text", 'basename "$2"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    handbook, old, perl = (text.text for text in learning_texts(tmp_path / "cache"))
+    held, new = (text.text for text in held_out_texts(tmp_path / "cache"))
+    lines = handbook.splitlines()
+    assert lines + held.splitlines() == [f"paragraph {number}" for number in range(100)]
+    assert 70 <= len(lines) <= 75
+    assert old == "first of gen1:1-mal4:6\nsecond of gen1:1-mal4:6\n"
+    assert new == "first of mat1:1-rev22:21\nsecond of mat1:1-rev22:21\n"
+    assert perl == "perlop.pod\n"
+
+
+def test_texts_that_cannot_be_had_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError, match="debian-handbook: expected its package, through apt, got apt-get is not"):
+        learning_texts(tmp_path / "cache")
