@@ -21,13 +21,14 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from measure import interleaved, machine
-from quality import explicit_mask, perplexity
+from quality import explicit_mask
 from smollm2 import load_model, load_tokenizer, model_folder
 from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.cache import cache_folder
 from surgeon.compiler.progress import progress_bar
 from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
 from surgeon.runtime.errors import SurgeonError
+from surgeon.runtime.evaluation import perplexity
 from texts import Text, real_text, windows
 
 TOPOLOGIES = Path(__file__).parent / "topologies"

@@ -1,7 +1,6 @@
-"""How well a model predicts a text, and what it would do under an explicit mask."""
+"""What a model would do under an explicit mask, and how that agrees with what it does."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +11,6 @@ from transformers import PreTrainedModel
 from surgeon.compiler.topology import Topology
 
 _CHUNK = 512
-
-
-@torch.inference_mode()
-def perplexity(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> float:
-    """The exponential of the mean negative log-likelihood (nats a token) of every token but each sequence's first.
-
-    `sequences` are token ids `[1, length]`. The vocabulary's logits are made for 512 positions at a time.
-    """
-    head = model.get_output_embeddings()
-    loss, count = 0.0, 0
-    for tokens in sequences:
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
-        targets = tokens[0, 1:]
-        for states, wanted in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            loss += float(torch.nn.functional.cross_entropy(head(states).float(), wanted, reduction="sum"))
-        count += targets.numel()
-    return math.exp(loss / count)
 
 
 def token_mask(topology: Topology, layer: int, length: int) -> torch.Tensor:

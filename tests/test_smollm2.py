@@ -198,7 +198,7 @@ def test_the_topology_compiles_from_nothing_and_then_from_the_cache(
 
 
 def test_the_readmes_python_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     shutil.copy(TOPOLOGIES / "smollm2-135m.json", tmp_path / "topology.json")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -1,23 +1,12 @@
-"""Perplexity and the explicit mask, on a tiny random Llama."""
+"""The explicit mask and agreement under it, on a tiny random Llama."""
 
 import math
 
 import torch
 
 from models import masked_model, sparse_topology, tiny_llama, tokens
-from quality import agreement, explicit_mask, last_states, perplexity, token_mask
-
-
-def test_perplexity_is_that_of_all_predicted_tokens() -> None:
-    model = tiny_llama()
-    sequences = [tokens(1, 600, seed=1), tokens(1, 300, seed=2)]
-    losses = []
-    for sequence in sequences:
-        with torch.no_grad():
-            logits = model(sequence).logits
-        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:], reduction="none"))
-    expected = torch.cat(losses).double().mean().exp().item()
-    assert abs(perplexity(model, sequences) / expected - 1) < 1e-5
+from quality import agreement, explicit_mask, last_states, token_mask
+from surgeon.runtime.evaluation import perplexity
 
 
 def test_the_mask_is_the_topologys_within_causality() -> None:

@@ -464,13 +464,6 @@ def test_dropout_is_refused(compiled: dict[str, Compiled]) -> None:
         model.train()(tokens(1, 8))
 
 
-def test_a_gradient_is_refused(patched: LlamaForCausalLM) -> None:
-    with torch.enable_grad():
-        loss = patched(tokens(1, 8), labels=tokens(1, 8)).loss
-        with pytest.raises(PatchError, match="unpatch the model to train it"):
-            loss.backward()
-
-
 def test_decoding_after_right_padding_is_refused(patched: LlamaForCausalLM) -> None:
     mask = mask_without(18, 19)
     cache = patched(tokens(2, 20), attention_mask=mask).past_key_values

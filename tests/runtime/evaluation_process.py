@@ -1,0 +1,40 @@
+"""What each process of test_evaluation.py runs: evaluations that the processes share. Argument: a folder for them."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import distributed
+
+from models import tiny_llama, tokens
+from surgeon.runtime.evaluation import compare, perplexity
+from surgeon.runtime.processes import joined, processes_of
+
+LENGTHS = (60, 45, 70)
+"""Of sequences that two processes cannot share equally."""
+
+
+def main(out: Path) -> None:
+    dense, patched = tiny_llama(), tiny_llama(seed=5)
+    sequences = [tokens(1, length, seed=length) for length in LENGTHS]
+    found: dict[str, object] = {}
+    with joined():  # as a tool under torchrun does
+        shared = processes_of(dense)
+        found["own"] = shared.own(len(sequences))
+        found["comparison"] = compare(dense, patched, sequences)
+        found["perplexity"] = perplexity(dense, sequences)
+        third = {index: (1 / 3 + index, -(10.0**-300)) for index in shared.own(5)}
+        found["rows"] = shared.gather(third, 5, 2, dense.device)
+    found["left"] = not distributed.is_initialized()
+    PartialState()  # as a script of accelerate's does
+    with joined():
+        found["perplexity by accelerate"] = perplexity(dense, sequences[:1])
+    found["still there"] = distributed.is_initialized()
+    torch.save(found, out / f"{os.environ['RANK']}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
