@@ -181,8 +181,8 @@ class Package:
             PatchError: shapes, dtypes or devices that do not fit the package.
             TopologyError: a position outside k, or beyond what the topology covers.
         """
-        arguments = self._arguments(layer, q, k, v, scale, position, first_key)
-        return cast(torch.Tensor, torch.ops.surgeon.attention(*arguments))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return ops.attention(self, layer, q, k, v, _per_sequence(position, q), _per_sequence(first_key, q), scale)
 
     def attention_with_lse(
         self,
@@ -195,22 +195,9 @@ class Package:
         first_key: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attention`, with the natural logarithm of each query's sum of exponentials, fp32 `[B,Hq,Sq]`."""
-        arguments = self._arguments(layer, q, k, v, scale, position, first_key)
-        return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
-
-    def _arguments(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None,
-        position: int | torch.Tensor | None,
-        first_key: int | torch.Tensor | None,
-    ) -> tuple[object, ...]:
-        """What the ops take, defaults filled in."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return q, k, v, _per_sequence(position, q), _per_sequence(first_key, q), scale, self.id, layer
+        arguments = (q, k, v, _per_sequence(position, q), _per_sequence(first_key, q), scale, self.id, layer)
+        return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
 
     def run(
         self,

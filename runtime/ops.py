@@ -59,6 +59,41 @@ def find(package: str) -> "Package":
     return found
 
 
+def attention(
+    package: "Package",
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor | None,
+    first_key: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The op `surgeon::attention`, or in plain inference what it comes to.
+
+    Torch's dispatcher takes some 50 µs to reach Python code that is no longer in the cache, once a layer and token.
+    """
+    if _is_plain_inference(q, k, v):
+        return package.run(layer, q, k, v, position, first_key, scale)
+    result: torch.Tensor = torch.ops.surgeon.attention(q, k, v, position, first_key, scale, package.id, layer)
+    return result
+
+
+def _is_plain_inference(*tensors: torch.Tensor) -> bool:
+    """Whether nothing that torch hooks into its dispatcher has to see the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensors[0].is_meta
+        or torch.is_autocast_enabled(tensors[0].device.type)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or any(type(tensor) is not torch.Tensor for tensor in tensors)
+    )
+
+
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from surgeon.runtime import masks
+from surgeon.runtime import masks, ops
 from surgeon.runtime.errors import PatchError, shown
 from surgeon.runtime.loading import Package
 
@@ -106,5 +106,5 @@ def attention(
             )
     position, first_key = masks.unpack(attention_mask, key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    output = torch.ops.surgeon.attention(query, key, value, position, first_key, scale, site.package.id, site.layer)
+    output = ops.attention(site.package, site.layer, query, key, value, position, first_key, scale)
     return output, None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon.compiler import compile_package
 from surgeon.runtime import Package, load
@@ -81,6 +82,35 @@ def test_cuda_and_meta_tensors(package: Package) -> None:
     out = torch.ops.surgeon.attention(q.to("meta"), k.to("meta"), v.to("meta"), None, None, 0.2, package.id, 0)
     assert out.shape == (2, 90, 2, 32)
     assert out.is_contiguous()
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_dispatcher_sees_a_call_where_anyone_watches(package: Package) -> None:
+    q, k, v, *_ = arguments(package)
+    plain = package.attention(0, q, k, v)
+    with Seen() as seen:
+        watched = package.attention(0, q, k, v)
+    assert "surgeon::attention" in seen.names
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+
+    with torch.profiler.profile() as profile:
+        package.attention(0, q, k, v)
+    assert "surgeon::attention" in {event.key for event in profile.key_averages()}
+    assert package.attention(0, q.to("meta"), k.to("meta"), v.to("meta")).is_meta
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert package.attention(0, q, k, v).dtype == torch.bfloat16
+    assert package.attention(0, q, k, v.clone().requires_grad_()).requires_grad
 
 
 def test_many_threads_at_once(package: Package) -> None:
