@@ -250,7 +250,17 @@ def _configure_learn(parser: argparse.ArgumentParser) -> None:
         help="learn on sequences of this length and scale the windows to --length; default: --length",
     )
     parser.add_argument(
-        "--method", choices=("budget", "window"), default="budget", help="window: equal windows; default: budget"
+        "--method",
+        choices=("budget", "ultrametric", "window"),
+        default="budget",
+        help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
+    )
+    parser.add_argument("--steps", type=_positive, default=60, metavar="N", help="steps of ultrametric; default: 60")
+    parser.add_argument(
+        "--arity", type=int, choices=(2, 3, 5, 7), default=2, help="of ultrametric's digits; default: 2"
+    )
+    parser.add_argument(
+        "--cuts", action="store_true", help="also try clusters; a head gets one where it pays on text not used for it"
     )
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: 0")
     parser.add_argument(

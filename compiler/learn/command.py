@@ -10,6 +10,7 @@ from pathlib import Path
 
 import transformers
 
+from surgeon.compiler.learn.descent import Schedule
 from surgeon.compiler.learn.emit import mean_density, write_topology
 from surgeon.compiler.learn.learn import Request, learn
 from surgeon.compiler.learn.models import read_model
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         method=arguments.method,
         seed=arguments.seed,
         measured_length=arguments.measured_length,
+        cuts=arguments.cuts,
+        schedule=Schedule(steps=arguments.steps, arity=arguments.arity),
     )
     out: Path = arguments.out
     work: Path = arguments.work or out.with_name(out.name + ".steps")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from surgeon.compiler.learn.masked import masked_attention
 from surgeon.compiler.learn.sparse import block_sparse_attention
 
 _IMPLEMENTATION = "surgeon_learning"
@@ -95,6 +96,24 @@ def observe_sparse(
     return total / tokens.shape[1]
 
 
+def pull_masks(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    dense: torch.Tensor,
+    masks: Sequence[torch.Tensor],
+    penalty: torch.Tensor,
+) -> float:
+    """Adds the gradient of mean divergence plus `penalty` to what the masks were made from; returns the divergence.
+
+    `masks` hold numbers of 0 to 1 `[heads, blocks, blocks]` for each layer, otherwise as for `sparse_divergence`.
+    """
+    with _attending(model, masks, None):
+        states = _states(model, tokens)
+        total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
+        torch.autograd.backward([states, penalty], [gradient / tokens.shape[1], torch.ones_like(penalty)])
+    return total / tokens.shape[1]
+
+
 def attention_modules(model: torch.nn.Module) -> list[Any]:
     """The decoder's attention modules, first layer first."""
     return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
@@ -148,7 +167,8 @@ def _attention(
         k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
         output = torch.nn.functional.scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
     else:
-        output = block_sparse_attention(query[0], key[0], value[0], task.visible, scale)[None]
+        attend = block_sparse_attention if task.visible.dtype == torch.bool else masked_attention
+        output = attend(query[0], key[0], value[0], task.visible, scale)[None]
     if task.observe is not None:
         output = _Observed.apply(output, query, key, value, task, scale)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None

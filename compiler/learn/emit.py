@@ -8,20 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgeon.compiler.learn.pattern import Grid, Pattern
 from surgeon.compiler.learn.trees import interval_tree
-from surgeon.compiler.learn.windows import Windows
 from surgeon.compiler.read import parse_topology
 from surgeon.compiler.topology import DenseHead, Head, SparseHead, Topology
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.manifest import ModelShape
 
 
-def window_topology(
-    model: ModelShape, block_size: int, blocks: int, sink: int, windows: Windows, provenance: Mapping[str, Any]
-) -> Topology:
-    """A topology of sinks and windows; its tree is one of intervals, which no head cuts."""
-    layers = tuple(tuple(SparseHead(0, 0.0, sink, int(window)) for window in layer) for layer in windows)
-    return Topology(model, block_size, blocks, (interval_tree(blocks),), layers, "window", provenance)
+def pattern_topology(model: ModelShape, grid: Grid, pattern: Pattern, provenance: Mapping[str, Any]) -> Topology:
+    """A topology of a learned pattern. Equal trees are shared; a head without a cut names the first one, uncut."""
+    trees = {interval_tree(grid.blocks): 0}
+
+    def head(layer: int, index: int) -> SparseHead:
+        cut = pattern.cuts.get((layer, index))
+        tree = 0 if cut is None else trees.setdefault(cut.tree, len(trees))
+        return SparseHead(tree, 0.0 if cut is None else cut.height, grid.sink, int(pattern.windows[layer, index]))
+
+    layers = tuple(tuple(head(layer, index) for index in range(len(row))) for layer, row in enumerate(pattern.windows))
+    return Topology(model, grid.block_size, grid.blocks, tuple(trees), layers, "window", provenance)
 
 
 def scaled(topology: Topology, blocks: int) -> Topology:

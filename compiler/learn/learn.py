@@ -3,32 +3,36 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.budget import Grid, Learned, learn_windows
-from surgeon.compiler.learn.emit import mean_density, scaled, window_topology
+from surgeon.compiler.learn.budget import Learned, learn_pattern
+from surgeon.compiler.learn.descent import Schedule, Trained, train_digits
+from surgeon.compiler.learn.emit import mean_density, pattern_topology, scaled
 from surgeon.compiler.learn.journal import Journal
 from surgeon.compiler.learn.models import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.text import TokenText, divide
+from surgeon.compiler.learn.pattern import Grid, Pattern
+from surgeon.compiler.learn.runs import Runs
+from surgeon.compiler.learn.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.windows import uniform_windows
 from surgeon.compiler.progress import Progress
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.fingerprints import fingerprint
 
-METHODS = ("budget", "window")
+METHODS = ("budget", "ultrametric", "window")
 
 
 @dataclass(frozen=True)
 class Request:
     """What to learn. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
 
-    `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`.
+    `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
+    `cuts`, heads may also get clusters, which belong to their length and cannot be scaled. `schedule` is for
+    the method "ultrametric", whose heads have clusters as well.
     """
 
     density: float
@@ -38,15 +42,21 @@ class Request:
     seed: int = 0
     sink: int = 1
     measured_length: int | None = None
+    cuts: bool = False
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Sequences of each text: to measure costs on, to validate on, and fresh ones for each round of refinement."""
+    """Sequences of each text: to measure costs on, to validate on, and fresh ones for each round of refinement.
+
+    `cuts` are those to propose cuts on, and as many again to admit them on.
+    """
 
     calibrate: int = 2
     validate: int = 1
     refine: tuple[int, ...] = (1, 1, 1)
+    cuts: int = 1
 
 
 def learn(
@@ -68,32 +78,49 @@ def learn(
     check_decoder(model)
     blocks, measured = _blocks(request, request.length), _blocks(request, request.measured_length or request.length)
     started, started_cpu = time.perf_counter(), time.process_time()
+    if (request.cuts or request.method == "ultrametric") and blocks != measured:
+        lengths = f"{request.length} and {request.measured_length}"
+        raise TopologyError("clusters", "equal --length and --measured-length", lengths, "choose one length")
     weights = fingerprint(model)
     provenance: dict[str, Any] = {
         "method": request.method,
-        "model": model.config.name_or_path or type(model).__name__,
+        "model": Path(model.config.name_or_path or type(model).__name__).name,
         "weights_sha256": weights,
         "requested_density": request.density,
     }
+    shape = model_shape(model)
+    size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
-        shape = model_shape(model)
-        windows = uniform_windows(
-            shape.num_hidden_layers, shape.num_attention_heads, blocks, request.sink, request.density
-        )
-        topology = window_topology(shape, request.block_size, blocks, request.sink, windows, provenance)
+        grid = Grid(request.block_size, blocks, request.sink, request.density)
+        equal = Pattern(uniform_windows(*size, blocks, request.sink, request.density))
+        topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
     effort = effort or Effort()
     grid = Grid(request.block_size, measured, request.sink, request.density)
     sequences = divide(
-        texts, measured * request.block_size, effort.calibrate, effort.validate, effort.refine, request.seed
+        texts,
+        measured * request.block_size,
+        effort.calibrate,
+        effort.validate,
+        effort.refine,
+        request.seed,
+        effort.cuts if request.cuts else 0,
     )
     journal = Journal(work)
+    identity: dict[str, object] = {"weights": weights}
     with frozen(model):
-        learned = learn_windows(model, sequences, grid, request.seed, journal, {"weights": weights}, progress)
-    topology = window_topology(
-        model_shape(model), request.block_size, measured, request.sink, learned.windows, provenance
-    )
+        runs = Runs(model, grid, journal, identity, progress)
+        if request.method == "ultrametric":
+            fresh = [*sequences.calibrate, *(tokens for each in sequences.refine for tokens in each)]
+            trained = train_digits(
+                model, fresh, grid, size, request.schedule, request.seed, journal, identity, progress
+            )
+            pattern, figures = trained.pattern, _trained_figures(trained, runs, sequences, grid, size)
+        else:
+            learned = learn_pattern(runs, sequences, grid, size, request.seed)
+            pattern, figures = learned.pattern, _figures(learned)
+    topology = pattern_topology(shape, grid, pattern, provenance)
     if blocks != measured:
         topology = scaled(topology, blocks)
     return _with_provenance(
@@ -108,7 +135,7 @@ def learn(
                 "validate": len(sequences.validate),
                 "refine": [len(fresh) for fresh in sequences.refine],
             },
-            **_figures(learned),
+            **figures,
             "steps": {"computed": journal.computed, "found": journal.found},
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - started_cpu, 1),
@@ -129,14 +156,31 @@ def _blocks(request: Request, length: int) -> int:
 
 def _figures(learned: Learned) -> dict[str, Any]:
     return {
-        "validation": {
-            "divergence": learned.divergence,
-            "equal_windows": learned.uniform_divergence,
-            "ratio": round(learned.divergence / learned.uniform_divergence, 4) if learned.uniform_divergence else None,
-        },
-        "windows": {"least": int(np.min(learned.windows)), "most": int(np.max(learned.windows))},
+        "validation": _validation(learned.divergence, learned.uniform_divergence),
+        "windows": {"least": int(learned.pattern.windows.min()), "most": int(learned.pattern.windows.max())},
         "rounds": [dataclasses.asdict(step) for step in learned.rounds],
+        "cut_rounds": [dataclasses.asdict(step) for step in learned.cut_rounds],
+        "heads_with_a_cut": len(learned.pattern.cuts),
     }
+
+
+def _trained_figures(
+    trained: Trained, runs: Runs, sequences: Sequences, grid: Grid, size: tuple[int, int]
+) -> dict[str, Any]:
+    equal = Pattern(uniform_windows(*size, grid.blocks, grid.sink, grid.density))
+    divergence = runs.validate(trained.pattern, sequences.validate, "the learned trees")
+    return {
+        "validation": _validation(divergence, runs.validate(equal, sequences.validate, "equal windows")),
+        "steps_descended": len(trained.divergences),
+        "last_divergence": trained.divergences[-1],
+        "heads_with_a_cut": len(trained.pattern.cuts),
+        "heads_trimmed": trained.trimmed,
+    }
+
+
+def _validation(divergence: float, equal_windows: float) -> dict[str, Any]:
+    ratio = round(divergence / equal_windows, 4) if equal_windows else None
+    return {"divergence": divergence, "equal_windows": equal_windows, "ratio": ratio}
 
 
 def _with_provenance(topology: Topology, more: dict[str, Any]) -> Topology:

@@ -22,11 +22,15 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences `[1, length]` by use: no token is in two of them. `refine[r]` are for round r of the refinement."""
+    """Sequences `[1, length]` by use: no token is in two of them. `refine[r]` are for round r of the refinement.
+
+    `cuts` is empty, or holds those that cuts are proposed on and those that they are admitted on.
+    """
 
     calibrate: tuple[torch.Tensor, ...]
     validate: tuple[torch.Tensor, ...]
     refine: tuple[tuple[torch.Tensor, ...], ...]
+    cuts: tuple[tuple[torch.Tensor, ...], ...] = ()
 
 
 def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
@@ -56,7 +60,13 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
 
 
 def divide(
-    texts: Sequence[TokenText], length: int, calibrate: int, validate: int, refine: Sequence[int], seed: int
+    texts: Sequence[TokenText],
+    length: int,
+    calibrate: int,
+    validate: int,
+    refine: Sequence[int],
+    seed: int,
+    cuts: int = 0,
 ) -> Sequences:
     """Cuts every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
 
@@ -64,10 +74,11 @@ def divide(
     calibration one; rounds of refinement that get none from any text fall back on the calibration sequences.
 
     Raises:
-        ModelError: a text holds fewer than two sequences.
+        ModelError: a text holds fewer than two sequences, or all of them too few for cuts.
     """
-    uses = ["validate", "calibrate", *(f"refine {index}" for index in range(len(refine)))]
-    wanted = [validate, calibrate, *refine]
+    rounds = [f"refine {index}" for index in range(len(refine))]
+    uses = ["validate", "calibrate", *rounds, "propose", "admit"]
+    wanted = [validate, calibrate, *refine, cuts, cuts]
     given: dict[str, list[torch.Tensor]] = {use: [] for use in uses}
     generator = torch.Generator().manual_seed(seed)
     for text in texts:
@@ -84,8 +95,16 @@ def divide(
             for index in order[:number]:
                 given[use].append(text.tokens[index * length : (index + 1) * length][None])
             del order[:number]
-    rounds = tuple(tuple(given[use]) or tuple(given["calibrate"]) for use in uses[2:])
-    return Sequences(tuple(given["calibrate"]), tuple(given["validate"]), rounds)
+    if cuts and not given["admit"]:
+        raise ModelError(
+            "--cuts", f"{len(uses)} sequences of {length} tokens in a text", "fewer", "use longer texts, or no cuts"
+        )
+    return Sequences(
+        calibrate=tuple(given["calibrate"]),
+        validate=tuple(given["validate"]),
+        refine=tuple(tuple(given[use]) or tuple(given["calibrate"]) for use in rounds),
+        cuts=(tuple(given["propose"]), tuple(given["admit"])) if cuts else (),
+    )
 
 
 def _shares(wanted: Sequence[int], available: int) -> list[int]:

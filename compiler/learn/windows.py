@@ -1,7 +1,5 @@
 """Patterns of a sink and a window: how many blocks they see, and the uniform one that uses up a density."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -66,17 +64,6 @@ def window_floor(blocks: int, sink: int, density: float) -> int:
     affordable = int(np.searchsorted(pairs, wanted * (1 + 1e-12), side="right"))
     nearest = int(np.abs(pairs - wanted * 2 / 3).argmin()) + 1
     return min(affordable, nearest)
-
-
-def density_of(windows: Windows, blocks: int, sink: int) -> float:
-    """Visible pairs over causal pairs of blocks, over all heads."""
-    return float(visible_pairs(blocks, sink)[windows - 1].mean() / causal_pairs(blocks))
-
-
-def window_masks(windows: Windows, blocks: int, sink: int) -> Sequence[torch.Tensor]:
-    """What the heads of each layer see: bool `[heads, blocks, blocks]` a layer."""
-    patterns = window_patterns(blocks, sink)
-    return [patterns[torch.from_numpy(layer) - 1] for layer in windows]
 
 
 def unreachable(density: float, least: float) -> TopologyError:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from models import sparse_topology
-from surgeon.compiler.learn.emit import mean_density, scaled, spelled, window_topology, write_topology
+from surgeon.compiler.learn.emit import mean_density, pattern_topology, scaled, spelled, write_topology
+from surgeon.compiler.learn.pattern import Grid, Pattern
 from surgeon.compiler.read import parse_topology, read_topology
 from surgeon.compiler.topology import SparseHead, Topology
 from surgeon.runtime.errors import TopologyError
@@ -15,7 +16,8 @@ from surgeon.runtime.manifest import ModelShape
 
 def made(blocks: int = 8) -> Topology:
     shape = ModelShape("llama", 2, 2, 1, 32, None)
-    return window_topology(shape, 64, blocks, 1, np.array([[1, 3], [8, 2]]), {"method": "budget", "rounds": [1, 2]})
+    pattern = Pattern(np.array([[1, 3], [8, 2]]))
+    return pattern_topology(shape, Grid(64, blocks, 1, 0.5), pattern, {"method": "budget", "rounds": [1, 2]})
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

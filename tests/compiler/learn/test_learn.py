@@ -1,5 +1,6 @@
 """Learning on a tiny random model, from texts to a topology: repeatable, resumable, and better than equal windows."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import tiny_llama, tokens
-from surgeon.compiler.learn import budget
+from surgeon.compiler.learn import runs
+from surgeon.compiler.learn.emit import spelled
 from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.models import check_decoder
 from surgeon.compiler.learn.text import TokenText
+from surgeon.compiler.read import parse_topology
 from surgeon.compiler.topology import SparseHead, Topology
 from surgeon.runtime import fingerprint
 from surgeon.runtime.errors import ModelError, TopologyError
@@ -91,8 +94,8 @@ def test_an_interrupted_run_continues_to_the_same_topology(tmp_path: Path, monke
     assert found.sha256 == expected.sha256
     assert found.provenance["validation"] == expected.provenance["validation"]
 
-    monkeypatch.setattr(budget, "observe_dense", None)  # all has been done: no pass is made again
-    monkeypatch.setattr(budget, "sparse_divergence", None)
+    monkeypatch.setattr(runs, "observe_dense", None)  # all has been done: no pass is made again
+    monkeypatch.setattr(runs, "sparse_divergence", None)
     assert learn(tiny_llama(), texts(), REQUEST, EFFORT, work=tmp_path).sha256 == expected.sha256
 
 
@@ -108,6 +111,27 @@ def test_a_damaged_step_is_an_error_that_says_what_to_delete(tmp_path: Path) -> 
         file.write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"expected the result of an earlier step, got .*; delete"):
         learn(tiny_llama(), texts(), REQUEST, EFFORT, work=tmp_path)
+
+
+def test_cuts_are_tried_on_text_of_their_own_and_kept_only_if_they_help() -> None:
+    plain = learn(tiny_llama(), texts(), REQUEST, EFFORT)
+    found = learn(tiny_llama(), texts(), dataclasses.replace(REQUEST, cuts=True), EFFORT)
+    said = found.provenance
+    assert said["cut_rounds"]
+    kept = [step for step in said["cut_rounds"] if step["kept"]]
+    assert said["heads_with_a_cut"] == (kept[0]["cuts"] if kept else 0)
+    assert said["density"] <= 0.5
+    if kept:
+        assert said["validation"]["divergence"] < plain.provenance["validation"]["divergence"]
+        assert parse_topology(spelled(found)).sha256 == found.sha256
+    else:
+        assert found.sha256 == plain.sha256
+
+
+def test_cuts_need_text_of_their_own() -> None:
+    short = [TokenText("short", "0" * 64, tokens(1, 3 * LENGTH)[0])]
+    with pytest.raises(ModelError, match="--cuts: expected 6 sequences of 128 tokens in a text"):
+        learn(tiny_llama(), short, dataclasses.replace(REQUEST, cuts=True), EFFORT)
 
 
 def test_equal_windows_need_no_text() -> None:
@@ -129,6 +153,10 @@ def test_windows_are_scaled_to_another_length() -> None:
         (Request(0.5, 100, SIZE), "--length: expected a multiple of the block, 16 tokens, got 100"),
         (Request(0.1, LENGTH, SIZE), "--density: expected at least 0.4167: .*, got 0.1"),
         (Request(0.5, 1024, SIZE), "a: expected at least 2048 tokens"),
+        (
+            Request(0.5, 256, SIZE, measured_length=LENGTH, cuts=True),
+            "clusters: expected equal --length and --measured",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_an_error(request_: Request, message: str) -> None:

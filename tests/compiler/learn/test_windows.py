@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from surgeon.compiler.learn.emit import window_topology
+from surgeon.compiler.learn.emit import mean_density, pattern_topology
+from surgeon.compiler.learn.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.refine import Trust, refined_windows
+from surgeon.compiler.learn.trees import interval_tree, residue_tree
 from surgeon.compiler.learn.windows import (
+    Windows,
     causal_pairs,
-    density_of,
     uniform_windows,
     visible_pairs,
     window_floor,
-    window_masks,
 )
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.manifest import ModelShape
@@ -19,21 +20,27 @@ from surgeon.runtime.manifest import ModelShape
 BLOCKS = 32
 
 
+def density_of(windows: Windows) -> float:
+    return float(visible_pairs(BLOCKS, 1)[windows - 1].mean() / causal_pairs(BLOCKS))
+
+
 def test_masks_and_density_are_those_of_the_topologys_definition() -> None:
-    windows = np.array([[1, 2, 5], [32, 7, 3]])
-    topology = window_topology(ModelShape("llama", 2, 3, 1, 32, None), 64, BLOCKS, 1, windows, {})
-    for layer, masks in enumerate(window_masks(windows, BLOCKS, 1)):
-        np.testing.assert_array_equal(masks.numpy(), topology.block_mask(layer, BLOCKS))
-    densities = np.stack([topology.density(layer) for layer in range(2)])
-    assert density_of(windows, BLOCKS, 1) == pytest.approx(densities.mean())
+    grid, windows = Grid(64, BLOCKS, 1, 0.5), np.array([[1, 2, 5], [32, 7, 3]])
+    shape = ModelShape("llama", 2, 3, 1, 32, None)
+    cuts = {(0, 1): Cut(residue_tree(BLOCKS, 3), 1.0), (1, 2): Cut(interval_tree(BLOCKS), 3.0)}
+    for pattern in (Pattern(windows), Pattern(windows, cuts)):
+        topology = pattern_topology(shape, grid, pattern, {})
+        for layer, masks in enumerate(pattern.masks(grid)):
+            np.testing.assert_array_equal(masks.numpy(), topology.block_mask(layer, BLOCKS))
+    assert density_of(windows) == pytest.approx(mean_density(pattern_topology(shape, grid, Pattern(windows), {})))
 
 
 @pytest.mark.parametrize("density", [0.12, 0.15, 0.25, 0.35, 0.5, 0.9, 1.0])
 def test_equal_windows_use_the_density_up_to_one_step(density: float) -> None:
     windows = uniform_windows(30, 9, BLOCKS, 1, density)
     assert windows.max() - windows.min() <= 1
-    assert density_of(windows, BLOCKS, 1) == pytest.approx(density, abs=2e-4)
-    assert density_of(windows, BLOCKS, 1) <= density + 1e-12
+    assert density_of(windows) == pytest.approx(density, abs=2e-4)
+    assert density_of(windows) <= density + 1e-12
     spread = windows.sum(axis=1)
     assert spread.max() - spread.min() <= 1, "heads with one more are spread over the layers"
 

@@ -1,0 +1,163 @@
+"""Trains block digits by gradient descent on the divergence from the dense model, which stays frozen."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from surgeon.compiler.dendrogram import Dendrogram
+from surgeon.compiler.learn.decoder import dense_states, pull_masks
+from surgeon.compiler.learn.journal import Journal, Tensors
+from surgeon.compiler.learn.pattern import Cut, Grid, Pattern
+from surgeon.compiler.learn.ultrametric import Sample, collapsed_logits, hard_digits, sample
+from surgeon.compiler.learn.windows import causal_pairs, window_floor, window_patterns
+from surgeon.compiler.progress import Progress
+
+_RATE = 0.3
+_MOMENTS = (0.9, 0.95)
+_SAVED_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the training goes: temperature falls geometrically, noise and penalties rise over the first half."""
+
+    steps: int = 60
+    arity: int = 2
+    hot: float = 1.0
+    cold: float = 0.3
+    density_weight: float = 20.0
+    balance_weight: float = 0.05
+
+    def temperature(self, step: int) -> float:
+        """The temperature of the digits at a step."""
+        return float(self.hot * (self.cold / self.hot) ** (step / max(self.steps - 1, 1)))
+
+    def ramp(self, step: int) -> float:
+        """0 at the first step, 1 from the middle on."""
+        return min(1.0, 2 * step / max(self.steps, 1))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The pattern that came of it, the divergence of every step (nats a token), and the density it ended with.
+
+    `trimmed` heads lost their clusters at the end, because the density was still above what was asked for.
+    """
+
+    pattern: Pattern
+    divergences: tuple[float, ...]
+    trimmed: int
+
+
+def train_digits(
+    model: PreTrainedModel,
+    sequences: Sequence[torch.Tensor],
+    grid: Grid,
+    shape: tuple[int, int],
+    schedule: Schedule,
+    seed: int,
+    journal: Journal,
+    identity: dict[str, object],
+    progress: Progress | None = None,
+) -> Trained:
+    """Learns paths and cuts for a model of `shape` (layers, heads), a sequence a step; windows are the floor's.
+
+    Raises:
+        TopologyError: the density is out of reach.
+    """
+    window = window_floor(grid.blocks, grid.sink, grid.density)
+    always = window_patterns(grid.blocks, grid.sink)[window - 1]
+    described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(schedule), "seed": seed}
+    logits = torch.stack([collapsed_logits(shape[1], grid.blocks, schedule.arity) for _ in range(shape[0])])
+    state: Tensors = {"logits": logits, "cuts": torch.zeros(shape), "divergences": torch.zeros(0)}
+    for begin in range(0, schedule.steps, _SAVED_EVERY):
+        end = min(begin + _SAVED_EVERY, schedule.steps)
+        chunk = [sequences[step % len(sequences)] for step in range(begin, end)]
+        if progress is not None:
+            lately = f", {float(state['divergences'][-1]):.4f} nats a token" if begin else ""
+            progress(f"descending the KL divergence{lately}", begin, schedule.steps)
+        named = {"step": "ultrametric", "tokens": [tokens[0].tolist() for tokens in chunk], "begin": begin}
+        state = journal.once(
+            named | described, partial(_descend, model, chunk, grid, schedule, seed, always, state, begin)
+        )
+    pattern, trimmed = _pattern(state["logits"], state["cuts"], window, grid)
+    return Trained(pattern, tuple(state["divergences"].tolist()), trimmed)
+
+
+def masks_at(state: Tensors, schedule: Schedule, step: int, seed: int, always: torch.Tensor) -> list[Sample]:
+    """The samples of all layers at a step, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    temperature, noise = schedule.temperature(step), schedule.ramp(step)
+    return [
+        sample(logits, cuts, always, temperature, noise, generator)
+        for logits, cuts in zip(state["logits"], state["cuts"], strict=True)
+    ]
+
+
+def _descend(
+    model: PreTrainedModel,
+    sequences: Sequence[torch.Tensor],
+    grid: Grid,
+    schedule: Schedule,
+    seed: int,
+    always: torch.Tensor,
+    before: Tensors,
+    begin: int,
+) -> Tensors:
+    learned = {name: before[name].clone().requires_grad_() for name in ("logits", "cuts")}
+    adam = torch.optim.Adam(learned.values(), lr=_RATE, betas=_MOMENTS)
+    if begin:
+        for name, parameter in learned.items():
+            adam.state[parameter] = {
+                "step": torch.tensor(float(begin)),
+                "exp_avg": before[f"{name}.mean"].clone(),
+                "exp_avg_sq": before[f"{name}.square"].clone(),
+            }
+    divergences = before["divergences"].tolist()
+    for step, tokens in enumerate(sequences, start=begin):
+        samples = masks_at(learned, schedule, step, seed, always)
+        visible = torch.stack([found.masks.sum() for found in samples]).sum()
+        density = visible / (causal_pairs(grid.blocks) * learned["cuts"].numel())
+        excess = torch.relu(density - grid.density) / (1 - grid.density)
+        balance = torch.stack([found.balance for found in samples]).mean()
+        penalty = schedule.ramp(step) * (schedule.density_weight * excess**2 + schedule.balance_weight * balance)
+        adam.zero_grad()
+        dense = dense_states(model, tokens)
+        divergences.append(pull_masks(model, tokens, dense, [found.masks for found in samples], penalty))
+        adam.step()
+        with torch.no_grad():
+            learned["cuts"].clamp_(0, before["logits"].shape[3] - 1)
+    after: Tensors = {"divergences": torch.tensor(divergences)}
+    for name, parameter in learned.items():
+        after[name] = parameter.detach()
+        after[f"{name}.mean"] = adam.state[parameter]["exp_avg"]
+        after[f"{name}.square"] = adam.state[parameter]["exp_avg_sq"]
+    return after
+
+
+def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int, grid: Grid) -> tuple[Pattern, int]:
+    """Hard paths and cuts; where they see too much, the heads that see most lose their clusters first."""
+    layers, heads = cuts.shape
+    paths = hard_digits(logits).argmax(dim=-1)
+    found: dict[tuple[int, int], Cut] = {}
+    for layer in range(layers):
+        for head in range(heads):
+            tree = Dendrogram.from_paths(paths[layer, head].tolist(), logits.shape[-1], f"head {layer}.{head}")
+            found[layer, head] = Cut(tree, float(cuts[layer, head].round()))
+    windows = np.full((layers, heads), window, dtype=np.int64)
+    masks = Pattern(windows, found).masks(grid)
+    pairs = {place: int(masks[place[0]][place[1]].sum()) for place in found}
+    bare = int(window_patterns(grid.blocks, grid.sink)[window - 1].sum())
+    budget, trimmed = grid.density * causal_pairs(grid.blocks) * len(found), 0
+    for place in sorted(pairs, key=lambda place: (-pairs[place], place)):
+        if sum(pairs.values()) <= budget:
+            break
+        pairs[place] = bare
+        del found[place]
+        trimmed += 1
+    return Pattern(windows, found), trimmed
