@@ -31,25 +31,56 @@ def _first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int
     Raises:
         PatchError: the mask does not cover the queries, or valid keys lie on both sides of masked ones.
     """
+    first, runs = _valid_runs(attention_mask, position, length)
     end = int(position.max()) + length
-    batch, covered = attention_mask.shape
-    if batch != position.shape[0] or covered < end:
-        raise PatchError(
-            "attention_mask",
-            f"shape [{position.shape[0]}, {end}]: a sequence's cached tokens, then the new ones",
-            f"shape [{batch}, {covered}]",
-            "pass the mask of all tokens so far, as generate() does",
-        )
-    valid = attention_mask[:, :end] != 0  # later keys of a static cache are not filled yet
-    starts = valid[:, 0].long() + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
-    if bool((starts > 1).any()):
-        raise PatchError(
-            f"attention_mask[{int(starts.argmax())}]",
-            "valid keys in one run",
-            "masked keys between valid ones",
-            "pad on the left (padding_side='left'), and mask nothing else",
-        )
-    return (valid.cumsum(dim=1) == 0).sum(dim=1)
+    if attention_mask.shape[1] < end:
+        raise _too_short(attention_mask, position.shape[0], end)
+    if bool((runs > 1).any()):
+        raise PatchError(f"attention_mask[{int(runs.argmax())}]", *_HOLE)
+    return first
+
+
+def _first_key_on_gpu(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+    """As `_first_key`, without waiting for the device, so that it also runs in a captured graph.
+
+    What that one raises an error for stops the device, which torch reports at a later call.
+    """
+    first, runs = _valid_runs(attention_mask, position, length)
+    short = "attention_mask: expected the cached tokens, then the new ones, got fewer"
+    torch._assert_async((position + length <= attention_mask.shape[1]).all(), short)
+    torch._assert_async((runs <= 1).all(), str(PatchError("attention_mask", *_HOLE)))
+    return first
+
+
+_HOLE = (
+    "valid keys in one run",
+    "masked keys between valid ones",
+    "pad on the left (padding_side='left'), and mask nothing else",
+)
+
+
+def _valid_runs(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first valid key of each sequence, and in how many runs its valid keys lie, int64 `[batch]` both.
+
+    Raises:
+        PatchError: the mask is for another number of sequences.
+    """
+    if attention_mask.shape[0] != position.shape[0]:
+        raise _too_short(attention_mask, position.shape[0], length)
+    end = (position + length)[:, None]
+    column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    valid = (attention_mask != 0) & (column < end)  # later keys of a static cache are not filled yet
+    runs = valid[:, :1].sum(dim=1) + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
+    return ((valid.cumsum(dim=1) == 0) & (column < end)).sum(dim=1), runs
+
+
+def _too_short(attention_mask: torch.Tensor, batch: int, end: int) -> PatchError:
+    return PatchError(
+        "attention_mask",
+        f"shape [{batch}, {end}]: a sequence's cached tokens, then the new ones",
+        f"shape {list(attention_mask.shape)}",
+        "pass the mask of all tokens so far, as generate() does",
+    )
 
 
 def valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -85,6 +116,7 @@ def _fake_valid_keys(input_ids: torch.Tensor, _attention_mask: torch.Tensor | No
 
 
 _LIBRARY.impl("first_key", _first_key, "CompositeExplicitAutograd")
+_LIBRARY.impl("first_key", _first_key_on_gpu, "CUDA")
 _LIBRARY.impl("valid_keys", _valid_keys, "CompositeExplicitAutograd")
 torch.library.register_fake("surgeon::first_key", _fake_first_key, lib=_LIBRARY)
 torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
@@ -135,6 +167,8 @@ def placement(
             "pass the cache that the mask belongs to",
         )
     elif attention_mask.ndim == 2:
+        if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
+            raise _too_short(attention_mask, batch_size, q_offset + q_length)
         first_key = torch.ops.surgeon.first_key(attention_mask, position, q_length)
     else:
         raise PatchError(

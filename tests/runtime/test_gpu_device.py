@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import StaticCache
 
 import reference
 import topologies
+from models import padded, sparse_topology, tiny_llama
 from surgeon.compiler import Topology, compile_package
-from surgeon.runtime import Package, load
+from surgeon.runtime import Package, load, patch
 from surgeon.runtime.gpu import target_of
 
 pytest.importorskip("triton")
@@ -124,6 +126,31 @@ def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topolog
     q.copy_(torch.randn_like(q))
     graph.replay()
     torch.testing.assert_close(out, call(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_captured_step_of_a_patched_model_with_padding(tmp_path: Path) -> None:
+    model = tiny_llama().to("cuda", torch.bfloat16)
+    patch(model, compiled(sparse_topology(), tmp_path))
+    ids, mask = (tensor.cuda() for tensor in padded([5, 8]))
+    step = {"input_ids": ids[:, -1:], "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
+
+    def filled() -> StaticCache:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        return cache
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = model(**step, past_key_values=filled()).logits
+        cache = filled()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = model(**step, past_key_values=cache).logits
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_stream_of_its_own(package: Package, topology: Topology) -> None:
