@@ -2,8 +2,8 @@
 
 From a source tree, on a machine without a GPU, and then on one with it:
 
-    PYTHONPATH=.ci/types python benchmarks/gpu.py --packages kernels-gpu --compile cuda:90
-    PYTHONPATH=.ci/types python benchmarks/gpu.py --packages kernels-gpu --json results.json
+    benchmarks/from_source python benchmarks/gpu.py --packages kernels-gpu --compile cuda:90
+    benchmarks/from_source python benchmarks/gpu.py --packages kernels-gpu --json results.json
 
 The second command compiles nothing. Each row is checked against fp64 on a sample of queries before it is timed.
 """

@@ -1,4 +1,7 @@
-"""Compiled GPU kernels on a GPU: run with -m gpu on a machine that has one and Triton."""
+"""Compiled GPU kernels on a GPU: run with -m gpu on a machine that has one and Triton.
+
+In a source tree without an installation: benchmarks/from_source python -m pytest -m gpu.
+"""
 
 from pathlib import Path
 
