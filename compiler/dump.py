@@ -46,6 +46,8 @@ class Dump:
 
 
 def _layer_text(layer: LayerSchedule) -> str:
+    if not layer.heads:
+        return "  not covered\n"
     lines = []
     names: dict[HeadSchedule, int] = {}
     for index, head in enumerate(layer.heads):

@@ -37,7 +37,7 @@ class Pattern:
     """What a topology makes its heads see.
 
     `density[l][h]` is head h's visible pairs over causal pairs of blocks at the topology's own length; equal layers and
-    heads are those with one schedule.
+    heads are those with one schedule. A layer that is not covered has no summary and no densities.
     """
 
     topology_sha256: str
@@ -48,12 +48,12 @@ class Pattern:
     dendrograms: int
     distinct_layers: int
     distinct_heads: int
-    layers: tuple[LayerSummary, ...]
+    layers: tuple[LayerSummary | None, ...]
     density: tuple[tuple[float, ...], ...]
 
     @property
     def mean_density(self) -> float:
-        """The mean over all heads of all layers."""
+        """The mean over all heads of all covered layers."""
         return math.fsum(map(math.fsum, self.density)) / sum(map(len, self.density))
 
 
@@ -125,7 +125,8 @@ def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
     density = tuple(tuple(densities[id(head)] for head in layer.heads) for layer in layers)
     numbers: dict[int, int] = {}
     for layer in layers:
-        numbers.setdefault(id(layer), len(numbers))
+        if layer.heads:
+            numbers.setdefault(id(layer), len(numbers))
     return Pattern(
         topology_sha256=topology.sha256,
         model=topology.model,
@@ -135,7 +136,10 @@ def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
         dendrograms=len(topology.dendrograms),
         distinct_layers=len(numbers),
         distinct_heads=len(heads),
-        layers=tuple(_summary(layer, numbers[id(layer)], found) for layer, found in zip(layers, density, strict=True)),
+        layers=tuple(
+            _summary(layer, numbers[id(layer)], found) if layer.heads else None
+            for layer, found in zip(layers, density, strict=True)
+        ),
         density=density,
     )
 
@@ -160,6 +164,8 @@ def report_json(report: TopologyReport | PackageReport) -> str:
                 "on_gpu": [asdict(run) for run in report.runs(layer)],
                 "on_cpu": {rows.variant: rows.explain(layer, rows.tokens[layer]) for rows in report.on_cpu},
             }
+            if layer in manifest.layers
+            else None
             for layer in range(manifest.model.num_hidden_layers)
         ],
     }

@@ -66,6 +66,9 @@ def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
     package = report if isinstance(report, PackageReport) else None
     yield "layers     kernel, which equal layers share; distinct heads; pieces of their schedules"
     for index, layer in enumerate(report.pattern.layers):
+        if layer is None:
+            yield f"{index:>9}  not covered"
+            continue
         cells = [
             f"{index:>9}",
             f"attention_{layer.kernel:03d}",
@@ -96,6 +99,9 @@ def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
     if heads_a_cell > 1:
         yield f"           a cell is the mean of {heads_a_cell} heads"
     for layer, heads in enumerate(pattern.density):
+        if not heads:
+            yield f"layer {layer:>{digits}}  not covered"
+            continue
         groups = (heads[first : first + heads_a_cell] for first in range(0, len(heads), heads_a_cell))
         cells = "".join(bars[max(0, math.ceil(_mean(group) * len(bars)) - 1)] for group in groups)
         yield f"layer {layer:>{digits}}  {cells}  {_mean(heads):.3f}"

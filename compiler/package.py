@@ -67,6 +67,7 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
         block_size=topology.block_size,
         num_blocks=topology.num_blocks,
         beyond=topology.beyond,
+        layers=topology.covered,
         kernels=tuple(kernel for binary in binaries for kernel in binary.kernels),
         files=tuple(
             FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())

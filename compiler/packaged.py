@@ -14,18 +14,18 @@ def packaged_layers(
     """The schedule of every layer; equal heads and equal layers are one object, as `schedule_layers` has them.
 
     Raises:
-        PackageError: there is a layer without a schedule.
+        PackageError: there is a covered layer without a schedule.
     """
     heads: dict[HeadSchedule, HeadSchedule] = {}
     layers: dict[LayerSchedule, LayerSchedule] = {}
     found = []
     for index in range(manifest.model.num_hidden_layers):
-        if index not in packaged:
+        if index in manifest.layers and index not in packaged:
             raise PackageError(
                 "manifest.json: kernels", f"a kernel of layer {index}", "none", "compile the package again"
             )
         layer = LayerSchedule(
-            heads=tuple(heads.setdefault(head, head) for head in map(_head, packaged[index])),
+            heads=tuple(heads.setdefault(head, head) for head in map(_head, packaged.get(index, ()))),
             num_key_value_heads=manifest.model.num_key_value_heads,
             block_size=manifest.block_size,
             num_rows=manifest.num_blocks if manifest.beyond == "error" else UNBOUNDED,

@@ -79,6 +79,8 @@ def parse_topology(text: str) -> Topology:
             str(len(layers)),
             "list every layer",
         )
+    if all(layer is None for layer in layers):
+        raise TopologyError("layers", "heads for one layer at least", "null for all", "give a layer its heads")
     return Topology(
         model=model,
         block_size=block_size,
@@ -174,6 +176,8 @@ def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
 
 
 def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[Head, ...]:
+    if value is None:  # not covered
+        return ()
     heads = _list(_object(value, where, required=("heads",))["heads"], f"{where}.heads", 1, MAX_HEADS)
     if len(heads) != num_heads:
         raise TopologyError(

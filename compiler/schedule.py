@@ -78,7 +78,7 @@ class LayerSchedule:
 
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
-    """The schedule of every layer. Equal heads, and equal layers, are one object."""
+    """The schedule of every layer, without heads where none is covered; equal heads and layers are one object."""
     clusters: dict[tuple[int, float], tuple[_Cluster, ...]] = {}
     schedules: dict[Head, HeadSchedule] = {}
     for head in {head for heads in topology.layers for head in heads}:
@@ -109,8 +109,11 @@ def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
 def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]:
     """Liveness: the last row that can read each block of each KV head, `[num_key_value_heads, num_blocks]`.
 
-    Once a sequence has passed that row, the block may leave the cache. `UNBOUNDED` where some row will always read it.
+    Once a sequence has passed that row, the block may leave the cache. `UNBOUNDED` where some row will always read it,
+    and in a layer that is not covered, where the model's own attention does.
     """
+    if not layer.heads:
+        return np.full((layer.num_key_value_heads, num_blocks), UNBOUNDED, dtype=np.int64)
     group = len(layer.heads) // layer.num_key_value_heads
     last = np.zeros((layer.num_key_value_heads, num_blocks), dtype=np.int64)
     for index, head in enumerate(layer.heads):

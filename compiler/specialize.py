@@ -49,8 +49,8 @@ def specialize(
     if target.backend != "cpu":
         prefill_tile(target, topology.model.head_dim, topology.block_size)  # or the target cannot hold the kernels
     sharers: dict[LayerSchedule, list[int]] = {}
-    for index, layer in enumerate(layers):
-        sharers.setdefault(layer, []).append(index)
+    for index in topology.covered:
+        sharers.setdefault(layers[index], []).append(index)
     return tuple(
         KernelSpec(
             name=f"attention_{number:03d}",

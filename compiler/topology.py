@@ -43,8 +43,9 @@ Head = DenseHead | SparseHead
 class Topology:
     """What every head of every layer sees. Made by `read_topology`, which has checked it.
 
-    `layers[l][h]` is query head h of layer l; `block_size` is in tokens; `beyond` says what rows at and after
-    `num_blocks` see besides sink and window: "window" nothing, "dense" everything, "error" is refused.
+    `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
+    and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows at and after `num_blocks`
+    see besides sink and window: "window" nothing, "dense" everything, "error" is refused.
     """
 
     model: ModelShape
@@ -88,6 +89,11 @@ class Topology:
             mask[index] = causal & ((column < head.sink) | (row - column < head.window) | near)
         return mask
 
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """The layers that are covered, ascending."""
+        return tuple(layer for layer, heads in enumerate(self.layers) if heads)
+
     def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
         """Visible pairs over causal pairs of blocks, a figure a head: `[num_attention_heads]`."""
         length = self.num_blocks if num_blocks is None else num_blocks
@@ -104,7 +110,7 @@ class Topology:
                 "block_size": self.block_size,
                 "num_blocks": self.num_blocks,
                 "dendrograms": [{"linkage": tree.linkage} for tree in self.dendrograms],
-                "layers": [{"heads": [_head_json(head) for head in heads]} for heads in self.layers],
+                "layers": [_layer_json(heads) for heads in self.layers],
                 "beyond": self.beyond,
             },
             sort_keys=True,
@@ -115,6 +121,10 @@ class Topology:
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def _layer_json(heads: tuple[Head, ...]) -> dict[str, Any] | None:
+    return {"heads": [_head_json(head) for head in heads]} if heads else None
 
 
 def _head_json(head: Head) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class CpuKernels:
         self.variant: str = first.variant
         self.dense_rows = DenseRows(dense_tokens(manifest, read_schedules(files)), first.variant)
         self.variants: tuple[str, ...] = first.variants
-        self.dtypes: tuple[torch.dtype, ...] = tuple(dtype for dtype in _DTYPES.values() if (0, dtype) in self._kernels)
+        self.dtypes: tuple[torch.dtype, ...] = tuple(
+            dtype for dtype in _DTYPES.values() if (manifest.layers[0], dtype) in self._kernels
+        )
 
     def attend(
         self,

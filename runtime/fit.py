@@ -1,5 +1,7 @@
 """Whether a kernel package fits a model: every question is asked before anything is touched."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -10,13 +12,28 @@ from surgeon.runtime.loading import Package
 from surgeon.runtime.manifest import ModelShape
 
 
-def check_fit(model: torch.nn.Module, package: Package) -> None:
-    """Checks that every attention site of the model is one that the package was compiled for.
+@dataclass(frozen=True)
+class LeftLayer:
+    """A layer that keeps the model's own attention, because of its type or because the topology does not cover it."""
+
+    layer: int
+    layer_type: str
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+        return "not covered by the topology" if self.layer_type == sites.FULL else self.layer_type
+
+
+def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]:
+    """Checks that the full-attention layers of the model are those that the package was compiled for.
+
+    Returns the layers that must keep the model's own attention.
 
     Raises:
-        PatchError: it is no Transformers model with exchangeable attention, has another shape, does more than full
-            causal attention, stands on a device or in a dtype without kernels, or has other weights than the
-            topology's.
+        PatchError: it is no Transformers model with exchangeable attention, has another shape, has no layer for the
+            kernels, does more than causal softmax attention in its full-attention layers, stands on a device or in a
+            dtype without kernels, or has other weights than the topology's.
     """
     if not isinstance(model, PreTrainedModel):
         raise PatchError(
@@ -30,13 +47,14 @@ def check_fit(model: torch.nn.Module, package: Package) -> None:
             type(model).__name__,
             "a model whose attention goes through Transformers' AttentionInterface",
             "one with an attention of its own",
-            "use a Llama of this Transformers version",
+            "use a model type of the README's table, in this Transformers version",
         )
     shape = package.manifest.model
     _check_shape(model.config, shape)
     _check_config(model.config)
+    left = _left_layers(model, package)
     _check_sites(model, shape)
-    _check_kernels(model, package)
+    _check_kernels(model, package, {layer.layer for layer in left})
     expected = shape.weights_sha256
     if expected is not None and (got := fingerprint(model)) != expected:
         raise PatchError(
@@ -45,6 +63,7 @@ def check_fit(model: torch.nn.Module, package: Package) -> None:
             got,
             "load those weights, in the dtype they had then, or set model.weights_sha256 to null and compile again",
         )
+    return left
 
 
 def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
@@ -67,56 +86,106 @@ def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
 
 
 def _check_config(config: PreTrainedConfig) -> None:
-    for name in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "output_attentions"):
-        value = getattr(config, name, None)
-        if value is not None and value is not False:
+    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
+        raise PatchError(
+            "model.config.attn_logit_softcapping",
+            "scores that go into the softmax as they are, so None",
+            shown(cap),
+            "this model cannot be patched: no kernel caps scores",
+        )
+    if getattr(config, "output_attentions", False):
+        raise PatchError(
+            "model.config.output_attentions", "False: kernels keep no attention weights", "True", "set it to False"
+        )
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        raise PatchError("model.config", "causal attention", "bidirectional", "patch a causal language model")
+
+
+def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
+    types = _layer_types(model.config)
+    covered = package.manifest.layers
+    left = tuple(
+        LeftLayer(layer, layer_type)
+        for layer, layer_type in enumerate(types)
+        if layer_type != sites.FULL or layer not in covered
+    )
+    if len(left) == len(types):
+        raise PatchError(
+            type(model).__name__,
+            f"full attention in one of the layers {shown(covered)} that the package covers",
+            ", ".join(sorted(set(types))),
+            "learn a topology for the layers of full attention; if no sequence will be longer than the window, load "
+            "the model with sliding_window=None",
+        )
+    implementation = model.config._attn_implementation
+    for name, module in sites.find(model):
+        if sites.layer_of(module) in {layer.layer for layer in left} and not sites.own_attention(
+            module, implementation
+        ):
             raise PatchError(
-                f"model.config.{name}", "full causal attention, so None", shown(value), "this model cannot be patched"
+                f"{name}, which keeps its attention",
+                f"one of {', '.join(sites.IMPLEMENTATIONS)}",
+                shown(implementation),
+                "call model.set_attn_implementation with one of these, or cover every layer",
             )
-    if getattr(config, "is_causal", True) is False:
-        raise PatchError("model.config.is_causal", "True", "False", "patch a causal language model")
-    layer_types = getattr(config, "layer_types", None) or ()
-    for layer, layer_type in enumerate(layer_types):
-        if layer_type != "full_attention":
-            raise PatchError(
-                f"model.config.layer_types[{layer}]",
-                "'full_attention'",
-                shown(layer_type),
-                "this model cannot be patched",
-            )
+    return left
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return [sites.layer_type(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
+    types = _layer_types(model.config)
+    full = [layer for layer, layer_type in enumerate(types) if layer_type == sites.FULL]
     found = sites.find(model)
-    layers = [module.layer_idx for _, module in found]
-    if layers != list(range(shape.num_hidden_layers)):
+    layers = [sites.layer_of(module) for _, module in found]
+    if [layer for layer in layers if layer not in range(len(types)) or layer in full] != full:
         raise PatchError(
             type(model).__name__,
-            f"one attention module for each of layers 0..{shape.num_hidden_layers - 1}, in order",
-            f"those of layers {shown(layers)}",
+            f"one attention module for each of the layers {shown(full)}, in order",
+            f"those of the layers {shown(layers)}",
             "patch the whole model, with all its layers",
         )
     for name, module in found:
-        if not module.is_causal:
-            raise PatchError(f"{name}.is_causal", "True", "False", "patch a causal language model")
-        if getattr(module, "config", None) is not model.config:
+        if sites.layer_of(module) in full:
+            _check_site(name, module, model.config, shape)
+        elif getattr(module, "sliding_window", None) is None:
             raise PatchError(
-                f"{name}.config", "the model's own config", "another object", "build the model from one config"
+                f"{name}.sliding_window",
+                f"the window of a layer that model.config calls {types[sites.layer_of(module)]!r}",
+                "none",
+                "this model does not heed its layer types, and cannot be patched",
             )
-        for attribute in ("sliding_window", "sinks"):
-            value = getattr(module, attribute, None)
-            if value is not None:
-                raise PatchError(
-                    f"{name}.{attribute}",
-                    "full causal attention, so None",
-                    shown(value),
-                    "this model cannot be patched",
-                )
 
 
-def _check_kernels(model: PreTrainedModel, package: Package) -> None:
+def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, shape: ModelShape) -> None:
+    if not module.is_causal:
+        raise PatchError(f"{name}.is_causal", "True", "False", "patch a causal language model")
+    if getattr(module, "config", None) is not config:
+        raise PatchError(
+            f"{name}.config", "the model's own config", "another object", "build the model from one config"
+        )
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    for attribute, value in (("sliding_window", window), ("sinks", getattr(module, "sinks", None))):
+        if value is not None:
+            raise PatchError(
+                f"{name}.{attribute}", "full causal attention, so None", shown(value), "this model cannot be patched"
+            )
+    for attribute in ("head_dim", "qk_head_dim", "v_head_dim"):
+        size = getattr(module, attribute, shape.head_dim)
+        if size != shape.head_dim:
+            raise PatchError(
+                f"{name}.{attribute}",
+                f"{shape.head_dim}, as the package was compiled for",
+                shown(size),
+                "this model cannot be patched: its heads differ",
+            )
+
+
+def _check_kernels(model: PreTrainedModel, package: Package, left: set[int]) -> None:
     for name, module in sites.find(model):
-        for weight in module.parameters():
+        for weight in () if sites.layer_of(module) in left else module.parameters():
             if weight.device.type not in ("cpu", "cuda"):
                 raise PatchError(
                     name, "weights on the CPU or a GPU", str(weight.device), 'call model.to("cpu"), or load the weights'

@@ -123,7 +123,7 @@ class GpuKernels:
             for layer in entry.layers:
                 self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
         self.dtypes: tuple[torch.dtype, ...] = tuple(
-            dtype for dtype in _DTYPES.values() if ("prefill", 0, dtype) in self._kernels
+            dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
         )
         if any(entry.phase == "decode" for entry in entries):
             tables = read_tables(files, device)

@@ -11,7 +11,7 @@ import torch
 
 from surgeon.runtime import backward, ops
 from surgeon.runtime.cpu_kernels import CpuKernels
-from surgeon.runtime.errors import PatchError, SurgeonError, TargetError
+from surgeon.runtime.errors import PatchError, SurgeonError, TargetError, shown
 from surgeon.runtime.gpu import GpuKernels, open_gpu
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.package import PackageFiles, read_package
@@ -341,10 +341,10 @@ class Package:
         return read_schedules(self._files)
 
     def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.manifest.model.num_hidden_layers:
+        if layer not in self.manifest.layers:
             raise PatchError(
                 "attention: layer",
-                f"a layer in 0..{self.manifest.model.num_hidden_layers - 1}",
+                f"one of the layers {shown(self.manifest.layers)} that the package covers",
                 str(layer),
                 "correct the index",
             )

@@ -102,13 +102,17 @@ class Tool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a serving machine must know to verify, load and call the kernels of a package."""
+    """Everything a serving machine must know to verify, load and call the kernels of a package.
+
+    `layers` are those that the topology covers: the model's own attention stays in the others.
+    """
 
     topology_sha256: str
     model: ModelShape
     block_size: int
     num_blocks: int
     beyond: str
+    layers: tuple[int, ...]
     kernels: tuple[KernelEntry, ...]
     files: tuple[FileEntry, ...]
     tools: tuple[Tool, ...]

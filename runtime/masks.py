@@ -1,9 +1,9 @@
 """The mask of a patched model: not which pairs are visible, which the kernels know, but where each sequence stands.
 
-Transformers asks a mask function once a forward pass and hands what it returns to every layer as `attention_mask`.
-Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first query and the first valid key,
-repeated (in no memory) along the keys, so that its shape says how many keys it was made for. Every real mask there is
-bool or float.
+Transformers asks a mask function once a forward pass for each kind of layers, and hands what it returns to every layer
+of the kind as `attention_mask`. Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first
+query and the first valid key, repeated (in no memory) along the keys, so that its shape says how many keys it was made
+for. Every real mask there is bool or float.
 
 Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask gives.
 """
@@ -15,6 +15,9 @@ import torch
 from transformers.masking_utils import causal_mask_function
 
 from surgeon.runtime.errors import PatchError
+
+MaskFunction = Callable[..., torch.Tensor | None]
+"""What Transformers' AttentionMaskInterface holds."""
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
 # What a mask says is data: as ops, its checks also stand in exported and compiled graphs.
@@ -122,6 +125,18 @@ torch.library.register_fake("surgeon::first_key", _fake_first_key, lib=_LIBRARY)
 torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
 
 
+def beside(own: MaskFunction) -> MaskFunction:
+    """The mask function of a patched model: placements, and masks by `own` for what attends in no kernel.
+
+    That is sliding and chunked layers, which alone have a `local_size`.
+    """
+
+    def mask(*, local_size: int | None = None, **arguments: Any) -> torch.Tensor | None:
+        return placement(**arguments) if local_size is None else own(local_size=local_size, **arguments)
+
+    return mask
+
+
 def placement(
     *,
     batch_size: int,
@@ -134,7 +149,7 @@ def placement(
     device: torch.device,
     **_unused: Any,
 ) -> torch.Tensor:
-    """The mask function "surgeon" of Transformers: a placement, int64 `[batch, 1, 2, keys]` (see the module).
+    """A placement, int64 `[batch, 1, 2, keys]` (see the module), from what Transformers gives a mask function.
 
     Raises:
         PatchError: the model asks for anything else than plain causal attention over all keys so far.
@@ -212,3 +227,23 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
     position, first_key = mask[..., 0].squeeze(1).unbind(dim=1)
     return position, first_key
+
+
+def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
+    """What `own` makes for full attention, where a layer that no kernel runs was given a placement.
+
+    Raises:
+        PatchError: as `unpack`.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    position, first_key = unpack(mask, keys)
+    column = torch.arange(keys, device=position.device)
+    return own(
+        batch_size=position.shape[0],
+        q_length=queries,
+        kv_length=keys,
+        q_offset=position[0],  # of all sequences alike, as Transformers counts it
+        attention_mask=(column >= first_key[:, None]) & (column < position[:, None] + queries),
+        dtype=query.dtype,
+        device=position.device,
+    )

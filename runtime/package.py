@@ -131,6 +131,13 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         if required not in files:
             raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
     model = manifest.model
+    if not manifest.layers or not set(manifest.layers) <= set(range(model.num_hidden_layers)):
+        raise PackageError(
+            f"{root}: layers",
+            f"some of the layers 0..{model.num_hidden_layers - 1}",
+            shown(manifest.layers),
+            _AGAIN,
+        )
     covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
     for index, kernel in enumerate(manifest.kernels):
         if kernel.file not in files:
@@ -144,9 +151,10 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
             layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
     for (target, dtype, phase), layers in covered.items():
         where = f"{root}: {phase} kernels for {target} {dtype}"
-        # Nothing as long as a number in the manifest says is made: it may say anything.
-        if len(layers) != model.num_hidden_layers or not all(0 <= layer < model.num_hidden_layers for layer in layers):
-            raise PackageError(where, f"each of {model.num_hidden_layers} layers once", shown(sorted(layers)), _AGAIN)
+        if set(layers) != set(manifest.layers):
+            raise PackageError(
+                where, f"each of {len(manifest.layers)} covered layers once", shown(sorted(layers)), _AGAIN
+            )
         for layer, groups in layers.items():
             ends = [0]
             for first, end in sorted(groups):

@@ -1,6 +1,7 @@
 """Puts compiled attention into a Transformers model and takes it out again."""
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime import sites
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.fit import check_fit
+from surgeon.runtime.fit import LeftLayer, check_fit
 from surgeon.runtime.loading import Package
 from surgeon.runtime.parallel import local_kv_heads
 
 _ATTRIBUTE = "_surgeon_patch"
+_LOG = logging.getLogger("surgeon")
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,14 @@ class _Patch:
     bound: tuple[torch.nn.Module, ...]
 
 
-def patch(model: PreTrainedModel, package: Package) -> None:
-    """Makes every attention of the model run on the package's kernels, in place; the weights are not touched.
+def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
+    """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
 
-    generate(), dynamic and static caches, chunked prefill and left padding work as before. Of a tensor-parallel model,
-    each process patches its own part. All is checked first: after an error the model is as it was. The model gets a
-    config of its own, so another model made from the same config object keeps its attention; what is changed in that
-    config while patched is gone after `unpatch`.
+    Returns the layers that keep the attention they have: those of another kind, and those that the topology does not
+    cover. generate(), caches, chunked prefill and left padding work as before. Of a tensor-parallel model, each process
+    patches its own part. All is checked first: after an error the model is as it was. The model gets a config of its
+    own, so another model made from the same config object keeps its attention; what is changed in that config while
+    patched is gone after `unpatch`.
 
     Raises:
         PatchError: the package does not fit the model, or the model or a part of it is patched already.
@@ -43,22 +46,30 @@ def patch(model: PreTrainedModel, package: Package) -> None:
                 "a patched one",
                 "call unpatch(model) first",
             )
-    check_fit(model, package)
+    left = check_fit(model, package)
     original = model.config
     own = copy.deepcopy(original)
-    own._attn_implementation = sites.IMPLEMENTATION
+    own._attn_implementation = sites.IMPLEMENTATIONS.get(original._attn_implementation, "surgeon")
+    found = [module for _, module in sites.find(model)]
+    bound = tuple(module for module in found if sites.layer_type(original, sites.layer_of(module)) == sites.FULL)
+    alone = [module for module in found if module not in bound]  # they keep the config, and so their attention
     holders = tuple(
-        (module, name) for module in model.modules() for name, value in vars(module).items() if value is original
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if value is original and module not in alone
     )
-    found = sites.find(model)
-    part = package.part(local_kv_heads(found, package.manifest.model))
+    uncovered = {layer.layer for layer in left}
+    part = package.part(local_kv_heads(sites.find(model), package.manifest.model))
     sites.register()
     for module, name in holders:
         setattr(module, name, own)
-    for layer, (_, module) in enumerate(found):
-        sites.bind(module, sites.Site(part, layer))
-    record = _Patch(original, holders, tuple(module for _, module in found))
-    setattr(model, _ATTRIBUTE, record)
+    for module in bound:
+        sites.bind(module, sites.Site(None if sites.layer_of(module) in uncovered else part, sites.layer_of(module)))
+    setattr(model, _ATTRIBUTE, _Patch(original, holders, bound))
+    for layer in left:
+        _LOG.info("layer %d keeps its attention: %s", layer.layer, layer.reason)
+    return left
 
 
 def unpatch(model: PreTrainedModel) -> None:

@@ -34,9 +34,9 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
     """The model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
 
     `input_ids` is int64 `[batch, length]` of any batch and any length, `attention_mask` of the same shape is 0 for
-    padding on the left and 1 for tokens, and the logits are `[batch, length, vocabulary]`; there is no cache. The
-    graph stays on the device of the model. Its parameters have the model's names and share the model's memory, without
-    gradients. The model, patched or not, is left as it was.
+    padding on the left and 1 for tokens, and the logits are `[batch, length, vocabulary]`; there is no cache. Layers
+    that `patch` would leave alone keep their attention. The graph stays on the device of the model. Its parameters have
+    the model's names and share the model's memory, without gradients. The model, patched or not, is left as it was.
 
     Raises:
         PatchError: the package does not fit the model, torch.export cannot trace it, or an attention of it would not
@@ -52,12 +52,12 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
     shadow = _shadow(model)
     if is_patched(shadow):
         unpatch(shadow)
-    patch(shadow, package)
+    left = patch(shadow, package)
     graph = _export(shadow.eval())
     if model.device.type == "cpu":
         fuse_rotary(graph.graph, package.manifest.model.head_dim)
         graph.recompile()
-    _check_sites(graph, package.id, package.manifest.model.num_hidden_layers)
+    _check_sites(graph, package, {layer.layer for layer in left})
     _share_frozen_weights(graph, model)
     graph.meta["package"] = package  # the ops know a package only while something holds it; copies keep `meta`
     return graph
@@ -110,23 +110,27 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(exported.get_submodule("model"), graph, class_name=type(model).__name__)
 
 
-def _check_sites(graph: torch.fx.GraphModule, package: str, num_layers: int) -> None:
-    layers = []
+def _check_sites(graph: torch.fx.GraphModule, package: Package, left: set[int]) -> None:
+    layers, allowed = [], len(left)
     for node in _calls(graph):
-        if node.target in _SITES and node.args[-2] == package:
+        if node.target in _SITES and node.args[-2] == package.id:
             layers.append(node.args[-1])
         elif any(name in str(node.target) for name in _OTHER_ATTENTION):
+            allowed -= 1
+            if allowed >= 0:
+                continue
             raise PatchError(
                 f"traced graph: {node.name}",
                 "no attention but the package's",
                 str(node.target),
                 "use patch(model, package), or a model without attention of its own",
             )
-    if layers != list(range(num_layers)):
+    expected = [layer for layer in package.manifest.layers if layer not in left]
+    if layers != expected:
         raise PatchError(
             "traced graph",
-            f"one attention for each of layers 0..{num_layers - 1}",
-            f"those of layers {shown(layers)}",
+            f"one attention for each of the layers {shown(expected)}",
+            f"those of the layers {shown(layers)}",
             "use patch(model, package)",
         )
 

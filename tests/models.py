@@ -1,17 +1,19 @@
-"""Tiny random Llamas for tests, and the same model run under a topology's masks, written out in full."""
+"""Tiny random models for tests, and the same model run under a topology's masks, written out in full."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from surgeon.compiler.topology import Topology
 from surgeon.runtime import Package
 from topologies import build, dense_topology, head, one_cluster_topology
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 32, "block_size": 16, "num_blocks": 4}
@@ -82,14 +84,19 @@ def padded(lengths: Sequence[int], seed: int = 1) -> tuple[torch.Tensor, torch.T
     return ids * mask, mask
 
 
-def masked_model(model: LlamaForCausalLM, topology: Topology) -> LlamaForCausalLM:
-    """A copy of the model with plain softmax attention under `topology.block_mask`: what a patched one must equal."""
+def masked_model(model: Model, topology: Topology) -> Model:
+    """A copy of the model with plain softmax attention under `topology.block_mask`: what a patched one must equal.
+
+    Sliding layers, and those that the topology does not cover, have the model's own mask.
+    """
     AttentionInterface.register("explicit_mask", _explicit_attention)
     AttentionMaskInterface.register("explicit_mask", _full_mask)
     masked = copy.deepcopy(model)
     masked.config._attn_implementation = "explicit_mask"
-    for layer in masked.model.layers:
-        layer.self_attn.topology = topology
+    for module in masked.modules():
+        if hasattr(module, "layer_idx"):
+            sliding = getattr(module, "sliding_window", None) is not None
+            module.topology = None if sliding or module.layer_idx not in topology.covered else topology
     return masked
 
 
@@ -111,7 +118,9 @@ def _explicit_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
-    seen = torch.cat([_visible(module.topology, module.layer_idx, mask[0]) for mask in attention_mask])
+    seen = attention_mask
+    if module.topology is not None:
+        seen = torch.cat([_visible(module.topology, module.layer_idx, mask[0]) for mask in attention_mask])
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).nan_to_num(0.0)  # padding sees nothing
     return (weights @ value).transpose(1, 2).contiguous(), None
 

@@ -51,7 +51,7 @@ def dendrograms(draw: st.DrawFn, max_blocks: int = 20) -> Dendrogram:
 
 @st.composite
 def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
-    """Objects of valid topology files: every kind of head and tree, `beyond` of every kind."""
+    """Objects of valid topology files: every kind of head and tree, covered layers or not, every `beyond`."""
     trees: list[dict[str, Any]] = [{"linkage": draw(linkages(max_blocks=max_blocks))}]
     num_blocks = len(trees[0]["linkage"]) + 1
     for _ in range(draw(st.integers(0, 2))):
@@ -72,7 +72,7 @@ def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
     num_heads = group * num_kv_heads
     heads = st.lists(sparse_heads | st.just(topologies.DENSE), min_size=num_heads, max_size=num_heads)
     return topologies.document(
-        draw(st.lists(heads, min_size=1, max_size=3)),
+        draw(st.lists(heads | st.just([]), min_size=1, max_size=3).filter(any)),
         trees,
         num_kv_heads=num_kv_heads,
         num_blocks=num_blocks,

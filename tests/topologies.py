@@ -68,14 +68,14 @@ def document(
     num_blocks: int = 8,
     beyond: str = "window",
 ) -> dict[str, Any]:
-    """The object of a topology.json whose `layers` are lists of heads."""
+    """The object of a topology.json whose `layers` are lists of heads, without any where a layer is not covered."""
     return {
         "format": "surgeon.topology",
         "version": 1,
         "model": {
             "model_type": "llama",
             "num_hidden_layers": len(layers),
-            "num_attention_heads": len(layers[0]),
+            "num_attention_heads": max(map(len, layers)),
             "num_key_value_heads": num_kv_heads,
             "head_dim": head_dim,
             "weights_sha256": None,
@@ -83,7 +83,7 @@ def document(
         "block_size": block_size,
         "num_blocks": num_blocks,
         "dendrograms": [dict(tree) for tree in dendrograms],
-        "layers": [{"heads": [dict(head) for head in heads]} for heads in layers],
+        "layers": [{"heads": [dict(head) for head in heads]} if heads else None for heads in layers],
         "beyond": beyond,
         "provenance": {},
     }

@@ -268,6 +268,11 @@ def _layers() -> list[Fault]:
         Fault(("layers",), [{"heads": []}] * 513, "layers: expected 1 to 512 entries, got 513; correct the list"),
         Fault(("layers", 1), REMOVED, two.format(1), structural=False),
         Fault(("layers", 2), {"heads": [{"dense": True}] * 4}, two.format(3), structural=False),
+        Fault(
+            ("layers",),
+            [None, None],
+            "layers: expected heads for one layer at least, got null for all; give a layer its heads",
+        ),
         Fault(("layers", 0), [], "layers[0]: " + OBJECT.format("[]")),
         Fault(("layers", 0, "heads"), None, "layers[0].heads: " + LIST.format("None")),
         Fault(("layers", 0, "heads"), [], "layers[0].heads: expected 1 to 512 entries, got 0; correct the list"),

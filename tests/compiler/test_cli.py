@@ -58,6 +58,7 @@ class Compiler:
             block_size=topology.block_size,
             num_blocks=topology.num_blocks,
             beyond=topology.beyond,
+            layers=topology.covered,
             kernels=(kernel,),
             files=(FileEntry("cpu/kernels.so", 1000, "0" * 64),),
             tools=(),

@@ -13,7 +13,7 @@ import pytest
 
 import packages
 import topologies
-from surgeon.compiler import cli
+from surgeon.compiler import cli, read_topology
 from surgeon.compiler.inspection import PackageReport, inspect, pattern_of, report_json
 from surgeon.compiler.listing import report_lines
 from surgeon.compiler.schedule import schedule_layers
@@ -83,6 +83,25 @@ def test_a_picture_has_a_row_a_layer_and_a_bar_a_head(tmp_path: Path) -> None:
     file = write(tmp_path, topologies.DENSE, topologies.head(), topologies.head(window=2))
     lines = report_lines(inspect(file), 80, "utf-8")
     assert lines[-2:] == ("layer 0  █▄▆  0.700", "layer 1  █▄▆  0.700")
+
+
+def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "topology.json"
+    tree = {"linkage": topologies.balanced_tree(4)}
+    file.write_text(json.dumps(topologies.document([[], [topologies.head()] * 2], [tree], num_blocks=4)))
+    report = inspect(file)
+    assert report.pattern.density == ((), (0.4, 0.4))
+    assert report.pattern.mean_density == 0.4
+    assert (report.pattern.distinct_layers, report.pattern.distinct_heads) == (1, 1)
+    lines = report_lines(report, 80, "utf-8")
+    assert lines[-2:] == ("layer 0  not covered", "layer 1  ▄▄  0.400")
+    assert "        0  not covered" in lines
+    packaged = inspect(packages.write(tmp_path / "kernels", read_topology(file), ["cpu", "cuda:90"]))
+    assert packaged.pattern == report.pattern
+    assert report_lines(packaged, 80, "utf-8")[-2:] == lines[-2:]
+    uncovered, covered = json.loads(report_json(packaged))["runs"]
+    assert uncovered is None
+    assert covered["on_gpu"] == [{"target": "cuda:90", "kernels": 1}]
 
 
 def test_bars_are_ascii_where_the_encoding_has_none(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ def test_every_field_arrives() -> None:
     assert topology.layers == (heads, heads[::-1])
 
 
+def test_a_layer_may_be_left_uncovered() -> None:
+    document = topologies.example()
+    document["layers"][0] = None
+    topology = parse_topology(json.dumps(document))
+    assert topology.layers[0] == ()
+    assert topology.covered == (1,)
+    assert json.loads(topology.canonical())["layers"][0] is None
+
+
 def test_what_may_be_left_out() -> None:
     document = topologies.example()
     del document["beyond"], document["provenance"], document["model"]["weights_sha256"]

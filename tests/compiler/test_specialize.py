@@ -30,6 +30,12 @@ def three_layers(**shape: int) -> Topology:
     return topologies.build([heads, heads[::-1], heads], [tree], **shape)
 
 
+def test_a_layer_that_is_not_covered_has_no_kernel() -> None:
+    heads = [topologies.DENSE, topologies.DENSE]
+    (spec,) = specs_of(topologies.build([[], heads, [], heads]))
+    assert spec.layers == (1, 3)
+
+
 def test_equal_layers_share_a_kernel() -> None:
     topology = three_layers(head_dim=64)
     layers = schedule_layers(topology)

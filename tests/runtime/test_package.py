@@ -218,7 +218,18 @@ def test_a_kernel_in_a_file_that_is_not_there(package: Path) -> None:
 
 def test_a_layer_without_a_kernel(package: Path) -> None:
     rewrite(package, lambda root: root["kernels"][0].update(layers=[0]))  # type: ignore[index]
-    refused(package, "kernels for cpu fp32: expected each of 2 layers once")
+    refused(package, "kernels for cpu fp32: expected each of 2 covered layers once")
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [-1, 0]])
+def test_covered_layers_that_the_model_does_not_have(package: Path, layers: list[int]) -> None:
+    rewrite(package, lambda root: root.update(layers=layers))
+    refused(package, "layers: expected some of the layers 0..1")
+
+
+def test_a_kernel_for_a_layer_that_is_not_covered(package: Path) -> None:
+    rewrite(package, lambda root: root.update(layers=[1]))
+    refused(package, "kernels for cpu fp32: expected each of 1 covered layers once")
 
 
 @pytest.mark.parametrize("heads", [[0, 1], [1, 2], [1, 0], [0, 3], [-1, 2], [0, 0]])

@@ -297,6 +297,10 @@ def sinks(model: LlamaForCausalLM) -> None:
     model.model.layers[2].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
 
 
+def other_heads(model: LlamaForCausalLM) -> None:
+    model.model.layers[0].self_attn.v_head_dim = 16
+
+
 def foreign_config(model: LlamaForCausalLM) -> None:
     model.model.layers[1].self_attn.config = tiny_config()
 
@@ -320,18 +324,19 @@ def meta(model: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (sliding, "model.config.sliding_window: expected full causal attention, so None, got 32"),
-        (layer_types, r"model.config.layer_types\[1\]: expected 'full_attention', got 'sliding_attention'"),
-        (softcap, "model.config.attn_logit_softcapping: expected full causal attention, so None, got 30.0"),
-        (bidirectional, "model.config.is_causal: expected True, got False"),
-        (attentions, "model.config.output_attentions: expected .*, got True"),
+        (sliding, "LlamaForCausalLM: expected full attention in one of the layers .*, got sliding_attention; learn"),
+        (layer_types, r"layers.1.self_attn.sliding_window: expected the window of .* 'sliding_attention', got none"),
+        (softcap, "model.config.attn_logit_softcapping: expected scores that go into .* as they are, .*, got 30.0"),
+        (bidirectional, "model.config: expected causal attention, got bidirectional"),
+        (attentions, "model.config.output_attentions: expected False.*, got True"),
         (bidirectional_layer, r"model.layers.1.self_attn.is_causal: expected True, got False"),
         (sliding_layer, r"model.layers.1.self_attn.sliding_window: .* got 32"),
         (sinks, r"model.layers.2.self_attn.sinks: expected full causal attention"),
+        (other_heads, r"model.layers.0.self_attn.v_head_dim: expected 32, .*, got 16"),
         (foreign_config, r"model.layers.1.self_attn.config: expected the model's own config, got another object"),
         (
             missing_layer,
-            r"expected one attention module for each of layers 0..2, in order, got those of layers \[0, 1\]",
+            r"expected one attention module for each of the layers \[0, 1, 2\], .*, got those of the layers \[0, 1\]",
         ),
         (double, "expected weights in torch.float32, as the package's kernels, got torch.float64"),
         (half, "expected weights in torch.float32, as the package's kernels, got torch.float16"),
