@@ -1,16 +1,13 @@
-"""What a model would do under an explicit mask, and how that agrees with what it does."""
+"""What a model would do under an explicit mask: the reference for compiled kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from surgeon.compiler.topology import Topology
-
-_CHUNK = 512
 
 
 def token_mask(topology: Topology, layer: int, length: int) -> torch.Tensor:
@@ -47,39 +44,3 @@ def explicit_mask(model: PreTrainedModel, topology: Topology) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a model predicts one sequence beside the dense one, in nats a token.
-
-    `divergence` is the mean KL divergence of the dense model's distribution from this one's, `dense_loss` and `loss`
-    are their mean negative log-likelihoods, `same_first` is the share of tokens at which both hold the same likeliest.
-    """
-
-    divergence: float
-    dense_loss: float
-    loss: float
-    same_first: float
-
-
-@torch.inference_mode()
-def last_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The last hidden states of one sequence `[1, length]`: `[length, hidden]`."""
-    states: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    return states
-
-
-@torch.inference_mode()
-def agreement(model: PreTrainedModel, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> Agreement:
-    """Compares two last hidden states `[length, hidden]` of a sequence `[1, length]`, by the model's own head."""
-    head, targets = model.get_output_embeddings(), tokens[0, 1:, None]
-    sums, count = torch.zeros(4, dtype=torch.float64), targets.numel()
-    parts = (states[:-1].split(_CHUNK) for states in (dense, sparse))
-    for dense_part, part, wanted in zip(*parts, targets.split(_CHUNK), strict=True):
-        expected, found = (torch.log_softmax(head(states).float(), dim=-1) for states in (dense_part, part))
-        sums[0] += torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-        sums[1] -= expected.gather(1, wanted).sum()
-        sums[2] -= found.gather(1, wanted).sum()
-        sums[3] += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum()
-    return Agreement(*(sums / count).tolist())

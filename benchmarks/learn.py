@@ -1,0 +1,208 @@
+"""Learns SmolLM2-135M's topologies, and scores them on text that nothing was learned, validated or chosen on.
+
+    python benchmarks/learn.py                            # all of them
+    python benchmarks/learn.py smollm2-135m-25 --again    # one of them, anew: make learn-demo
+
+The topologies go to topologies/, the scores to results/learn.json, a row each. A topology that is there is scored and
+not learned again, except with --again; the steps of learning lie in the cache, so that a run that was stopped goes on.
+"""
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from measure import machine
+from smollm2 import load_model, load_tokenizer, model_folder
+from surgeon.compiler import Topology, compile_package, read_topology
+from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.cli import main as surgeon
+from surgeon.compiler.learn.emit import mean_density, pattern_topology
+from surgeon.compiler.learn.models import model_shape
+from surgeon.compiler.learn.pattern import Grid, Pattern
+from surgeon.compiler.learn.windows import uniform_windows
+from surgeon.runtime import load, patch, unpatch
+from surgeon.runtime.errors import SurgeonError
+from surgeon.runtime.evaluation import Comparison, compare
+from texts import held_out_texts, learning_texts, windows
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results" / "learn.json"
+TOKENS_SCORED = 6 * 2048  # of each text
+SINK = 1
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A topology to learn: visible share of the block pairs, tokens a sequence, tokens a block, and where measured."""
+
+    name: str
+    density: float
+    length: int
+    block: int
+    measured_length: int
+
+
+CASES = (
+    Case("smollm2-135m-50", 0.5, 2048, 64, 2048),
+    Case("smollm2-135m-35", 0.35, 2048, 64, 2048),
+    Case("smollm2-135m-25", 0.25, 2048, 64, 2048),
+    Case("smollm2-135m-15", 0.15, 2048, 32, 2048),
+    Case("smollm2-135m-25-4096", 0.25, 4096, 64, 2048),
+    Case("smollm2-135m-25-8192", 0.25, 8192, 64, 2048),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text's means over its sequences; `relative` is the divergence over that of equal windows at equal density,
+    `relative_error` the standard error of its mean over the sequences."""
+
+    text: str
+    sequences: int
+    dense_perplexity: float
+    perplexity: float
+    ratio: float
+    divergence: float
+    windows_divergence: float
+    relative: float
+    relative_error: float | None
+    same_first: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Learns and scores, and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Learn topologies for SmolLM2-135M and score them on held-out text.")
+    names = [case.name for case in CASES]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
+    parser.add_argument("--again", action="store_true", help="learn also what has been learned")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(names):
+        parser.error(f"expected names of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    try:
+        for case in CASES:
+            if not options.names or case.name in options.names:
+                topology, command = learned(case, options.again)
+                keep(case, topology, command, score(case, topology))
+    except SurgeonError as error:
+        console.print(f"learn: {error}", style="red", markup=False)
+        return 2
+    return 0
+
+
+def learned(case: Case, again: bool) -> tuple[Topology, str]:
+    """The topology of that name, for which `surgeon learn` is run where it is not there, and the command for it."""
+    shape = ["--density", str(case.density), "--length", str(case.length), "--block", str(case.block)]
+    if case.measured_length != case.length:
+        shape += ["--measured-length", str(case.measured_length)]
+    out = FOLDER / "topologies" / f"{case.name}.json"
+    names = [f"{name}.txt" for name in ("handbook", "old", "perl")]
+    if again or not out.exists():
+        folder = model_folder(cache_folder(), console.print)
+        work = cache_folder() / "learning"
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [Path(scratch) / name for name in names]
+            for file, text in zip(files, learning_texts(cache_folder(), console.print), strict=True):
+                file.write_text(text.text, encoding="utf-8")
+            paths = [argument for file in files for argument in ("--text", str(file))]
+            if surgeon(["learn", str(folder), *paths, *shape, "--out", str(out), "--work", str(work)]):
+                raise SystemExit(2)
+    texts = [argument for name in names for argument in ("--text", name)]
+    return read_topology(out), " ".join(["surgeon learn SmolLM2-135M-Instruct", *texts, *shape, "--out", out.name])
+
+
+@functools.cache
+def model(_role: Literal["dense", "patched"]) -> PreTrainedModel:
+    """The model that stays dense, or the one that is patched and unpatched: each has a config of its own."""
+    return load_model(model_folder(cache_folder()))
+
+
+@functools.cache
+def held_out(length: int) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:
+    """The held-out texts' names, and their sequences `[1, length]`."""
+    tokenizer, texts = load_tokenizer(model_folder(cache_folder())), held_out_texts(cache_folder(), console.print)
+    return tuple((text.name, tuple(windows(tokenizer, text, length, TOKENS_SCORED // length))) for text in texts)
+
+
+def score(case: Case, topology: Topology) -> list[Score]:
+    """Scores a topology beside equal windows of its own density, both on compiled kernels."""
+    shape = model_shape(model("dense"))
+    equal = uniform_windows(
+        shape.num_hidden_layers, shape.num_attention_heads, topology.num_blocks, SINK, mean_density(topology)
+    )
+    grid = Grid(topology.block_size, topology.num_blocks, SINK, case.density)
+    baseline = pattern_topology(shape, grid, Pattern(equal), {})
+    texts = held_out(case.length)
+    ours, theirs = under(topology, case.name, texts), under(baseline, f"{case.name}-windows", texts)
+    return [scored(name, *found) for (name, _), *found in zip(texts, ours, theirs, strict=True)]
+
+
+def scored(name: str, ours: Comparison, theirs: Comparison) -> Score:
+    """A text's score from the comparisons of the learned topology and of equal windows with the dense model."""
+    relative = [one.divergence / other.divergence for one, other in zip(ours.sequences, theirs.sequences, strict=True)]
+    return Score(
+        text=name,
+        sequences=len(relative),
+        dense_perplexity=ours.dense_perplexity.value,
+        perplexity=ours.patched_perplexity.value,
+        ratio=ours.perplexity_ratio.value,
+        divergence=ours.divergence.value,
+        windows_divergence=theirs.divergence.value,
+        relative=ours.divergence.value / theirs.divergence.value,
+        relative_error=statistics.stdev(relative) / math.sqrt(len(relative)) if len(relative) > 1 else None,
+        same_first=ours.agreement.value,
+    )
+
+
+def under(topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> list[Comparison]:
+    """The dense model beside the one on a topology's compiled kernels, for each text."""
+    out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
+    patched = model("patched")
+    patch(patched, load(out, strict=True))
+    try:
+        return [compare(model("dense"), patched, sequences) for _, sequences in texts]
+    finally:
+        unpatch(patched)
+
+
+def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> None:
+    """Writes the case's row into the results, in the order of the cases, and prints it."""
+    row: dict[str, Any] = {
+        "topology": case.name,
+        "command": command,
+        "density": mean_density(topology),
+        "length": case.length,
+        "block_size": topology.block_size,
+        "learning_cpu_seconds": topology.provenance["cpu_seconds"],
+        "ratio": statistics.fmean(found.ratio for found in scores),
+        "relative": statistics.fmean(found.relative for found in scores),
+        "worst_relative": max(found.relative for found in scores),
+        "texts": [asdict(found) for found in scores],
+        "machine": machine(),
+    }
+    rows = {old["topology"]: old for old in json.loads(RESULTS.read_text("utf-8"))["rows"]} if RESULTS.exists() else {}
+    rows[case.name] = row
+    ordered = [rows[known.name] for known in CASES if known.name in rows]
+    RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n", encoding="utf-8")
+    for found in scores:
+        console.print(
+            f"{case.name}, {found.text}: perplexity {found.dense_perplexity:.2f} dense, {found.perplexity:.2f}"
+            f" ({found.ratio:.3f}x); divergence {found.relative:.2f} of equal windows'"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The learned topologies' scores on held-out text: what is committed meets the bars and belongs to the topologies."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import learn
+from surgeon.compiler.learn.emit import mean_density
+from surgeon.compiler.read import read_topology
+from surgeon.runtime.evaluation import Comparison, Departure
+
+ROWS: list[dict[str, Any]] = json.loads(learn.RESULTS.read_text(encoding="utf-8"))["rows"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The most that a topology's means over the texts, and its worst text, may have."""
+
+    ratio: float
+    relative: float
+    worst: float
+
+
+BARS = {
+    "smollm2-135m-50": Bar(1.03, 0.65, 1.05),
+    "smollm2-135m-35": Bar(1.06, 0.55, 1.0),
+    "smollm2-135m-25": Bar(1.12, 0.50, 0.85),
+    "smollm2-135m-15": Bar(1.20, 0.60, 0.95),
+    "smollm2-135m-25-4096": Bar(math.inf, 0.75, math.inf),
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["topology"]))
+def test_a_committed_row_meets_its_bar_and_is_of_the_topology_that_lies_here(row: dict[str, Any]) -> None:
+    bar = BARS.get(row["topology"], Bar(math.inf, 1.0, math.inf))
+    assert row["ratio"] <= bar.ratio
+    assert row["relative"] <= bar.relative
+    assert row["worst_relative"] <= bar.worst
+    assert len(row["texts"]) == 2
+    assert all(text["sequences"] * row["length"] == learn.TOKENS_SCORED for text in row["texts"])
+    topology = read_topology(learn.FOLDER / "topologies" / f"{row['topology']}.json")
+    assert row["density"] == pytest.approx(mean_density(topology), abs=1e-9)
+    assert topology.block_size * topology.num_blocks == row["length"]
+
+
+def test_the_quarter_is_scored() -> None:
+    assert "smollm2-135m-25" in {row["topology"] for row in ROWS}
+
+
+def comparison(*divergences: float) -> Comparison:
+    return Comparison(tuple(Departure(10, 20.0, 21.0, found, 2, 0.0, 5) for found in divergences))
+
+
+def test_a_score_is_relative_to_equal_windows() -> None:
+    found = learn.scored("text", comparison(1.0, 2.0), comparison(2.0, 8.0))
+    assert (found.sequences, found.relative) == (2, pytest.approx(0.3))
+    assert found.relative_error == pytest.approx(0.125)
+    assert found.ratio == pytest.approx(math.exp(0.1))
+    assert learn.scored("text", comparison(1.0), comparison(2.0)).relative_error is None
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        learn.main(["smollm2-135m-99"])
+    assert "expected names of smollm2-135m-50" in capsys.readouterr().err
