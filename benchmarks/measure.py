@@ -26,13 +26,18 @@ class Timing:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Times each function `repeats` times, one call of each in turn, after one untimed call."""
+    """Times each function `repeats` times, one call of each in turn, after one untimed call.
+
+    The order moves on by one each round: a call pays for what the one before it has pushed out of the caches.
+    """
     for call in calls.values():
         call()
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
     for _ in range(repeats):
-        for name, call in calls.items():
+        order.append(order.pop(0))
+        for name, call in order:
             cpu_started, started = time.process_time(), time.perf_counter()
             call()
             wall[name].append(time.perf_counter() - started)

@@ -13,9 +13,9 @@ _CHUNK = 128  # keys
 _DECODE_CHUNK_ELEMENTS = 4096  # of keys, and as many of values: what the L1 cache holds as floats
 _SPLIT_KEYS = 256
 _SPLITS_PER_THREAD = 4
-# A sleeping thread wakes in some tenths of a millisecond.
+# What a thread must have to do before it is worth waking: that takes some tens of microseconds.
 _OPERATIONS_PER_THREAD = 20e6
-_BYTES_PER_THREAD = 2e6
+_BYTES_PER_THREAD = 0.5e6
 
 
 @dataclass(frozen=True)
