@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("suites", nargs="*", help="suites to run; all of them by default")
     options = parser.parse_args()
-    settings = {"OMP_WAIT_POLICY": "passive"} | (_AVX2 if options.isa == "avx2" else {})
+    # A kernel that torch compiled for one instruction set gives wrong results when its cache serves it for another.
+    compiled = str(Path(tempfile.gettempdir()) / f"surgeon-bench-inductor-{options.isa}")
+    settings = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_CACHE_DIR": compiled}
+    settings |= _AVX2 if options.isa == "avx2" else {}
     if any(os.environ.get(name) != value for name, value in settings.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
     return run(options.suites, options.isa, options.threads)
