@@ -279,6 +279,23 @@ def _learn(arguments: argparse.Namespace) -> Iterable[str]:
     return run(arguments)
 
 
+def _configure_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="PACKAGE", help="the kernel package")
+    parser.add_argument("--format", required=True, choices=("hf-kernels",), help="hf-kernels: for get_local_kernel")
+    parser.add_argument("--out", required=True, type=_path, metavar="FOLDER", help="the folder to make or to replace")
+    _add_json(parser)
+
+
+def _export(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.hf_kernels import export
+
+    out = export(arguments.package, arguments.out)
+    builds = sorted(path.name for path in (out / "build").iterdir())
+    if arguments.json:
+        return (json.dumps({"path": str(out), "builds": builds}),)
+    return (f"{out}: {', '.join(builds)}",)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -314,4 +331,5 @@ def _path(text: str) -> Path:
 COMPILE = Command("compile", "Compile a topology into a package of attention kernels.", _configure_compile, _compile)
 INSPECT = Command("inspect", "Show what a topology file or a package holds.", _configure_inspect, _inspect)
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _configure_learn, _learn)
-COMMANDS = (COMPILE, INSPECT, LEARN)
+EXPORT = Command("export", "Write a package in the layout of another tool.", _configure_export, _export)
+COMMANDS = (COMPILE, INSPECT, LEARN, EXPORT)

@@ -3,11 +3,7 @@
 Source: package format version 1; its reader is `surgeon.runtime.package`.
 """
 
-import ctypes
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from surgeon.compiler import folders
 from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import HeadSchedule
 from surgeon.compiler.stages import Binary, KernelSpec, Source
 from surgeon.compiler.topology import Topology
-from surgeon.runtime.errors import PackageError
 from surgeon.runtime.manifest import FileEntry, Manifest
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 def check_replaceable(out: Path) -> None:
@@ -32,16 +25,7 @@ def check_replaceable(out: Path) -> None:
     Raises:
         PackageError: `out` exists and is neither a kernel package nor an empty folder, or holds the current folder.
     """
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):  # the swap would take it away from under this process and its shell
-        raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
-    if not (out.is_symlink() or out.exists()):
-        return
-    ours = out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))
-    if out.is_symlink() or not ours:
-        raise PackageError(
-            str(out), "a kernel package, an empty folder or nothing", "something else", "name another --out"
-        )
+    folders.check_replaceable(out, "a kernel package", lambda there: (there / "manifest.json").is_file())
 
 
 def write_package(out: Path, topology: Topology, sources: Sequence[Source], binaries: Sequence[Binary]) -> Path:
@@ -76,16 +60,7 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
     )
     files["manifest.json"] = manifest.to_json().encode()
 
-    place = out.resolve()  # a name for the folder beside it, also where `out` ends in ".."
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
-    try:
-        temporary.chmod(0o755)
-        for path, data in files.items():
-            _write_durably(temporary / path, data)
-        _put_in_place(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folders.write(out, files)
     return out
 
 
@@ -122,30 +97,3 @@ def _decode_tables(specs: Sequence[KernelSpec]) -> bytes:
             f"{spec.name}.segments": table.segments,
         }
     return safetensors.numpy.save(tensors)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Swaps the two folders, so that at every moment one whole package stands under the name."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    exchange = getattr(libc, "renameat2", None)
-    if exchange is not None:
-        names = os.fsencode(temporary), os.fsencode(out)
-        if exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
-    # A file system without exchange: between these two renames the name is free for an instant, and the old package
-    # stands beside it.
-    aside = temporary.with_suffix(".old")
-    out.rename(aside)
-    temporary.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)

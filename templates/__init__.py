@@ -1,1 +1,1 @@
-"""The Jinja templates that the compiler renders: `triton/*.py.jinja` for GPUs, `cpu/*.jinja` for CPUs."""
+"""The Jinja templates that the compiler renders: `triton/` for GPUs, `cpu/` for CPUs, `hf_kernels/` for an export."""

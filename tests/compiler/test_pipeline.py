@@ -91,7 +91,7 @@ def test_a_failed_compile_leaves_the_old_package(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("surgeon.compiler.package._write_durably", fail)
+    monkeypatch.setattr("surgeon.compiler.folders._write_durably", fail)
     with pytest.raises(OSError, match="No space left"):
         compile_package(window_topology([5], head_dim=32), folder)
     assert contents(folder) == before
@@ -102,7 +102,7 @@ def test_without_an_atomic_exchange_the_package_is_still_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = compile_package(TOPOLOGY, tmp_path / "kernels")
-    monkeypatch.setattr("surgeon.compiler.package.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("surgeon.compiler.folders.ctypes.CDLL", lambda *_, **__: object())
     other = window_topology([5], head_dim=32)
     compile_package(other, folder)
     assert read_package(folder).manifest.topology_sha256 == other.sha256

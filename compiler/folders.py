@@ -1,0 +1,75 @@
+"""Folders that appear whole or not at all: written beside their place and renamed into it."""
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from surgeon.runtime.errors import PackageError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses to put a folder where something else stands, or where the process itself does.
+
+    `is_ours` tells of a folder whether it is of the `kind` that may be replaced.
+
+    Raises:
+        PackageError: `out` exists and is neither that nor an empty folder, or holds the current folder.
+    """
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents):  # the swap would take it away from under this process and its shell
+        raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
+    if not (out.is_symlink() or out.exists()):
+        return
+    ours = out.is_dir() and (is_ours(out) or not any(out.iterdir()))
+    if out.is_symlink() or not ours:
+        raise PackageError(str(out), f"{kind}, an empty folder or nothing", "something else", "name another --out")
+
+
+def write(out: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files, by their paths with forward slashes, to a folder beside `out` and renames it into place.
+
+    What stood there before goes only then.
+    """
+    place = out.resolve()  # a name for the folder beside it, also where `out` ends in ".."
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
+    try:
+        temporary.chmod(0o755)
+        for path, data in files.items():
+            _write_durably(temporary / path, data)
+        _put_in_place(temporary, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Swaps the two folders, so that at every moment one whole folder stands under the name."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    exchange = getattr(libc, "renameat2", None)
+    if exchange is not None:
+        names = os.fsencode(temporary), os.fsencode(out)
+        if exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+    # A file system without exchange: between these two renames the name is free for an instant, and the old folder
+    # stands beside it.
+    aside = temporary.with_suffix(".old")
+    out.rename(aside)
+    temporary.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
