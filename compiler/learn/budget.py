@@ -17,7 +17,7 @@ from surgeon.compiler.learn.runs import Costs, Runs, Table
 from surgeon.compiler.learn.text import Sequences
 from surgeon.compiler.learn.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
 
-_SMALLEST_REACH = 0.2
+_LEAST_REACH = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,18 @@ def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int
     uniform_divergence = runs.validate(Pattern(uniform), sequences.validate, "equal windows")
     best = runs.validate(pattern, sequences.validate, "allocated windows")
     rounds: list[Round] = []
-    trust = Trust(1.0)
-    for number, fresh in enumerate(sequences.refine, start=1):
-        changes = runs.changes(pattern, fresh, f"windows, round {number}, from a KL divergence of {best:.4f}")
-        while trust.reach > _SMALLEST_REACH:
+    trust, changes = Trust(1.0), None
+    for number, text in enumerate(sequences.refine, start=1):
+        # A round that found nothing better leaves the pattern, so that the next one has more text for the same point.
+        fresh = runs.changes(pattern, text, f"windows, round {number}, from a KL divergence of {best:.4f}")
+        changes = fresh if changes is None else changes + fresh
+        trust = Trust(max(trust.reach, _LEAST_REACH))
+        while trust.reach >= _LEAST_REACH:
             proposed = Pattern(refined_windows(pattern.windows, changes, grid.sink, budget, floor, trust))
             found = runs.validate(proposed, sequences.validate, f"round {number}, KL divergence to beat {best:.4f}")
             rounds.append(Round(trust.reach, found, found < best))
             if found < best:
-                pattern, best = proposed, found
+                pattern, best, changes = proposed, found, None
                 break
             trust = trust.narrower()
     if not sequences.cuts:
@@ -81,7 +84,7 @@ def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int
     cuts = proposed_cuts(runs.block_changes(pattern, proposing), grid)
     compared = runs.cut_changes(pattern, cuts, admitting)
     trust, cut_rounds = Trust(0.5), []
-    while trust.reach > _SMALLEST_REACH:
+    while trust.reach >= _LEAST_REACH:
         proposed = with_cuts(pattern, cuts, compared, grid, budget, floor, trust)
         found = runs.validate(proposed, sequences.validate, f"cuts, KL divergence to beat {best:.4f}")
         cut_rounds.append(Round(trust.reach, found, found < best, len(proposed.cuts)))

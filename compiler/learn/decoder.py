@@ -6,9 +6,11 @@ Source: Transformers' AttentionInterface and AttentionMaskInterface, and what at
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from surgeon.compiler.learn.masked import masked_attention
@@ -17,6 +19,7 @@ from surgeon.compiler.learn.sparse import block_sparse_attention
 _IMPLEMENTATION = "surgeon_learning"
 _ATTRIBUTE = "_surgeon_learning"
 _CHUNK = 512
+_KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def observe_dense(
     The next tokens are drawn from the model's own distribution, so that the mean outer product of these gradients is
     the Fisher information. Returns the last hidden states.
     """
-    with _attending(model, None, observe):
+    with _attending(model, None, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
         gradient = _sampled_gradient(model.get_output_embeddings(), states.detach(), generator)
         states.backward(gradient)
@@ -89,7 +92,7 @@ def observe_sparse(
 
     Returns the mean divergence; arguments as for `sparse_divergence`.
     """
-    with _attending(model, visible, observe):
+    with _attending(model, visible, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
         total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
         states.backward(gradient)
@@ -107,7 +110,7 @@ def pull_masks(
 
     `masks` hold numbers of 0 to 1 `[heads, blocks, blocks]` for each layer, otherwise as for `sparse_divergence`.
     """
-    with _attending(model, masks, None):
+    with _attending(model, masks, None), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens)
         total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
         torch.autograd.backward([states, penalty], [gradient / tokens.shape[1], torch.ones_like(penalty)])
@@ -145,6 +148,29 @@ def _attending(
         for module in modules:
             if hasattr(module, _ATTRIBUTE):
                 delattr(module, _ATTRIBUTE)
+
+
+@contextmanager
+def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Keeps only each layer's input for the backward pass, and makes the rest again, where all of it would be much."""
+    config = model.config
+    widths = 10 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    if config.num_hidden_layers * length * widths * 4 <= _KEPT_BYTES:
+        yield
+        return
+    names = {name.rpartition(".")[0] for name, module in model.named_modules() if hasattr(module, _ATTRIBUTE)}
+    layers = [model.get_submodule(name) for name in sorted(names)]
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 def _no_mask(**_arguments: Any) -> None:

@@ -60,8 +60,8 @@ def scaled(topology: Topology, blocks: int) -> Topology:
 
 
 def mean_density(topology: Topology) -> float:
-    """Visible pairs over causal pairs of blocks, over all layers and heads."""
-    densities = [topology.density(layer).mean() for layer in range(len(topology.layers))]
+    """Visible pairs over causal pairs of blocks, over the heads of all layers that are covered."""
+    densities = [topology.density(layer).mean() for layer in topology.covered]
     return float(sum(densities) / len(densities))
 
 
@@ -69,7 +69,7 @@ def spelled(topology: Topology) -> str:
     """The text of topology.json, with a line for each head and each merge."""
     plain = json.loads(topology.canonical())
     trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
-    layers = [_listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
+    layers = [layer and _listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
     parts = {
         "format": json.dumps(plain["format"]),
         "version": json.dumps(plain["version"]),
@@ -77,7 +77,7 @@ def spelled(topology: Topology) -> str:
         "block_size": json.dumps(plain["block_size"]),
         "num_blocks": json.dumps(plain["num_blocks"]),
         "dendrograms": _listed([f'{{"linkage": {tree}}}' for tree in trees], 2),
-        "layers": _listed([f'{{"heads": {layer}}}' for layer in layers], 2),
+        "layers": _listed([f'{{"heads": {layer}}}' if layer else "null" for layer in layers], 2),
         "beyond": json.dumps(plain["beyond"]),
         "provenance": json.dumps(dict(topology.provenance), indent=1).replace("\n", "\n "),
     }

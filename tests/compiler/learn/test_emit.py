@@ -1,5 +1,6 @@
 """Topologies made by learning: written, read again, scaled."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +45,10 @@ def test_a_topology_with_clusters_is_not_scaled() -> None:
 
 def test_the_density_is_the_mean_over_layers_and_heads() -> None:
     assert mean_density(made()) == pytest.approx(np.mean([made().density(layer) for layer in (0, 1)]))
+
+
+def test_a_layer_that_is_not_covered_stays_so() -> None:
+    bare = dataclasses.replace(made(), layers=(made().layers[0], ()))
+    assert parse_topology(spelled(bare)).sha256 == bare.sha256
+    assert scaled(bare, 16).covered == (0,)
+    assert mean_density(bare) == pytest.approx(bare.density(0).mean())

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from models import tiny_llama, tokens
+from surgeon.compiler.learn import decoder
 from surgeon.compiler.learn.decoder import (
     Observation,
     attention_modules,
@@ -146,3 +147,17 @@ def test_the_gradients_labels_are_the_models_own_and_repeat_with_the_seed() -> N
     assert model.config._attn_implementation != "surgeon_learning"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_keeping_less_for_the_backward_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = frozen(), tokens(1, SIZE * BLOCKS)
+    kept: list[Observation] = []
+    remade: list[Observation] = []
+    observe_dense(model, ids, torch.Generator().manual_seed(0), kept.append)
+    monkeypatch.setattr(decoder, "_KEPT_BYTES", 0)
+    observe_dense(model, ids, torch.Generator().manual_seed(0), remade.append)
+    assert [layer.layer for layer in remade] == [2, 1, 0]
+    for one, other in zip(kept, remade, strict=True):
+        for name in ("q", "k", "v", "output", "gradient"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert not any("forward" in vars(module) for module in model.modules())
