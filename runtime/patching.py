@@ -67,6 +67,7 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     for module in bound:
         sites.bind(module, sites.Site(None if sites.layer_of(module) in uncovered else part, sites.layer_of(module)))
     setattr(model, _ATTRIBUTE, _Patch(original, holders, bound))
+    model._supports_flash_attn = False  # else continuous batching would quietly put FlashAttention in our place
     for layer in left:
         _LOG.info("layer %d keeps its attention: %s", layer.layer, layer.reason)
     return left
@@ -90,7 +91,8 @@ def unpatch(model: PreTrainedModel) -> None:
         setattr(module, name, record.config)
     for module in record.bound:
         sites.release(module)
-    delattr(model, _ATTRIBUTE)
+    for name in ("_supports_flash_attn", _ATTRIBUTE):
+        delattr(model, name)
 
 
 def is_patched(model: torch.nn.Module) -> bool:

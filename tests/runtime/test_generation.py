@@ -211,8 +211,13 @@ def test_right_padding_is_refused(patched: LlamaForCausalLM) -> None:
         generated(patched, ids.flip(1), mask.flip(1))
 
 
-def test_continuous_batching_is_refused(patched: LlamaForCausalLM) -> None:
-    """By Transformers itself."""
+@pytest.mark.parametrize("flash", [False, True])
+def test_continuous_batching_is_refused(
+    patched: LlamaForCausalLM, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Transformers itself, which must not take FlashAttention for ours where it is installed."""
+    module = "transformers.generation.continuous_batching.continuous_api"
+    monkeypatch.setattr(f"{module}.is_flash_attn_2_available", lambda **_: flash)
     with pytest.raises(ValueError, match="surgeon is not supported for continuous batching"):
         patched.generate_batch([[1, 2, 3]])
 

@@ -99,7 +99,7 @@ def test_a_patched_model_on_a_gpu_never_waits(
     compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch, static: bool
 ) -> None:
     """Prefill and a decoding step of a padded batch, of tensors that hold nothing."""
-    monkeypatch.setattr("surgeon.runtime.fit._check_kernels", lambda _model, _package: None)
+    monkeypatch.setattr("surgeon.runtime.fit._check_kernels", lambda *_: None)
     with torch.device("meta"):
         model = tiny_llama()
         patch(model, compiled["sparse"].package)
