@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from surgeon.compiler.build_cpu import build_cpu
 from surgeon.compiler.build_triton import build_triton
 from surgeon.compiler.cache import Cache
-from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.progress import Progress
 from surgeon.compiler.stages import Binary, Source
 from surgeon.compiler.versions import version_of
@@ -56,6 +55,6 @@ def _key(source: Source, dtype: str) -> str:
     """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
     names = [(spec.name, spec.layers) for spec in source.specs]
     entry = [field.name for field in dataclasses.fields(KernelEntry)]  # an entry of another version is of no use
-    use = repr((entry, INTERFACES[source.phase], source.phase, source.tile, source.target, dtype, names))
+    use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
     versions = [version_of(distribution) or "none" for distribution in ("triton", "surgeon")]
     return Cache.key([*versions, use, *(file.text for file in source.files)])

@@ -5,11 +5,11 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.stages import Binary, Source
 from surgeon.compiler.tiles import Device, Tile, device_of
 from surgeon.runtime.errors import BuildError, TargetError
@@ -35,7 +35,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
         BuildError: the compilation failed.
     """
     assert source.tile is not None
-    interface = INTERFACES[source.phase]
+    interface = source.interface
     device = device_of(source.target)
     extension = _EXTENSIONS[source.target.backend]
     compiled, version = _compile(source, source.tile, dtype, device)
@@ -60,7 +60,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
         target=str(source.target),
         dtype=dtype,
         layers=tuple(sorted(layer for spec in source.specs for layer in spec.layers)),
-        schedule=source.specs[0].name if source.phase == "prefill" else "",
+        schedule="",
         file=path,
         symbol=metadata.name,
         arguments=interface.arguments + _SCRATCH,
@@ -74,8 +74,13 @@ def build_triton(source: Source, dtype: str) -> Binary:
         preconditions=interface.preconditions,
         phase=source.phase,
         heads=source.heads,
+        table=source.table.name if source.table else "",
     )
-    return Binary(path, compiled.asm[extension], (entry,), (Tool("triton", f"{version}, fp fusion on"),))
+    by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
+    entries = (
+        tuple(by_schedule) if source.phase == "prefill" else (entry,)
+    )  # one for each schedule that shares the code
+    return Binary(path, compiled.asm[extension], entries, (Tool("triton", f"{version}, fp fusion on"),))
 
 
 def _symbol(source: Source) -> str:
@@ -98,7 +103,7 @@ def _compile(source: Source, tile: Tile, dtype: str, device: Device) -> tuple[An
         ) from None
     if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
         raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
-    interface = INTERFACES[source.phase]
+    interface = source.interface
     arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
     signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
     divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in interface.preconditions]

@@ -63,18 +63,26 @@ class ScheduleTrees:
     num_entries: int
 
 
-def head_groups(layer: LayerSchedule, max_leaves: int) -> tuple[range, ...]:
-    """Cuts a layer's heads into consecutive groups whose trees have about `max_leaves` leaves at most, or one head."""
-    begins, leaves = [0], 0
+def head_groups(layer: LayerSchedule, leaves: Sequence[int], max_leaves: int) -> tuple[range, ...]:
+    """Cuts a layer's heads into consecutive groups whose trees have about `max_leaves` leaves at most, or one head.
+
+    `leaves` are what each head takes; equal heads of a group take them once.
+    """
+    begins, total = [0], 0
     patterns: set[HeadSchedule] = set()
-    for index, head in enumerate(layer.heads):
-        more = 0 if head in patterns else len(head.pieces) + len(head.runs)
-        if more and leaves and leaves + more > max_leaves:
+    for index, (head, own) in enumerate(zip(layer.heads, leaves, strict=True)):
+        more = 0 if head in patterns else own
+        if more and total and total + more > max_leaves:
             begins.append(index)
-            leaves, patterns = 0, set()
-        leaves += more
+            total, patterns = 0, set()
+        total += more
         patterns.add(head)
     return tuple(range(begin, end) for begin, end in zip(begins, [*begins[1:], len(layer.heads)], strict=True))
+
+
+def num_leaves(head: HeadSchedule) -> int:
+    """About how many leaves a head's own part of the trees has."""
+    return len(head.pieces) + len(head.runs)
 
 
 def schedule_trees(layer: LayerSchedule, heads: range | None = None) -> ScheduleTrees:
@@ -87,8 +95,8 @@ def schedule_trees(layer: LayerSchedule, heads: range | None = None) -> Schedule
     entries = _KeyList(layer.block_size)
     plans = [_plan_tree(head, entries, layer.block_size, layer.num_rows) for head in patterns]
     return ScheduleTrees(
-        pattern=_search("head", [(head, Leaf(patterns.index(layer.heads[head]))) for head in heads]),
-        plan=_search("pattern", list(enumerate(plans))),
+        pattern=search("head", [(head, Leaf(patterns.index(layer.heads[head]))) for head in heads]),
+        plan=search("pattern", list(enumerate(plans))),
         shift=entries.shift_tree(),
         num_patterns=len(patterns),
         num_entries=entries.length,
@@ -114,13 +122,13 @@ class _KeyList:
         return self._first_entries[runs]
 
     def shift_tree(self) -> Tree[int] | None:
-        return _search("entry", self._shifts) if self._shifts else None
+        return search("entry", self._shifts) if self._shifts else None
 
 
 def _plan_tree(head: HeadSchedule, entries: _KeyList, block_size: int, num_rows: int) -> Tree[RowPlan]:
     first_entry = entries.add(head.runs)
     pieces = [piece for piece in head.pieces if piece.first_row < num_rows]
-    return _search(
+    return search(
         "row", [(piece.first_row, Leaf(_row_plan(piece, head.runs, first_entry, block_size))) for piece in pieces]
     )
 
@@ -140,7 +148,7 @@ def _length(runs: Iterable[Run]) -> int:
     return sum(run.end - run.begin for run in runs)
 
 
-def _search(variable: str, cases: Sequence[tuple[int, Tree[Value]]]) -> Tree[Value]:
+def search(variable: str, cases: Sequence[tuple[int, Tree[Value]]]) -> Tree[Value]:
     """A balanced search for the last case whose number is at most `variable`; the first also holds below its own."""
     distinct = [
         case for before, case in zip([None, *cases], cases, strict=False) if before is None or before[1] != case[1]

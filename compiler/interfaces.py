@@ -35,6 +35,7 @@ def _preconditions(*pointers: str) -> tuple[str, ...]:
 _STRIDES = tuple(
     Argument(f"{name}_{axis}_stride", "i64") for name in ("q", "k", "v") for axis in ("batch", "head", "token")
 )
+_TABLE = (*_pointers("table_rows", "table_plans", "table_segments"), Argument("num_table_rows", "i32"))
 _WRITE_LSE = Argument("write_lse", "i32")
 _SCALE = Argument("scale", "fp32")
 
@@ -50,13 +51,14 @@ PREFILL = Interface(
     preconditions=_preconditions("q", "k", "v", "out"),
 )
 
+PREFILL_BY_TABLE = Interface(PREFILL.arguments + _TABLE, PREFILL.grid, PREFILL.preconditions)
+
 DECODE = Interface(
     arguments=(
         *_pointers("q", "k", "v", "partial", "partial_lse", "first_key", "position"),
-        *_pointers("table_rows", "table_plans", "table_segments"),
         *_STRIDES,
-        Argument("num_table_rows", "i32"),
         _SCALE,
+        *_TABLE,
     ),
     grid=("key_value_heads", "batch", "splits"),
     preconditions=_preconditions("q", "k", "v"),
@@ -72,5 +74,10 @@ REDUCE = Interface(
     preconditions=(),
 )
 
-INTERFACES = {"prefill": PREFILL, "decode": DECODE, "reduce": REDUCE}
-"""By the phase of a source and of its entries in the manifest."""
+INTERFACES = {
+    ("prefill", False): PREFILL,
+    ("prefill", True): PREFILL_BY_TABLE,
+    ("decode", True): DECODE,
+    ("reduce", False): REDUCE,
+}
+"""By the phase of a source and of its entries in the manifest, and whether they read a table of their schedule."""

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from surgeon.compiler import folders
-from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import HeadSchedule
 from surgeon.compiler.stages import Binary, KernelSpec, Source
 from surgeon.compiler.topology import Topology
@@ -40,9 +39,9 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
         "topology.json": (topology.canonical() + "\n").encode(),
         "schedule.safetensors": _schedule_tables(list(specs.values())),
     }
-    decoded = {spec.name: spec for source in sources if source.phase == "decode" for spec in source.specs}
-    if decoded:
-        files["decode.safetensors"] = _decode_tables(list(decoded.values()))
+    tables = _segment_tables(sources)
+    if tables:
+        files["tables.safetensors"] = safetensors.numpy.save(tables)
     files |= {file.path: file.text.encode() for source in sources for file in source.files}
     files |= {binary.path: binary.data for binary in binaries}
     manifest = Manifest(
@@ -86,14 +85,17 @@ def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
     return safetensors.numpy.save(tensors)
 
 
-def _decode_tables(specs: Sequence[KernelSpec]) -> bytes:
-    """What a GPU's decoding kernels read of every schedule: `n.rows`, `n.plans` and `n.segments`; see `DecodeTable`."""
-    tensors: dict[str, npt.NDArray[np.int32]] = {}
-    for spec in specs:
-        table = decode_table(spec.schedule)
-        tensors |= {
-            f"{spec.name}.rows": table.rows,
-            f"{spec.name}.plans": table.plans,
-            f"{spec.name}.segments": table.segments,
-        }
-    return safetensors.numpy.save(tensors)
+def _segment_tables(sources: Sequence[Source]) -> dict[str, npt.NDArray[np.int32]]:
+    """What GPU kernels read of their schedules: `n.t.rows` and so on are the `SegmentTable` t of schedule n."""
+    wanted = {
+        f"{spec.name}.{source.table.name}": (spec.schedule, source.table)
+        for source in sources
+        if source.table
+        for spec in source.specs
+    }
+    tables = {name: shape.of(schedule) for name, (schedule, shape) in wanted.items()}
+    return {
+        f"{name}.{part}": getattr(table, part)
+        for name, table in tables.items()
+        for part in ("rows", "plans", "segments")
+    }

@@ -10,4 +10,4 @@ def render(specs: tuple[KernelSpec, ...], machine: str) -> tuple[Source, ...]:
     """The sources of one target's kernels; `machine` is the build machine as `platform.machine()` names it."""
     if specs[0].target.backend == "cpu":
         return (render_cpu(specs, variants_for(machine)),)
-    return (*(source for spec in specs for source in render_triton(spec)), *render_decode(specs))
+    return (*render_triton(specs), *render_decode(specs))

@@ -4,15 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.decode_table import MAX_GROUP, decode_table
+from surgeon.compiler.decode_table import MAX_GROUP
 from surgeon.compiler.interfaces import DECODE, REDUCE
 from surgeon.compiler.render_triton import Shape
 from surgeon.compiler.schedule import UNBOUNDED
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
+from surgeon.compiler.tables import TableShape
 from surgeon.compiler.templates import render_template
 from surgeon.compiler.tiles import Tile, decode_tile, padded
 
 _SPLITS_AT_ONCE = 16
+_TABLE = TableShape("decode")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
             padded_head_dim=padded(first.head_dim),
             key_shift=tile.keys.bit_length() - 1,
             block_shift=shape.block_size.bit_length() - 1,
-            segments=padded(max(decode_table(spec.schedule).max_segments for spec in specs)),
+            segments=padded(max(_TABLE.of(spec.schedule).max_segments for spec in specs)),
         ),
         num_rows=None if num_rows == UNBOUNDED else num_rows,
         arguments=DECODE.arguments,
@@ -75,11 +77,12 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
         ln_2=repr(math.log(2)),
     )
     return (
-        _source("decode", specs, decode, tile),
-        _source("reduce", specs, reduce, Tile(queries=1, keys=1, warps=4, stages=1)),
+        _source("decode", specs, decode, tile, _TABLE),
+        _source("reduce", specs, reduce, Tile(queries=1, keys=1, warps=4, stages=1), None),
     )
 
 
-def _source(phase: str, specs: Sequence[KernelSpec], text: str, tile: Tile) -> Source:
+def _source(phase: str, specs: Sequence[KernelSpec], text: str, tile: Tile, table: TableShape | None) -> Source:
     target = specs[0].target
-    return Source(target, tuple(specs), (SourceFile(f"{target.folder}/{phase}.py", text),), phase, tile)
+    file = SourceFile(f"{target.folder}/{phase}.py", text)
+    return Source(target, tuple(specs), (file,), phase, tile, table=table)

@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import cast
 
+from surgeon.compiler.interfaces import INTERFACES, Interface
 from surgeon.compiler.schedule import LayerSchedule
+from surgeon.compiler.tables import TableShape
 from surgeon.compiler.tiles import Tile
 from surgeon.runtime.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.target import Target
@@ -38,7 +40,8 @@ class Source:
     """The rendered source of the kernels that are compiled together: all of a CPU target's, one of a GPU target's.
 
     `phase` is that of its entries in the manifest. A GPU kernel's one file is named after its function, `tile` is how
-    its work is cut, and `heads` are the first and the end of the query heads that it is for, empty for all.
+    its work is cut, `heads` are the first and the end of the query heads that it is for, empty for all, and `table` is
+    which table of its layer's schedule it reads, if it does.
     """
 
     target: Target
@@ -47,6 +50,12 @@ class Source:
     phase: str = "any"
     tile: Tile | None = None
     heads: tuple[int, ...] = ()
+    table: TableShape | None = None
+
+    @property
+    def interface(self) -> Interface:
+        """How a GPU kernel is called."""
+        return INTERFACES[self.phase, self.table is not None]
 
 
 @dataclass(frozen=True)

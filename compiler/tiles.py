@@ -9,6 +9,12 @@ from typing import Any
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.target import Target
 
+MIN_BLOCK = 16
+"""The smallest block that a GPU kernel takes: the least that a matrix instruction sums over in 16 bits."""
+
+MAX_READERS = 32
+"""The most pairs of a row of blocks in a tile of queries and a block in a tile of keys: each has a bit in a mask."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -45,15 +51,24 @@ def device_of(target: Target) -> Device:
 
 
 def prefill_tile(target: Target, head_dim: int, block_size: int) -> Tile:
-    """The tile of a kernel for many queries, which lies inside one block.
+    """The tile of a kernel for many queries: inside one block, or over several whole blocks where they are smaller.
 
     Raises:
-        TargetError: the table does not have the target, or no tile of this head size fits it.
+        TargetError: the table does not have the target, or no tile of this head size or these blocks fits it.
     """
     tile = _of_head_dim(_row(target).prefill, target, head_dim)
-    queries = min(tile.queries, block_size)
-    warps = max(1, tile.warps * queries // tile.queries)
-    return Tile(queries, min(tile.keys, block_size), warps, tile.stages)
+    if block_size < MIN_BLOCK:
+        raise TargetError(
+            "block_size",
+            f"at least {MIN_BLOCK} tokens for {target}, which its matrix instructions take at once",
+            str(block_size),
+            "learn the topology with blocks of 32, 64 or 128",
+        )
+    queries, keys, warps = tile.queries, tile.keys, tile.warps
+    while max(1, queries // block_size) * max(1, keys // block_size) > MAX_READERS:
+        queries, warps = queries // 2, max(1, warps // 2)
+        keys = min(keys, queries)
+    return Tile(queries, keys, warps, tile.stages)
 
 
 def decode_tile(target: Target, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:

@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from surgeon.runtime.decode_tables import DecodeTable, read_tables
 from surgeon.runtime.drivers import Driver, Function, open_driver
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import KernelEntry, Manifest
 from surgeon.runtime.package import PackageFiles
+from surgeon.runtime.tables import SegmentTable, read_tables
 from surgeon.runtime.target import Target
 
 _LOG = logging.getLogger("surgeon")
@@ -19,10 +19,11 @@ _AGAIN = "compile the package with this version of surgeon"
 _MAX_THREADS = 1024
 
 _POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scratch", "profile_scratch")
-_DECODE_POINTERS = ("partial", "partial_lse", "table_rows", "table_plans", "table_segments")
+_TABLE = ("table_rows", "table_plans", "table_segments")
+_DECODE_POINTERS = ("partial", "partial_lse")
 _STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
 ARGUMENT_TYPES = (
-    dict.fromkeys(_POINTERS + _DECODE_POINTERS, "pointer")
+    dict.fromkeys(_POINTERS + _TABLE + _DECODE_POINTERS, "pointer")
     | dict.fromkeys(_STRIDES, "i64")
     | {"num_queries": "i32", "write_lse": "i32", "scale": "fp32", "num_table_rows": "i32", "num_splits": "i32"}
 )
@@ -105,7 +106,6 @@ class GpuKernels:
     ) -> None:
         manifest = files.manifest
         self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several where heads have their own
-        self._tables: dict[int, DecodeTable] = {}
         self._strict = strict
         self._device = device
         self._programs = _PROGRAMS_A_PROCESSOR * processors
@@ -118,18 +118,15 @@ class GpuKernels:
         for index, entry in enumerate(manifest.kernels):
             if entry.target == str(target):
                 _check(entry, f"{files.folder}: kernels[{index}]")
+        functions: dict[KernelEntry, Function] = {}  # several entries may share their code
         for entry in entries:
-            kernel = _load(entry, files, device, driver)
+            kernel = _load(entry, files, device, driver, functions)
             for layer in entry.layers:
                 self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
         self.dtypes: tuple[torch.dtype, ...] = tuple(
             dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
         )
-        if any(entry.phase == "decode" for entry in entries):
-            tables = read_tables(files, device)
-            self._tables = {
-                layer: tables[entry.schedule] for entry in entries if entry.phase == "prefill" for layer in entry.layers
-            }
+        self._tables: dict[tuple[str, int], SegmentTable] = read_tables(files, entries, device)
 
     def attend(
         self,
@@ -189,6 +186,7 @@ class GpuKernels:
         decode = self._kernels.get(("decode", layer, q.dtype), ())
         reduce = self._kernels.get(("reduce", layer, q.dtype), ())
         if q_length > 1 or not decode or not reduce:
+            values |= self._table("prefill", layer)
             if self._max_keys is not None:
                 out.fill_(torch.nan)
             for kernel in self._kernels["prefill", layer, q.dtype]:
@@ -198,22 +196,30 @@ class GpuKernels:
                 kernel.launch(lengths | {"query_heads": kernel.num_heads}, stream, values)
             return out
         splits = self._splits(batch * kv_heads, k_length)
-        table = self._tables[layer]
         partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
         partial_lse = q.new_empty((batch, heads, splits), dtype=torch.float32)
         values |= {
             "partial": partial.data_ptr(),
             "partial_lse": partial_lse.data_ptr(),
-            "table_rows": table.rows.data_ptr(),
-            "table_plans": table.plans.data_ptr(),
-            "table_segments": table.segments.data_ptr(),
-            "num_table_rows": table.rows.shape[1],
             "num_splits": splits,
         }
+        values |= self._table("decode", layer)
         lengths["splits"] = splits
         for kernel in (*decode, *reduce):
             kernel.launch(lengths, stream, values)
         return out
+
+    def _table(self, phase: str, layer: int) -> dict[str, int | float]:
+        """The arguments of a kernel that reads a table, none for one that does not."""
+        table = self._tables.get((phase, layer))
+        if table is None:
+            return {}
+        return {
+            "table_rows": table.rows.data_ptr(),
+            "table_plans": table.plans.data_ptr(),
+            "table_segments": table.segments.data_ptr(),
+            "num_table_rows": table.rows.shape[1],
+        }
 
     def _splits(self, groups: int, k_length: int) -> int:
         """How many programs share the keys of one KV head: enough to fill the device, each with a block at least."""
@@ -290,25 +296,37 @@ def _check(entry: KernelEntry, where: str) -> None:
         raise PackageError(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase), _AGAIN)
     if entry.heads and entry.phase != "prefill":
         raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", shown(entry.heads), _AGAIN)
+    if bool(entry.table) != any(argument.name in _TABLE for argument in entry.arguments):
+        raise PackageError(
+            f"{where}.table", "one for a kernel that reads it, and for no other", shown(entry.table), _AGAIN
+        )
     if entry.scratch_bytes:
         raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
 
 
-def _load(entry: KernelEntry, files: PackageFiles, device: int, driver: Driver) -> _Kernel:
+def _load(
+    entry: KernelEntry,
+    files: PackageFiles,
+    device: int,
+    driver: Driver,
+    functions: dict[KernelEntry, Function],
+) -> _Kernel:
     launch = entry.launch
     assert launch is not None
-    function = driver.load(
-        files.files[entry.file],
-        f"{files.folder}/{entry.file}",
-        entry.symbol,
-        [argument.type for argument in entry.arguments],
-        device,
-        launch.threads,
-        launch.shared_bytes,
-    )
+    code = replace(entry, layers=(), schedule="")
+    if code not in functions:
+        functions[code] = driver.load(
+            files.files[entry.file],
+            f"{files.folder}/{entry.file}",
+            entry.symbol,
+            [argument.type for argument in entry.arguments],
+            device,
+            launch.threads,
+            launch.shared_bytes,
+        )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
-    return _Kernel(function, names, launch.grid, launch.tile_rows, end - first)
+    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, end - first)
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:

@@ -24,7 +24,8 @@ class Call:
     """One launch, in float16 or float32.
 
     q `[batch, length, heads, head_dim]`, as projections leave it; k and v `[batch, heads, length, head_dim]`; position
-    and first_key int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all.
+    and first_key int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all;
+    `table` is rows, plans and segments of a table that it reads.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Call:
     first_key: Array
     scale: float
     heads: tuple[int, ...] = ()
+    table: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
             length,
             int(write_lse),
             call.scale,
+            *map(torch.from_numpy, call.table),
+            *(part.shape[1] for part in call.table[:1]),
         )
     return out.numpy(), lse.numpy()
 
@@ -123,14 +127,14 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             partial_lse,
             torch.from_numpy(call.first_key),
             torch.from_numpy(call.position),
-            torch.from_numpy(call.rows),
-            torch.from_numpy(call.plans),
-            torch.from_numpy(call.segments),
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            call.rows.shape[1],
             call.scale,
+            torch.from_numpy(call.rows),
+            torch.from_numpy(call.plans),
+            torch.from_numpy(call.segments),
+            call.rows.shape[1],
         )
         reduce[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
     return out.numpy(), lse.numpy()

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 import topologies
-from surgeon.compiler.decision_tree import Leaf, ScheduleTrees, Tree, head_groups, schedule_trees
+from surgeon.compiler.decision_tree import Leaf, ScheduleTrees, Tree, head_groups, num_leaves, schedule_trees
 from surgeon.compiler.schedule import schedule_layers
 
 Value = TypeVar("Value")
@@ -115,9 +115,9 @@ def test_heads_are_grouped_by_the_leaves_they_need() -> None:
     trees = [{"linkage": topologies.tree(40, rng, contiguous=False)} for _ in range(4)]
     heads = [topologies.head(index // 2, 3.0) for index in range(8)]
     layer = schedule_layers(topologies.build([heads], trees, num_blocks=40))[0]
-    leaves = [len(schedule.pieces) + len(schedule.runs) for schedule in layer.heads]
-    assert head_groups(layer, sum(leaves)) == (range(8),)
-    assert head_groups(layer, max(leaves)) == (range(2), range(2, 4), range(4, 6), range(6, 8))
-    assert head_groups(layer, 1) == head_groups(layer, max(leaves))  # equal heads cost nothing more
+    leaves = [num_leaves(schedule) for schedule in layer.heads]
+    assert head_groups(layer, leaves, sum(leaves)) == (range(8),)
+    assert head_groups(layer, leaves, max(leaves)) == (range(2), range(2, 4), range(4, 6), range(6, 8))
+    assert head_groups(layer, leaves, 1) == head_groups(layer, leaves, max(leaves))  # equal heads cost nothing more
     whole, part = schedule_trees(layer), schedule_trees(layer, range(2, 4))
     assert (whole.num_patterns, part.num_patterns) == (4, 1)

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 
 import topologies
-from surgeon.compiler.decode_table import DecodeTable, decode_table
+from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import schedule_layers
+from surgeon.compiler.segments import SegmentTable
 from surgeon.compiler.topology import Topology
 
 
-def expanded(table: DecodeTable, kv_head: int, row: int, group: int) -> np.ndarray:
+def expanded(table: SegmentTable, kv_head: int, row: int, group: int) -> np.ndarray:
     """Which blocks up to the diagonal a row reads for each head of a group, as a kernel that follows the table does."""
     plan = table.plans[table.rows[kv_head, min(row, table.rows.shape[1] - 1)]]
     mask = np.zeros((group, row + 1), dtype=bool)
     previous = 0
-    for begin, end, follows, heads in table.segments[plan[0] : plan[1]].tolist():
+    for begin, end, follows, heads in table.segments[plan[0] : plan[2]].tolist():
         begin += row * (follows & 1)
         end += row * (follows >> 1)
         assert previous <= begin < end <= row + 1
@@ -63,7 +64,7 @@ def test_rows_that_the_topology_refuses_have_no_entry() -> None:
 def test_windows_of_different_lengths_are_two_segments_that_follow_the_row() -> None:
     topology = topologies.window_topology([2, 4], sink=1, num_blocks=8)
     table = decode_table(schedule_layers(topology)[0])
-    first, end = table.plans[table.rows[0, -1]]
+    first, _, end = table.plans[table.rows[0, -1]]
     assert table.segments[first:end].tolist() == [[0, 1, 0, 3], [-3, -1, 3, 2], [-1, 1, 3, 3]]
 
 

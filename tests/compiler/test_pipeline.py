@@ -49,10 +49,10 @@ def test_the_package_holds_the_topology(tmp_path: Path) -> None:
 
 def test_a_package_for_gpus_holds_the_decoding_tables(tmp_path: Path) -> None:
     files = read_package(compile_package(TOPOLOGY, tmp_path / "kernels", targets=["cuda:90"], dtypes=["bf16"])).files
-    tables = safetensors.numpy.load(files["decode.safetensors"])
+    tables = safetensors.numpy.load(files["tables.safetensors"])
     expected = decode_table(schedule_layers(TOPOLOGY)[0])
     for part in ("rows", "plans", "segments"):
-        assert np.array_equal(tables[f"attention_000.{part}"], getattr(expected, part))
+        assert np.array_equal(tables[f"attention_000.decode.{part}"], getattr(expected, part))
 
 
 def test_the_package_holds_the_schedule(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import surgeon.compiler
 from surgeon.compiler.specialize import HEAD_DIMS
-from surgeon.compiler.tiles import Tile, decode_tile, device_of, padded, prefill_tile
+from surgeon.compiler.tiles import MAX_READERS, Tile, decode_tile, device_of, padded, prefill_tile
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.target import Target
 
@@ -27,7 +27,8 @@ def test_every_tile_is_one_that_a_kernel_can_have(name: str, head_dim: int, bloc
     assert power_of_two(tile.queries)
     assert power_of_two(tile.keys)
     assert power_of_two(tile.warps)
-    assert max(tile.queries, tile.keys) <= block_size  # a tile lies inside one block
+    assert tile.queries >= tile.keys
+    assert max(1, tile.queries // block_size) * max(1, tile.keys // block_size) <= MAX_READERS
     assert tile.queries >= 8 * tile.warps
     assert tile.stages >= 1
     device = device_of(target)
@@ -50,11 +51,18 @@ def test_every_decoding_tile_holds_the_heads_of_a_kv_head(name: str, head_dim: i
         assert 2 * tile.stages * tile.keys * padded(head_dim) * 2 <= device_of(target).shared_bytes
 
 
-def test_a_small_block_takes_fewer_warps() -> None:
+def test_a_tile_is_the_same_for_every_block_that_its_masks_have_bits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target.parse("cuda:90")
-    assert prefill_tile(target, 128, 128) == Tile(queries=128, keys=64, warps=8, stages=3)
-    assert prefill_tile(target, 128, 64) == Tile(queries=64, keys=64, warps=4, stages=3)
-    assert prefill_tile(target, 128, 32) == Tile(queries=32, keys=32, warps=2, stages=3)
+    whole = Tile(queries=128, keys=64, warps=8, stages=3)
+    assert {prefill_tile(target, 128, block_size) for block_size in (16, 32, 64, 128, 256)} == {whole}
+    monkeypatch.setattr("surgeon.compiler.tiles.MAX_READERS", 8)
+    assert prefill_tile(target, 128, 32) == Tile(queries=64, keys=64, warps=4, stages=3)
+    assert prefill_tile(target, 128, 16) == Tile(queries=32, keys=32, warps=2, stages=3)
+
+
+def test_a_block_that_no_matrix_instruction_takes() -> None:
+    with pytest.raises(TargetError, match=r"block_size: expected at least 16 tokens for cuda:90.*, got 8; learn"):
+        prefill_tile(Target.parse("cuda:90"), 128, 8)
 
 
 def test_a_head_size_between_two_takes_the_larger_ones_tile() -> None:

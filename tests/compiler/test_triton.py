@@ -4,45 +4,32 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 import topologies
 from compiled_code import laid_out, parameters, spills
+from prefill_calls import check, expected, kernel_spec, make_call, render_whole
 from surgeon.compiler.build_triton import build_triton
-from surgeon.compiler.render_triton import render_triton, tiling
+from surgeon.compiler.decision_tree import num_leaves
+from surgeon.compiler.render_triton import render_triton
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
-from surgeon.compiler.stages import Binary, KernelSpec, Source
+from surgeon.compiler.stages import Binary
 from surgeon.compiler.tiles import Tile, device_of
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.target import Target
-from triton_interpreter import Call, interpreter, launch
-
-Array = npt.NDArray[Any]
+from triton_interpreter import interpreter, launch
 
 triton = pytest.importorskip("triton")
 
-BLOCK = 16
-TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
-
-
-def kernel_spec(topology: Topology, target: str = "cuda:90") -> KernelSpec:
-    """The kernel of the topology's first layer."""
-    return specialize(topology, schedule_layers(topology), Target.parse(target))[0]
-
-
-def render_whole(spec: KernelSpec) -> Source:
-    """The source of a layer whose heads are all in one kernel."""
-    (source,) = render_triton(spec)
-    return source
+BLOCK = 128  # at least a tile of queries
 
 
 # In the interpreter
@@ -52,80 +39,6 @@ def render_whole(spec: KernelSpec) -> Source:
 def pool() -> Iterator[Executor]:
     with interpreter() as executor:
         yield executor
-
-
-def make_call(
-    topology: Topology,
-    *,
-    length: int,
-    positions: Sequence[int] = (0,),
-    first_keys: Sequence[int] = (0,),
-    spare_keys: int = 0,
-    dtype: str = "float32",
-    seed: int = 0,
-) -> Call:
-    """Random q, k, v, where every key and value that no query may read is NaN."""
-    spec = kernel_spec(topology)
-    rng = np.random.default_rng(seed)
-    batch, model = len(positions), topology.model
-    filled = max(positions) + length
-    q = rng.standard_normal((batch, length, model.num_attention_heads, model.head_dim))
-    k, v = rng.standard_normal((2, batch, model.num_key_value_heads, filled + spare_keys, model.head_dim))
-    for sequence, (position, first_key) in enumerate(zip(positions, first_keys, strict=True)):
-        for tensor in (k, v):
-            tensor[sequence, :, :first_key] = np.nan
-            tensor[sequence, :, position + length :] = np.nan
-    return Call(
-        text=render_whole(spec).files[0].text,
-        name=spec.name,
-        tile_rows=tiling(spec).query_tile,
-        q=q.astype(dtype),
-        k=k.astype(dtype),
-        v=v.astype(dtype),
-        position=np.array(positions, dtype=np.int64),
-        first_key=np.array(first_keys, dtype=np.int64),
-        scale=model.head_dim**-0.5,
-    )
-
-
-def reference(topology: Topology, call: Call) -> tuple[Array, Array]:
-    """Masked softmax in fp64, the mask straight from the topology's definition: out and log-sum-exp."""
-    batch, length, num_heads, _ = call.q.shape
-    num_keys = call.k.shape[2]
-    mask = topology.block_mask(0, min(-(-num_keys // topology.block_size), row_limit(topology)))
-    out = np.zeros(call.q.shape)
-    lse = np.full((batch, num_heads, length), -np.inf)
-    for sequence in range(batch):
-        first_key = int(call.first_key[sequence])
-        for query in range(length):
-            own = int(call.position[sequence]) + query
-            if own < first_key:
-                continue
-            keys = np.arange(own + 1 - first_key)
-            for head in range(num_heads):
-                kv_head = head * call.k.shape[1] // num_heads
-                seen = mask[head, (own - first_key) // topology.block_size, keys // topology.block_size]
-                k = call.k[sequence, kv_head, first_key : own + 1][seen].astype(np.float64)
-                v = call.v[sequence, kv_head, first_key : own + 1][seen].astype(np.float64)
-                scores = k @ call.q[sequence, query, head].astype(np.float64) * call.scale
-                lse[sequence, head, query] = np.logaddexp.reduce(scores)
-                out[sequence, query, head] = np.exp(scores - lse[sequence, head, query]) @ v
-    return out, lse
-
-
-def row_limit(topology: Topology) -> int:
-    return topology.num_blocks if topology.beyond == "error" else sys.maxsize
-
-
-def check(pool: Executor, topology: Topology, call: Call) -> None:
-    out, lse = pool.submit(launch, call, True).result()
-    expected_out, expected_lse = reference(topology, call)
-    assert np.isfinite(out).all()
-    tolerance = TOLERANCE[call.q.dtype.name]
-    assert np.linalg.norm(out - expected_out) <= tolerance * np.linalg.norm(expected_out)
-    real = np.isfinite(expected_lse)
-    assert (lse[~real] == -np.inf).all()
-    np.testing.assert_allclose(lse[real], expected_lse[real], rtol=1e-5, atol=1e-5)
 
 
 def shaped(build: Callable[..., Topology], *arguments: Any, **shape: Any) -> Topology:
@@ -211,8 +124,7 @@ def test_left_padding_counts_blocks_from_the_first_key_and_writes_zeros_before_i
 def test_a_sequence_that_is_all_padding_so_far(pool: Executor) -> None:
     topology = scattered_clusters()
     call = make_call(topology, length=BLOCK + 2, positions=[4, 4], first_keys=[2 * BLOCK, 0])
-    check(pool, topology, call)
-    out, _ = pool.submit(launch, call, True).result()
+    out = check(pool, topology, call)
     assert not out[0, : 2 * BLOCK - 4].any()
 
 
@@ -245,14 +157,15 @@ def test_log_sum_exp_is_left_alone_unless_asked_for(pool: Executor) -> None:
 def test_heads_in_kernels_of_their_own_together_make_the_layer(pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     topology = scattered_clusters()
     call = make_call(topology, length=6 * BLOCK)
-    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 1)
-    sources = render_triton(kernel_spec(topology))
+    leaves = max(map(num_leaves, kernel_spec(topology).schedule.heads))
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", leaves)
+    sources = render_triton([kernel_spec(topology)])
     assert [source.heads for source in sources] == [(0, 1), (1, 2)]
     assert [source.files[0].path for source in sources] == [
         "cuda-90/attention_000_head_00.py",
         "cuda-90/attention_000_head_01.py",
     ]
-    expected_out, expected_lse = reference(topology, call)
+    expected_out, expected_lse = expected(topology, call)
     for head, source in enumerate(sources):
         part = dataclasses.replace(
             call, text=source.files[0].text, name=Path(source.files[0].path).stem, heads=source.heads
@@ -397,6 +310,6 @@ def test_rendering_names_the_file_after_the_kernel() -> None:
 
 def test_more_blocks_of_the_same_pieces_are_the_same_source() -> None:
     small, large = (
-        render_triton(kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))) for blocks in (64, 1024)
+        render_triton([kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))]) for blocks in (64, 1024)
     )
     assert [source.files for source in small] == [source.files for source in large]

@@ -17,6 +17,7 @@ import torch
 
 from gpu_standin import FakeStream, OnGpu, Standin, compile_standins, on_gpu, unpacked
 from surgeon.compiler import compile_package
+from surgeon.compiler.decision_tree import num_leaves
 from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.interfaces import INTERFACES
 from surgeon.compiler.schedule import schedule_layers
@@ -286,7 +287,8 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
 def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
     backend: str, driver: Driver, standin: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 2)
+    leaves = max(map(num_leaves, schedule_layers(topology())[0].heads))
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", leaves)
     split = read_package(compile_package(topology(), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"]))
     entries = [entry for entry in split.manifest.kernels if entry.phase == "prefill"]
     assert [entry.heads for entry in entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -475,7 +477,7 @@ def test_an_interface_that_the_launcher_does_not_know(
 
 
 def test_the_launcher_knows_all_that_the_compiler_uses() -> None:
-    assert set(INTERFACES) == set(PHASES)
+    assert {phase for phase, _ in INTERFACES} == set(PHASES)
     for interface in INTERFACES.values():
         assert {argument.name: argument.type for argument in interface.arguments}.items() <= ARGUMENT_TYPES.items()
         assert set(interface.preconditions) <= PRECONDITIONS
@@ -483,27 +485,27 @@ def test_the_launcher_knows_all_that_the_compiler_uses() -> None:
 
 
 def tables(files: PackageFiles) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = safetensors.torch.load(files.files["decode.safetensors"])
+    found: dict[str, torch.Tensor] = safetensors.torch.load(files.files["tables.safetensors"])
     return found
 
 
 def with_tables(files: PackageFiles, changes: dict[str, torch.Tensor | None]) -> PackageFiles:
     left = {name: tensor for name, tensor in (tables(files) | changes).items() if tensor is not None}
-    return dataclasses.replace(files, files=dict(files.files) | {"decode.safetensors": safetensors.torch.save(left)})
+    return dataclasses.replace(files, files=dict(files.files) | {"tables.safetensors": safetensors.torch.save(left)})
 
 
 @by_any_way
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("rows", lambda _table: None, r"attention_000.rows: expected an int32 matrix, got none"),
-        ("rows", lambda table: table.long(), r"attention_000.rows: expected an int32 matrix"),
-        ("rows", lambda table: table[:1], r"attention_000.rows: expected 2 KV heads, got 1"),
-        ("rows", lambda table: table + 1, r"attention_000: expected plans and segments that exist"),
-        ("rows", lambda table: table - 1, r"attention_000: expected plans and segments that exist"),
-        ("plans", lambda table: table + 1, r"attention_000: expected plans and segments that exist"),
-        ("plans", lambda table: table[:, :1].contiguous(), r"attention_000.plans: expected 2 columns, got 1"),
-        ("segments", lambda table: table.flatten(), r"attention_000.segments: expected an int32 matrix"),
+        ("rows", lambda _table: None, r"attention_000.decode.rows: expected an int32 matrix, got none"),
+        ("rows", lambda table: table.long(), r"attention_000.decode.rows: expected an int32 matrix"),
+        ("rows", lambda table: table[:1], r"attention_000.decode.rows: expected 2 heads, got 1"),
+        ("rows", lambda table: table + 1, r"attention_000.decode: expected plans and segments that exist"),
+        ("rows", lambda table: table - 1, r"attention_000.decode: expected plans and segments that exist"),
+        ("plans", lambda table: table + 1, r"attention_000.decode: expected plans and segments that exist"),
+        ("plans", lambda table: table[:, :1].contiguous(), r"attention_000.decode.plans: expected 3 columns, got 1"),
+        ("segments", lambda table: table.flatten(), r"attention_000.decode.segments: expected an int32 matrix"),
     ],
 )
 def test_a_table_that_points_elsewhere(
@@ -514,18 +516,18 @@ def test_a_table_that_points_elsewhere(
     change: Callable[[torch.Tensor], torch.Tensor | None],
     message: str,
 ) -> None:
-    name = f"attention_000.{part}"
+    name = f"attention_000.decode.{part}"
     with pytest.raises(PackageError, match=message):
         kernels(with_tables(files, {name: change(tables(files)[name])}), backend, driver)
 
 
 @by_any_way
 def test_no_tables(files: PackageFiles, backend: str, driver: Driver) -> None:
-    without = {name: data for name, data in files.files.items() if name != "decode.safetensors"}
-    with pytest.raises(PackageError, match=r"decode.safetensors: expected decode tables"):
+    without = {name: data for name, data in files.files.items() if name != "tables.safetensors"}
+    with pytest.raises(PackageError, match=r"tables.safetensors: expected tables of segments"):
         kernels(dataclasses.replace(files, files=without), backend, driver)
-    damaged = dict(files.files) | {"decode.safetensors": b"no tensors"}
-    with pytest.raises(PackageError, match=r"decode.safetensors: expected decode tables"):
+    damaged = dict(files.files) | {"tables.safetensors": b"no tensors"}
+    with pytest.raises(PackageError, match=r"tables.safetensors: expected tables of segments"):
         kernels(dataclasses.replace(files, files=damaged), backend, driver)
 
 
