@@ -68,10 +68,14 @@ class TopologyReport:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """How a layer's prefill runs on a GPU target: in so many kernels, each for some of its heads."""
+    """How a layer's prefill runs on a GPU target: in so many kernels, each for some of its heads.
+
+    With `by_table` its schedule has too many pieces to be code, and they read it from the package's tables.
+    """
 
     target: str
     kernels: int
+    by_table: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class PackageReport:
                 if kernel.target == target and kernel.phase == "prefill" and layer in kernel.layers
             ]
             if kernels:
-                found.append(LayerRun(target, sum(kernel.dtype == kernels[0].dtype for kernel in kernels)))
+                count = sum(kernel.dtype == kernels[0].dtype for kernel in kernels)
+                found.append(LayerRun(target, count, by_table=any(kernel.table for kernel in kernels)))
         return tuple(found)
 
 

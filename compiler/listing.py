@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from surgeon.compiler.inspection import PackageReport, Pattern, TopologyReport
+from surgeon.compiler.inspection import LayerRun, PackageReport, Pattern, TopologyReport
 from surgeon.runtime.dense_rows import DenseRows
 from surgeon.runtime.manifest import KernelEntry
 
@@ -76,12 +76,16 @@ def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
             f"{layer.pieces:>5} {'piece' if layer.pieces == 1 else 'pieces'}",
         ]
         if package is not None:
-            cells += [f"{run.target}: {_counted(run.kernels, 'kernel')}" for run in package.runs(index)]
+            cells += map(_on_gpu, package.runs(index))
             cells += [_seen_whole(rows, index) for rows in package.on_cpu[:1]]
         yield "  ".join(cells)
     for rows in package.on_cpu if package is not None else ():
         runs = "sdpa for a call that sees every block, else kernels" if rows.torch_is_faster else "kernels"
         yield f"on cpu     {rows.variant}: {runs}; {rows.reason}"
+
+
+def _on_gpu(run: LayerRun) -> str:
+    return f"{run.target}: {_counted(run.kernels, 'kernel')}{', by table' if run.by_table else ''}"
 
 
 def _seen_whole(rows: DenseRows, layer: int) -> str:

@@ -19,7 +19,7 @@ from surgeon.runtime.errors import TargetError
 MAX_LEAVES = 512
 """The leaves of a kernel's decision trees above which a layer is cut into groups of heads: its compile time grows."""
 
-MAX_KERNELS = 8
+MAX_KERNELS = 4
 """The kernels for groups of heads above which a layer's schedule is a table instead."""
 
 _MAX_KEY_LIST = 2**31 - 1

@@ -43,7 +43,7 @@ def _library(specs: Sequence[KernelSpec]) -> Binary:
 
 
 def _code(spec: KernelSpec, dtype: str) -> Binary:
-    path, interface = f"{spec.target.folder}/{spec.name}.{dtype}.bin", INTERFACES["prefill"]
+    path, interface = f"{spec.target.folder}/{spec.name}.{dtype}.bin", INTERFACES["prefill", False]
     launch = Launch(interface.grid, 64, 128, 0)
     entry = KernelEntry(
         str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, 0, (), "prefill"

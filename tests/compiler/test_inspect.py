@@ -240,7 +240,7 @@ def test_how_each_layer_runs(tmp_path: Path) -> None:
     topology = topologies.build(layers, [{"linkage": topologies.balanced_tree(8)}])
     report = inspect(packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90", "hip:gfx942"]))
     dense, sparse = json.loads(report_json(report))["runs"]
-    on_gpu = [{"target": "cuda:90", "kernels": 1}, {"target": "hip:gfx942", "kernels": 1}]
+    on_gpu = [{"target": target, "kernels": 1, "by_table": False} for target in ("cuda:90", "hip:gfx942")]
     assert dense["on_gpu"] == sparse["on_gpu"] == on_gpu
     assert list(dense["on_cpu"]) == ["x86_64_v4", "x86_64_v3", "portable"]
     slow, fast = "portable takes 2.0 of torch's time", "x86_64_v3 takes 0.8 of torch's time"
@@ -253,6 +253,17 @@ def test_how_each_layer_runs(tmp_path: Path) -> None:
     assert f"        1  attention_001    2 heads      3 pieces  {gpus}  cpu: every block seen up to token 192" in lines
     assert f"on cpu     x86_64_v3: kernels; {fast} a dense block" in lines
     assert f"on cpu     portable: sdpa for a call that sees every block, else kernels; {slow} a dense block" in lines
+
+
+def test_a_layer_whose_schedule_is_a_table(tmp_path: Path) -> None:
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2]), ["cuda:90"])
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    kernels = tuple(dataclasses.replace(kernel, table="prefill_2x1") for kernel in manifest.kernels)
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, kernels=kernels).to_json())
+    report = inspect(folder)
+    (run,) = json.loads(report_json(report))["runs"]
+    assert run["on_gpu"] == [{"target": "cuda:90", "kernels": 1, "by_table": True}]
+    assert any(line.endswith("cuda:90: 1 kernel, by table") for line in report_lines(report, 80, "utf-8"))
 
 
 def listed_again(folder: Path, path: str, data: bytes) -> None:

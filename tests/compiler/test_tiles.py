@@ -55,7 +55,7 @@ def test_a_tile_is_the_same_for_every_block_that_its_masks_have_bits_for(monkeyp
     target = Target.parse("cuda:90")
     whole = Tile(queries=128, keys=64, warps=8, stages=3)
     assert {prefill_tile(target, 128, block_size) for block_size in (16, 32, 64, 128, 256)} == {whole}
-    monkeypatch.setattr("surgeon.compiler.tiles.MAX_READERS", 8)
+    monkeypatch.setattr("surgeon.compiler.tiles.MAX_READERS", 4)
     assert prefill_tile(target, 128, 32) == Tile(queries=64, keys=64, warps=4, stages=3)
     assert prefill_tile(target, 128, 16) == Tile(queries=32, keys=32, warps=2, stages=3)
 

@@ -1,6 +1,7 @@
 """Triton kernels: right in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_the_manifest_entry_describes_the_binary(hopper: Binary) -> None:
     assert entry.schedule == entry.symbol == "attention_000"
     assert entry.launch is not None
     assert entry.launch.grid == ("query_heads", "batch", "row_tiles")
-    assert (entry.launch.tile_rows, entry.launch.threads) == (64, 128)
+    assert (entry.launch.tile_rows, entry.launch.threads) == (128, 256)
     assert 0 < entry.launch.shared_bytes <= 232_448
     assert entry.scratch_bytes == 0
     assert hopper.tools[0].name == "triton"
@@ -299,7 +300,8 @@ def test_a_source_that_does_not_compile_is_a_build_error(capsys: pytest.CaptureF
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    golden("attention_triton.py.txt", render_whole(kernel_spec(mixed_heads(num_blocks=12))).files[0].text)
+    golden("attention_triton.py.txt", render_whole(kernel_spec(mixed_heads(block_size=128))).files[0].text)
+    golden("attention_tiles_triton.py.txt", render_whole(kernel_spec(mixed_heads(block_size=16))).files[0].text)
 
 
 def test_rendering_names_the_file_after_the_kernel() -> None:
@@ -308,7 +310,24 @@ def test_rendering_names_the_file_after_the_kernel() -> None:
     assert source == render_whole(kernel_spec(mixed_heads()))
 
 
-def test_more_blocks_of_the_same_pieces_are_the_same_source() -> None:
+def quarters(num_blocks: int, block_size: int) -> Topology:
+    """Clusters that are a quarter of the sequence each, however long it is, and windows."""
+    heads = [topologies.head(0, math.log2(num_blocks) - 2, 1, 2), topologies.head(0, 0.0, 1, 9), topologies.DENSE]
+    tree = {"linkage": topologies.balanced_tree(num_blocks)}
+    return topologies.build([heads], [tree], num_blocks=num_blocks, block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])  # the first two are less than a tile
+def test_more_blocks_of_the_same_pieces_are_the_same_source_but_for_numbers(block_size: int) -> None:
+    specs = [kernel_spec(quarters(num_blocks, block_size)) for num_blocks in (64, 1024)]
+    small, large = (sum(len(head.pieces) for head in spec.schedule.heads) for spec in specs)
+    assert small == large
+    short, long = (render_whole(spec).files[0].text for spec in specs)
+    assert short != long
+    assert re.sub(r"\d+", "n", short) == re.sub(r"\d+", "n", long)
+
+
+def test_more_blocks_seen_by_the_same_windows_are_the_same_source() -> None:
     small, large = (
         render_triton([kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))]) for blocks in (64, 1024)
     )

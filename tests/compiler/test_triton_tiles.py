@@ -1,4 +1,4 @@
-"""Prefill kernels whose tiles are several rows of blocks, and those that read a table, in Triton's interpreter."""
+"""Prefill kernels whose tiles are several rows of blocks, and those that read a table: in Triton's interpreter."""
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -9,8 +9,13 @@ import pytest
 
 import topologies
 from prefill_calls import check, kernel_spec, make_call
-from surgeon.compiler.render_triton import tiling
+from surgeon.compiler.build_triton import build_triton
+from surgeon.compiler.render_triton import render_triton, tiling
+from surgeon.compiler.schedule import schedule_layers
+from surgeon.compiler.specialize import specialize
+from surgeon.compiler.tables import TableShape
 from surgeon.compiler.topology import Topology
+from surgeon.runtime.target import Target
 from triton_interpreter import interpreter, launch
 
 pytest.importorskip("triton")
@@ -96,3 +101,55 @@ def test_tiles_of_keys_that_are_smaller_than_a_block(pool: Executor, schedule_as
     cut = tiling(kernel_spec(topology, target))
     assert (cut.rows, cut.blocks, cut.key_tile) == (2, 1, 32)
     check(pool, topology, make_call(topology, length=300, positions=[9], target=target))
+
+
+def scattered(block_size: int) -> Topology:
+    """Eight heads that see clusters of eight blocks out of 256, strewn at random."""
+    rng = np.random.default_rng(0)
+    trees = []
+    for _ in range(8):
+        place = [*rng.permutation(256).tolist(), *range(256, 512)]
+        rows = topologies.balanced_tree(256)
+        trees.append({"linkage": [[place[int(left)], place[int(right)], *rest] for left, right, *rest in rows]})
+    heads = [topologies.head(index, 3.0, 1, 1) for index in range(8)]
+    return topologies.build(
+        [heads] * 2, trees, num_kv_heads=2, num_blocks=256, block_size=block_size, head_dim=64, beyond="error"
+    )
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_a_layer_of_scattered_trees_is_a_table(pool: Executor, block_size: int) -> None:
+    topology = scattered(block_size)
+    pieces = sum(len(head.pieces) for head in kernel_spec(topology).schedule.heads)
+    assert pieces > 2000
+    (source,) = render_triton(specialize(topology, schedule_layers(topology), Target.parse("cuda:90")))
+    assert source.files[0].path == "cuda-90/attention_by_table.py"
+    assert len(source.files[0].text.splitlines()) < 250  # its size has nothing to do with the pieces
+    (entry,) = build_triton(source, "bf16").kernels
+    assert (entry.schedule, entry.table) == ("attention_000", "prefill_8x4" if block_size == 16 else "prefill_1x1")
+    call = make_call(topology, length=40, positions=[block_size * 250 - 25], first_keys=[3])
+    check(pool, topology, call)
+
+
+def test_layers_whose_schedules_are_tables_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 25)
+    windows = topologies.head(0, 0.0, 1, 2)
+    layers = [[topologies.head(0, cut)] for cut in (3.0, 6.0)] + [[windows]]
+    trees = [{"linkage": topologies.tree(64, np.random.default_rng(0), contiguous=False)}]
+    topology = topologies.build(layers, trees, num_blocks=64, block_size=128, head_dim=64)
+    code, table = render_triton(specialize(topology, schedule_layers(topology), Target.parse("cuda:90")))
+    assert [spec.layers for spec in code.specs] == [(2,)]
+    assert [spec.layers for spec in table.specs] == [(0,), (1,)]
+    entries = build_triton(table, "fp16").kernels
+    assert [(entry.schedule, entry.layers) for entry in entries] == [("attention_000", (0,)), ("attention_001", (1,))]
+    assert {(entry.file, entry.symbol) for entry in entries} == {
+        ("cuda-90/attention_by_table.fp16.cubin", "attention_by_table")
+    }
+
+
+def test_a_layer_in_too_many_groups_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_LEAVES", 10)  # three heads, of three leaves each
+    monkeypatch.setattr("surgeon.compiler.render_triton.MAX_KERNELS", 2)
+    few, many = (topologies.window_topology(range(2, 2 + heads), block_size=128) for heads in (6, 7))
+    assert [source.table for source in render_triton([kernel_spec(few)])] == [None, None]
+    assert [source.table for source in render_triton([kernel_spec(many)])] == [TableShape("prefill")]
