@@ -232,17 +232,38 @@ def _inspect(arguments: argparse.Namespace) -> Iterable[str]:
     return report_lines(report, shutil.get_terminal_size().columns, encoding)
 
 
-def _configure_learn(parser: argparse.ArgumentParser) -> None:
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    """What to measure a frozen model on."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
     parser.add_argument(
         "--text", action="append", required=True, type=_path, metavar="FILE", help="UTF-8 text; repeatable"
     )
+    parser.add_argument("--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048")
+    parser.add_argument("--block", type=_positive, default=64, metavar="TOKENS", help="default: 64")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: 0")
+
+
+def _configure_assess(parser: argparse.ArgumentParser) -> None:
+    _add_measured(parser)
+    parser.add_argument(
+        "--density", type=_density, default=0.25, help="visible share of the block pairs to assess at; default: 0.25"
+    )
+    parser.add_argument("--work", type=_path, metavar="FOLDER", help="where finished steps are kept; default: nowhere")
+    _add_json(parser)
+
+
+def _assess(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.learn.assess_command import run
+
+    return run(arguments)
+
+
+def _configure_learn(parser: argparse.ArgumentParser) -> None:
+    _add_measured(parser)
     parser.add_argument(
         "--density", required=True, type=_density, help="visible share of the block pairs, for instance 0.25"
     )
     parser.add_argument("--out", required=True, type=_path, metavar="topology.json", help="the file to write")
-    parser.add_argument("--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048")
-    parser.add_argument("--block", type=_positive, default=64, metavar="TOKENS", help="default: 64")
     parser.add_argument(
         "--measured-length",
         type=_positive,
@@ -262,7 +283,6 @@ def _configure_learn(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuts", action="store_true", help="also try clusters; a head gets one where it pays on text not used for it"
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--work",
         type=_path,
@@ -330,6 +350,7 @@ def _path(text: str) -> Path:
 
 COMPILE = Command("compile", "Compile a topology into a package of attention kernels.", _configure_compile, _compile)
 INSPECT = Command("inspect", "Show what a topology file or a package holds.", _configure_inspect, _inspect)
+ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _configure_assess, _assess)
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _configure_learn, _learn)
 EXPORT = Command("export", "Write a package in the layout of another tool.", _configure_export, _export)
-COMMANDS = (COMPILE, INSPECT, LEARN, EXPORT)
+COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, EXPORT)

@@ -18,6 +18,7 @@ LEAVES = {"surgeon.runtime.errors", "surgeon.runtime.manifest", "surgeon.runtime
 MORE = {
     "hf_kernels.py": {"surgeon.runtime.package"},
     "inspection.py": {"surgeon.runtime.dense_rows", "surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "assess.py": {"surgeon.runtime.fingerprints"},
     "learn.py": {"surgeon.runtime.fingerprints"},
     "listing.py": {"surgeon.runtime.dense_rows"},
     "packaged.py": {"surgeon.runtime.schedules"},

@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
     )
     out: Path = arguments.out
     work: Path = arguments.work or out.with_name(out.name + ".steps")
-    if not (sys.stderr and sys.stderr.isatty()):
-        transformers.utils.logging.disable_progress_bar()
+    quiet_without_terminal()
     model, tokenizer = read_model(arguments.model)
     texts = [read_text(path, tokenizer) for path in arguments.text]
     with progress_bar() as progress:
@@ -49,6 +48,12 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
     if arguments.work is None:
         shutil.rmtree(work, ignore_errors=True)
     return _lines(topology, out, time.perf_counter() - started, arguments.json)
+
+
+def quiet_without_terminal() -> None:
+    """Keeps Transformers' progress bars out of files and pipes."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _lines(topology: Topology, out: Path, seconds: float, as_json: bool) -> Iterable[str]:

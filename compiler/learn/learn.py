@@ -76,7 +76,8 @@ def learn(
         TopologyError: a length is no multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
-    blocks, measured = _blocks(request, request.length), _blocks(request, request.measured_length or request.length)
+    blocks = blocks_of(request.length, request.block_size)
+    measured = blocks_of(request.measured_length or request.length, request.block_size)
     started, started_cpu = time.perf_counter(), time.process_time()
     if (request.cuts or request.method == "ultrametric") and blocks != measured:
         lengths = f"{request.length} and {request.measured_length}"
@@ -143,15 +144,17 @@ def learn(
     )
 
 
-def _blocks(request: Request, length: int) -> int:
-    if length < request.block_size or length % request.block_size:
+def blocks_of(length: int, block_size: int) -> int:
+    """The blocks of a sequence of `length` tokens.
+
+    Raises:
+        TopologyError: the length is no multiple of the block.
+    """
+    if length < block_size or length % block_size:
         raise TopologyError(
-            "--length",
-            f"a multiple of the block, {request.block_size} tokens",
-            str(length),
-            "choose another length or block",
+            "--length", f"a multiple of the block, {block_size} tokens", str(length), "choose another length or block"
         )
-    return length // request.block_size
+    return length // block_size
 
 
 def _figures(learned: Learned) -> dict[str, Any]:

@@ -83,6 +83,19 @@ def _pushes(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.
         yield row, pushed, weights.unflatten(2, (row + 1, size)).sum(dim=3), present[:, rows]
 
 
+def missed_shares(observation: Observation, candidates: torch.Tensor) -> torch.Tensor:
+    """The share of the dense attention that a candidate does not see, a mean over the queries: `[heads, candidates]`.
+
+    `candidates` is bool `[candidates, blocks, blocks]`; the result is fp64.
+    """
+    blocks = candidates.shape[-1]
+    total = torch.zeros((observation.q.shape[0], candidates.shape[0]), dtype=torch.float64)
+    for row, weights in _rows(observation, blocks):
+        share = weights.unflatten(2, (row + 1, -1)).sum(dim=(1, 3))
+        total += share.double() @ (~candidates[:, row, : row + 1]).double().T
+    return total / observation.q.shape[1]
+
+
 def _rows(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Each row of blocks with its queries' dense attention weights, `[heads, size, (row + 1) · size]`."""
     heads, length, _ = observation.q.shape

@@ -20,7 +20,7 @@ from surgeon.compiler.learn.decoder import (
 )
 from surgeon.compiler.learn.journal import Journal
 from surgeon.compiler.learn.pattern import Cut, Grid, Pattern
-from surgeon.compiler.learn.responses import block_responses, output_errors, responses
+from surgeon.compiler.learn.responses import block_responses, missed_shares, output_errors, responses
 from surgeon.compiler.learn.windows import window_patterns
 from surgeon.compiler.progress import Progress
 
@@ -77,6 +77,11 @@ class Runs:
             error += found["error"].numpy()
         return Costs(fisher, error)
 
+    def assess(self, tokens: torch.Tensor, seed: int) -> tuple[Costs, Table]:
+        """The costs of every window on one sequence, and the share of the dense attention that it misses."""
+        found = self._once("assess", tokens, partial(self._costs, tokens, seed, True), seed=seed)
+        return Costs(found["fisher"].numpy(), found["error"].numpy()), found["missed"].numpy()
+
     def validate(self, pattern: Pattern, sequences: Sequence[torch.Tensor], what: str) -> float:
         """The mean divergence from the dense model under a pattern, in nats a token."""
         total = 0.0
@@ -132,15 +137,17 @@ class Runs:
     def _dense(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]
 
-    def _costs(self, tokens: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-        fisher, error = (torch.zeros(self._shape, dtype=torch.float64) for _ in range(2))
+    def _costs(self, tokens: torch.Tensor, seed: int, with_missed: bool = False) -> dict[str, torch.Tensor]:
+        fisher, error, missed = (torch.zeros(self._shape, dtype=torch.float64) for _ in range(3))
 
         def observe(layer: Observation) -> None:
             fisher[layer.layer] = responses(layer, self._patterns)[1]
             error[layer.layer] = output_errors(layer, self._patterns, self._modules[layer.layer].o_proj.weight)
+            if with_missed:
+                missed[layer.layer] = missed_shares(layer, self._patterns)
 
         observe_dense(self._model, tokens, torch.Generator().manual_seed(seed), observe)
-        return {"fisher": fisher, "error": error}
+        return {"fisher": fisher, "error": error} | ({"missed": missed} if with_missed else {})
 
     def _divergence(self, pattern: Pattern, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         found = sparse_divergence(self._model, tokens, self._dense(tokens), pattern.masks(self._grid))

@@ -18,7 +18,7 @@ from surgeon.compiler.learn.decoder import (
     observe_sparse,
     sparse_divergence,
 )
-from surgeon.compiler.learn.responses import block_responses, output_errors, responses
+from surgeon.compiler.learn.responses import block_responses, missed_shares, output_errors, responses
 from surgeon.compiler.learn.sparse import block_sparse_attention
 
 SIZE, BLOCKS, HEADS, LAYERS = 16, 5, 4, 3
@@ -94,6 +94,18 @@ def test_output_errors_are_those_behind_the_projection(dense_layers: list[Observ
             behind = error @ projection.unflatten(1, (HEADS, -1)).permute(1, 2, 0)
             # The factor of W_o is made in fp32.
             torch.testing.assert_close(found[:, index], behind.square().sum(dim=(1, 2)), atol=1e-6, rtol=1e-5)
+
+
+def test_missed_shares_are_those_of_the_softmax(dense_layers: list[Observation]) -> None:
+    layer, candidates = dense_layers[2], patterns(2, seed=5)
+    keys = layer.k.repeat_interleave(HEADS // layer.k.shape[0], dim=0)
+    causal = torch.ones(SIZE * BLOCKS, SIZE * BLOCKS, dtype=torch.bool).tril()
+    scores = (layer.q @ keys.transpose(1, 2) * layer.scale).masked_fill(~causal, -torch.inf)
+    weights = torch.softmax(scores, dim=-1)
+    found = missed_shares(layer, candidates)
+    for index, pattern in enumerate(candidates):
+        hidden = ~pattern.repeat_interleave(SIZE, 0).repeat_interleave(SIZE, 1)
+        torch.testing.assert_close(found[:, index], (weights * hidden).sum(dim=(1, 2)) / (SIZE * BLOCKS))
 
 
 def test_what_a_window_costs_falls_to_nothing_as_it_grows(dense_layers: list[Observation]) -> None:

@@ -1,0 +1,137 @@
+"""Which heads of a frozen model can be thinned, and what density can be expected at what loss: before learning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from surgeon.compiler.learn.budget import cheapest_windows, objective
+from surgeon.compiler.learn.journal import Journal
+from surgeon.compiler.learn.models import check_decoder, frozen, model_shape
+from surgeon.compiler.learn.pattern import Grid, Pattern
+from surgeon.compiler.learn.runs import Costs, Runs, Table
+from surgeon.compiler.learn.text import TokenText, divide
+from surgeon.compiler.learn.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.progress import Progress
+from surgeon.runtime.fingerprints import fingerprint
+
+_DENSITIES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """KL divergences, in nats a token, that can be expected at a density: of windows by cost, and of equal windows."""
+
+    density: float
+    allocated: float
+    equal: float
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What thinning each head would cost; tables are `[layers][heads]`.
+
+    `missed` is the share of the dense attention beyond the sink and `window`, as many blocks as equal windows have; `cost`
+    is each head's share of what that window costs in all heads. `stability` is the rank correlation of these between
+    texts, a mean over the pairs, None with one text. `measured` is the divergence of equal windows, to which `curve`,
+    made from costs of single heads, is scaled.
+    """
+
+    grid: Grid
+    window: int
+    missed: tuple[tuple[float, ...], ...]
+    cost: tuple[tuple[float, ...], ...]
+    stability: float | None
+    measured: float
+    curve: tuple[Expected, ...]
+
+
+def assess(
+    model: PreTrainedModel,
+    texts: Sequence[TokenText],
+    grid: Grid,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Assessment:
+    """Assesses a frozen model on two sequences of each text, one to measure on and one to scale by.
+
+    Raises:
+        ModelError: the model is no decoder with full attention, or a text holds too few sequences.
+        TopologyError: the density is out of reach.
+    """
+    check_decoder(model)
+    shape = model_shape(model)
+    size = (shape.num_hidden_layers, shape.num_attention_heads)
+    equal = uniform_windows(*size, grid.blocks, grid.sink, grid.density)
+    length = grid.block_size * grid.blocks
+    divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
+    with frozen(model):
+        runs = Runs(model, grid, Journal(work), {"weights": fingerprint(model)}, progress)
+        each = []
+        for number, tokens in enumerate(divided.calibrate):
+            if progress is not None:
+                progress("measuring what each window costs", number, len(divided.calibrate))
+            each.append(runs.assess(tokens, seed))
+        measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
+    return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
+
+
+def summarize(
+    costs: Sequence[Costs], missed: Sequence[Table], grid: Grid, equal: Windows, measured: float
+) -> Assessment:
+    """What the costs and the missed shares of each text, `[layers, heads, blocks]`, say together."""
+    fisher, error = (np.sum(tables, axis=0) for tables in ([c.fisher for c in costs], [c.error for c in costs]))
+    total = Costs(fisher, error)
+    window = int(equal.min())
+    heads = [objective(found, equal)[..., window - 1] for found in costs]
+    mean = objective(total, equal)[..., window - 1]
+    return Assessment(
+        grid=grid,
+        window=window,
+        missed=_rows(np.mean([share[..., window - 1] for share in missed], axis=0)),
+        cost=_rows(mean / (mean.sum() or 1.0)),
+        stability=stability(heads),
+        measured=measured,
+        curve=expected_curve(total, grid, equal, measured),
+    )
+
+
+def stability(heads: Sequence[Table]) -> float | None:
+    """Spearman's rank correlation of the heads' costs, `[layers, heads]` each, a mean over the pairs of texts."""
+    ranks = [found.ravel().argsort().argsort() for found in heads]
+    pairs = [float(np.corrcoef(one, other)[0, 1]) for one, other in combinations(ranks, 2)]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def expected_curve(costs: Costs, grid: Grid, equal: Windows, measured: float) -> tuple[Expected, ...]:
+    """The divergence to expect at several densities, by the Fisher costs of single heads and one measurement.
+
+    Costs of single heads do not know how heads make up for each other or add up; that is put right in scale, by the
+    measured divergence of equal windows at the grid's density, and not in shape.
+    """
+    pairs = visible_pairs(grid.blocks, grid.sink)
+    cost = objective(costs, equal)
+    scale = measured / (float(_at(costs.fisher, equal).sum()) or 1.0)
+    points = []
+    for density in _DENSITIES:
+        if density * causal_pairs(grid.blocks) < pairs[0]:
+            continue
+        budget = density * causal_pairs(grid.blocks) * equal.size
+        floor = window_floor(grid.blocks, grid.sink, density)
+        by_cost = cheapest_windows(cost, pairs, budget, floor)
+        same = uniform_windows(equal.shape[0], equal.shape[1], grid.blocks, grid.sink, density)
+        allocated, uniform = (float(_at(costs.fisher, windows).sum()) * scale for windows in (by_cost, same))
+        points.append(Expected(density, allocated, uniform))
+    return tuple(points)
+
+
+def _at(table: Table, windows: Windows) -> Table:
+    return np.take_along_axis(table, windows[..., None] - 1, axis=2)[..., 0]
+
+
+def _rows(table: Table) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
