@@ -34,10 +34,10 @@ class Expected:
 class Assessment:
     """What thinning each head would cost; tables are `[layers][heads]`.
 
-    `missed` is the share of the dense attention beyond the sink and `window`, as many blocks as equal windows have; `cost`
-    is each head's share of what that window costs in all heads. `stability` is the rank correlation of these between
-    texts, a mean over the pairs, None with one text. `measured` is the divergence of equal windows, to which `curve`,
-    made from costs of single heads, is scaled.
+    `missed` is the share of the dense attention beyond the sink and a window of `window` blocks, as equal windows have;
+    `cost` is each head's share of what that window costs in all heads, and `stability` the rank correlation of those
+    between texts, a mean over the pairs, None with one text. `measured` is the divergence of equal windows, to which
+    `curve`, made from costs of single heads, is scaled.
     """
 
     grid: Grid
