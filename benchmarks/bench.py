@@ -56,6 +56,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "prefill-dtypes": prefill.against_dtypes,
         "prefill-peers": prefill.against_peers,
         "decode": decode.against_sdpa,
+        "overhead": decode.overhead,
         "growth-length": growth.with_length,
         "growth-density": growth.with_density,
         "growth-threads": growth.with_threads,

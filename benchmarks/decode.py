@@ -77,6 +77,25 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
         }
 
 
+def overhead(variant: str | None) -> Iterator[dict[str, object]]:
+    """What a call costs when there is next to nothing to do: one query on 64 keys, in the cache.
+
+    In plain inference a call goes straight to the kernel; elsewhere torch's dispatcher takes it to the op.
+    """
+    shape = Shape(9, 3, 64, 64)
+    package = patterns.compiled(patterns.windows(shape, 256, 1.0), variant)
+    q, k, v = patterns.inputs(shape, 1, 64, torch.float32)
+    op = partial(torch.ops.surgeon.attention, q, k, v, None, None, 64**-0.5, package.id, 0)
+    calls: dict[str, Callable[[], object]] = {
+        "ours": partial(package.attention, 0, q, k, v),
+        "op": op,
+        "sdpa": partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
+    }
+    with torch.inference_mode():
+        times = interleaved(calls, 2000)
+    yield {f"{name}_us": times[name].median * 1e6 for name in calls}
+
+
 def _of_next(attention: Attention, cache: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return attention(*next(cache))
 
