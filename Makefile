@@ -23,6 +23,7 @@ learn-demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py
+	$(VENV)/bin/python benchmarks/bench.py --isa avx2 prefill-gemm prefill-dtypes prefill-peers decode
 
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

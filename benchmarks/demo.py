@@ -32,7 +32,7 @@ from surgeon.runtime.evaluation import perplexity
 from texts import Text, real_text, windows
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LEARNED = {2048: "smollm2-135m", 4096: "smollm2-135m-4096"}
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096"}
 """The topology that was learned, or scaled, for each length."""
 TOKENS_SCORED = 8192
 REPEATS = 3

@@ -46,8 +46,13 @@ def _lines() -> Iterator[str]:
         )
     for row in _result("demo")["rows"]:
         yield (
-            f"| SmolLM2-135M, perplexity at {row['length']:,} tokens, {row['density']:.0%} of the blocks | "
+            f"| SmolLM2-135M, perplexity at {row['length']:,} tokens of text held out, {row['density']:.0%} of the blocks | "
             f"{row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f} |"
+        )
+    for row in _result("model-decode")["rows"]:
+        yield (
+            f"| SmolLM2-135M, decoding behind {row['length']:,} tokens | {row['patched_tokens_s']:.1f} tokens/s, dense "
+            f"{row['dense_tokens_s']:.1f}: {row['times']:.2f}x |"
         )
     short = _result("model-short")["rows"]
     yield f"| SmolLM2-135M, prompts of 64 to 2,048 tokens, worst of them | {_least(short, 'times'):.2f}x |"

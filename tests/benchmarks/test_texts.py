@@ -43,7 +43,7 @@ def test_the_handbook_is_unpacked_from_its_package_once(tmp_path: Path, monkeypa
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     for _ in range(2):
-        assert real_text(tmp_path / "cache") == Text("debian-handbook", "page\n")
+        assert real_text(tmp_path / "cache") == Text("debian-handbook, last quarter", "page\n")
     assert (tmp_path / "log").read_text().split("\n") == ["download debian-handbook", ""]
 
 
