@@ -48,6 +48,15 @@ def answers(folder: Path) -> dict[str, Any]:
     return found | {"same again": torch.equal(model(ids, attention_mask=mask).logits, before)}
 
 
+def fused(folder: Path) -> dict[str, Any]:
+    """What a patched model answers whose queries, keys and values come from one projection."""
+    model = split_model(folder / "fused")
+    patch(model, load(folder / "fused-package"))
+    ids, mask = padded((70, 41, 5))
+    heads = [module._surgeon_site.package.kv_heads for module in attentions(model)]
+    return {"fused heads": heads, "fused logits": model(ids, attention_mask=mask).logits}
+
+
 def attentions(model: Any) -> list[Any]:
     return [layer.self_attn for layer in model.model.layers]
 
@@ -70,7 +79,7 @@ def refused(folder: Path, model: str, plan: str | dict[str, str]) -> str:
 
 @torch.no_grad()
 def main(folder: Path, out: Path) -> None:
-    found = answers(folder)
+    found = answers(folder) | fused(folder)
     found["one head"] = refused(folder, "one-head", "auto")
     found["three heads"] = refused(folder, "three-heads", "auto")
     found["replicated"] = refused(folder, "three-heads", WHOLE_KEYS)

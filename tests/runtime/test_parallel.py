@@ -1,14 +1,17 @@
 """A tensor-parallel model runs each process's own heads, and answers what one process answers."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from models import SHAPE, Compiled, padded, tiny_config, tiny_llama
+from models import SHAPE, Compiled, padded, sparse_topology, tiny_config, tiny_llama
 from processes import TESTS, torchrun
-from surgeon.compiler import compile_package
-from surgeon.runtime import fingerprint, patch
+from surgeon.compiler import Topology, compile_package
+from surgeon.runtime import fingerprint, load, patch
 from surgeon.runtime.errors import PatchError
 from topologies import dense_topology
 
@@ -75,6 +78,20 @@ def test_parts_are_apart(compiled: dict[str, Compiled]) -> None:
             package.part(wrong)
 
 
+def fused_model() -> Phi3ForCausalLM:
+    """A model whose queries, keys and values come from one projection, which each process gathers."""
+    torch.manual_seed(0)
+    shape = tiny_config(hidden_size=128).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {name: shape[name] for name in (*names, "num_key_value_heads", "initializer_range", "pad_token_id")}
+    return Phi3ForCausalLM(Phi3Config(**config, eos_token_id=None, bos_token_id=None)).eval()
+
+
+def fused_topology() -> Topology:
+    topology = sparse_topology()
+    return dataclasses.replace(topology, model=dataclasses.replace(topology.model, model_type="phi3"))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, Compiled]) -> list[dict[str, Any]]:
     """What each of two processes found; see tensor_parallel_process.py."""
@@ -88,6 +105,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, Compiled
         tiny_llama(config).save_pretrained(folder / name)
         topology = dense_topology(num_heads=heads, **(SHAPE | {"num_kv_heads": kv_heads}))
         compile_package(topology, folder / f"{name}-package", dtypes=("fp32",))
+    fused_model().save_pretrained(folder / "fused")
+    compile_package(fused_topology(), folder / "fused-package", dtypes=("fp32",))
     torchrun(TESTS / "runtime" / "tensor_parallel_process.py", folder, out)
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -109,6 +128,19 @@ def test_two_processes_answer_as_one(
             assert torch.equal(process[f"generated {cache}"], tokens)
         assert process["fingerprint"] == fingerprint(model)
         assert process["same again"]
+
+
+@pytest.mark.slow
+def test_a_gathered_projection_gives_every_process_all_heads(
+    found: list[dict[str, Any]], tmp_path: Path, one_thread: None
+) -> None:
+    model, (ids, mask) = fused_model(), padded((70, 41, 5))
+    patch(model, load(compile_package(fused_topology(), tmp_path / "package", dtypes=("fp32",))))
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    for process in found:
+        assert process["fused heads"] == [range(2)] * 3
+        torch.testing.assert_close(process["fused logits"][mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
