@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from surgeon.runtime.fingerprints import fingerprint
     from surgeon.runtime.loading import Package, load
     from surgeon.runtime.patching import patch, unpatch
+    from surgeon.runtime.serving import serving_program
     from surgeon.runtime.tracing import trace
 
-__all__ = ["Package", "fingerprint", "load", "patch", "trace", "unpatch"]
+__all__ = ["Package", "fingerprint", "load", "patch", "serving_program", "trace", "unpatch"]
 
 _HOMES = {
     "Package": "loading",
     "fingerprint": "fingerprints",
     "load": "loading",
     "patch": "patching",
+    "serving_program": "serving",
     "trace": "tracing",
     "unpatch": "patching",
 }

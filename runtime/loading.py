@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from surgeon.runtime import backward, ops
+from surgeon.runtime import backward, inputs, ops  # noqa: F401 - graphs that are loaded hold the ops of inputs
 from surgeon.runtime.cpu_kernels import CpuKernels
 from surgeon.runtime.errors import PatchError, SurgeonError, TargetError, shown
 from surgeon.runtime.gpu import GpuKernels, open_gpu

@@ -9,120 +9,16 @@ Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments t
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from surgeon.runtime import inputs
 from surgeon.runtime.errors import PatchError
 
 MaskFunction = Callable[..., torch.Tensor | None]
 """What Transformers' AttentionMaskInterface holds."""
-
-_LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
-# What a mask says is data: as ops, its checks also stand in exported and compiled graphs.
-_LIBRARY.define("first_key(Tensor attention_mask, Tensor position, SymInt length) -> Tensor")
-_LIBRARY.define("valid_keys(Tensor input_ids, Tensor? attention_mask) -> Tensor")
-
-
-def _first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
-    """Each sequence's first valid key, int64 `[batch]`; the number of keys so far where it has none yet.
-
-    `attention_mask` `[batch, keys]` is true where a key is valid, `position` `[batch]` is the index of the first of
-    `length` queries. Padding behind the last valid key is let through: only padding queries come after it.
-
-    Raises:
-        PatchError: the mask does not cover the queries, or valid keys lie on both sides of masked ones.
-    """
-    first, runs = _valid_runs(attention_mask, position, length)
-    end = int(position.max()) + length
-    if attention_mask.shape[1] < end:
-        raise _too_short(attention_mask, position.shape[0], end)
-    if bool((runs > 1).any()):
-        raise PatchError(f"attention_mask[{int(runs.argmax())}]", *_HOLE)
-    return first
-
-
-def _first_key_on_gpu(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
-    """As `_first_key`, without waiting for the device, so that it also runs in a captured graph.
-
-    What that one raises an error for stops the device, which torch reports at a later call.
-    """
-    first, runs = _valid_runs(attention_mask, position, length)
-    short = "attention_mask: expected the cached tokens, then the new ones, got fewer"
-    torch._assert_async((position + length <= attention_mask.shape[1]).all(), short)
-    torch._assert_async((runs <= 1).all(), str(PatchError("attention_mask", *_HOLE)))
-    return first
-
-
-_HOLE = (
-    "valid keys in one run",
-    "masked keys between valid ones",
-    "pad on the left (padding_side='left'), and mask nothing else",
-)
-
-
-def _valid_runs(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first valid key of each sequence, and in how many runs its valid keys lie, int64 `[batch]` both.
-
-    Raises:
-        PatchError: the mask is for another number of sequences.
-    """
-    if attention_mask.shape[0] != position.shape[0]:
-        raise _too_short(attention_mask, position.shape[0], length)
-    end = (position + length)[:, None]
-    column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    valid = (attention_mask != 0) & (column < end)  # later keys of a static cache are not filled yet
-    runs = valid[:, :1].sum(dim=1) + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
-    return ((valid.cumsum(dim=1) == 0) & (column < end)).sum(dim=1), runs
-
-
-def _too_short(attention_mask: torch.Tensor, batch: int, end: int) -> PatchError:
-    return PatchError(
-        "attention_mask",
-        f"shape [{batch}, {end}]: a sequence's cached tokens, then the new ones",
-        f"shape {list(attention_mask.shape)}",
-        "pass the mask of all tokens so far, as generate() does",
-    )
-
-
-def valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens are no padding, bool of the shape of `input_ids` `[batch, length]`: all, where no mask is given.
-
-    Raises:
-        PatchError: the shapes differ.
-    """
-    return cast(torch.Tensor, torch.ops.surgeon.valid_keys(input_ids, attention_mask))
-
-
-def _valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if input_ids.ndim != 2:
-        raise PatchError("input_ids", "two dimensions [batch, length]", f"{input_ids.ndim}", "add the batch dimension")
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
-        raise PatchError(
-            "attention_mask",
-            f"shape {list(input_ids.shape)}, as input_ids",
-            f"{list(attention_mask.shape)}",
-            "pass 1 for every token and 0 for padding on the left",
-        )
-    return attention_mask != 0
-
-
-def _fake_first_key(_attention_mask: torch.Tensor, position: torch.Tensor, _length: int) -> torch.Tensor:
-    return torch.empty_like(position)
-
-
-def _fake_valid_keys(input_ids: torch.Tensor, _attention_mask: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty_like(input_ids, dtype=torch.bool)
-
-
-_LIBRARY.impl("first_key", _first_key, "CompositeExplicitAutograd")
-_LIBRARY.impl("first_key", _first_key_on_gpu, "CUDA")
-_LIBRARY.impl("valid_keys", _valid_keys, "CompositeExplicitAutograd")
-torch.library.register_fake("surgeon::first_key", _fake_first_key, lib=_LIBRARY)
-torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
 
 
 def beside(own: MaskFunction) -> MaskFunction:
@@ -183,8 +79,8 @@ def placement(
         )
     elif attention_mask.ndim == 2:
         if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
-            raise _too_short(attention_mask, batch_size, q_offset + q_length)
-        first_key = torch.ops.surgeon.first_key(attention_mask, position, q_length)
+            raise inputs.too_short(attention_mask, batch_size, q_offset + q_length)
+        first_key = inputs.first_key(attention_mask, position, q_length)
     else:
         raise PatchError(
             "attention_mask",

@@ -50,11 +50,12 @@ def find(package: str) -> "Package":
     """
     found = next(iter(_packages.get(package, ())), None)
     if found is None:
+        manifest, *options = package.split(":")
         raise PackageError(
             "surgeon.attention",
-            f"package {package[:12]} loaded in this process",
+            f"package {manifest[:12]} loaded" + (f" with {', '.join(options)}" if options else " in this process"),
             "none with this id",
-            "call surgeon.runtime.load on its folder first and keep the result",
+            "call surgeon.runtime.load on its folder first, with the same options, and keep the result",
         )
     return found
 

@@ -87,6 +87,12 @@ def is_bound(module: torch.nn.Module) -> bool:
     return hasattr(module, _ATTRIBUTE)
 
 
+def runs_kernel(module: torch.nn.Module) -> bool:
+    """Whether the module's attention is a kernel of a package."""
+    site: Site | None = getattr(module, _ATTRIBUTE, None)
+    return site is not None and site.package is not None
+
+
 def own_attention(module: torch.nn.Module, implementation: str) -> Callable[..., Any] | None:
     """The attention function that a module calls under "sdpa" or "eager"; None for any other, or if it has none."""
     if implementation == "eager":  # Transformers has it in no registry: it stands beside the module's class

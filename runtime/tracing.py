@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import PatchError, SurgeonError, shown
+from surgeon.runtime.inputs import valid_keys
 from surgeon.runtime.loading import Package
-from surgeon.runtime.masks import valid_keys
 from surgeon.runtime.parallel import is_sharded
 from surgeon.runtime.patching import is_patched, patch, unpatch
 from surgeon.runtime.rotary import fuse_rotary

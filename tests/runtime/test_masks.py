@@ -9,14 +9,14 @@ from transformers.masking_utils import causal_mask_function
 
 from models import VOCABULARY, Compiled, tiny_llama
 from no_waiting import HostWaits, NoWaiting
-from surgeon.runtime import masks, patch
+from surgeon.runtime import inputs, masks, patch
 from surgeon.runtime.errors import PatchError
 
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op runs what it runs on a GPU, wherever its tensors are."""
-    monkeypatch.setattr(torch.ops.surgeon, "first_key", masks._first_key_on_gpu)
+    monkeypatch.setattr(torch.ops.surgeon, "first_key", inputs._first_key_on_gpu)
 
 
 def first_key(rows: Sequence[str], position: int, length: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_a_patched_model_on_a_gpu_never_waits(
             out = model(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
         assert (out.logits.device.type, out.logits.shape) == ("meta", (2, 1, VOCABULARY))
         with NoWaiting(), pytest.raises(HostWaits):  # the same mask, as a CPU checks it
-            masks._first_key(mask, torch.zeros(2, dtype=torch.long), 9)
+            inputs._first_key(mask, torch.zeros(2, dtype=torch.long), 9)
 
 
 def test_the_ops_are_sound() -> None:
@@ -125,5 +125,5 @@ def test_the_ops_are_sound() -> None:
 
 def test_valid_keys() -> None:
     ids = torch.tensor([[5, 6, 7]])
-    assert masks.valid_keys(ids, None).tolist() == [[True, True, True]]
-    assert masks.valid_keys(ids, torch.tensor([[0, 1, 1]])).tolist() == [[False, True, True]]
+    assert inputs.valid_keys(ids, None).tolist() == [[True, True, True]]
+    assert inputs.valid_keys(ids, torch.tensor([[0, 1, 1]])).tolist() == [[False, True, True]]

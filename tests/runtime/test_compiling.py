@@ -1,0 +1,70 @@
+"""A patched model under torch.compile: one graph without breaks, for prefill and decoding of any length."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import Cache
+
+from models import Compiled, padded, tiny_llama
+from surgeon.runtime import patch
+
+TOLERANCE = 2e-5  # of fp32 logits whose largest are about 10
+
+
+@pytest.fixture
+def model(compiled: dict[str, Compiled], one_thread: None) -> Iterator[LlamaForCausalLM]:
+    torch.compiler.reset()
+    counters.clear()
+    model = tiny_llama()
+    patch(model, compiled["sparse"].package)
+    with torch.no_grad():
+        yield model
+    torch.compiler.reset()
+
+
+def whole(model: LlamaForCausalLM) -> Any:
+    """As one graph, or an error; without the code generation, which `test_serving` goes through."""
+    return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+
+
+def graphs() -> int:
+    """How many were made so far; none of them has a break."""
+    assert not counters["graph_break"]
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow
+def test_prefill_of_any_length(model: LlamaForCausalLM) -> None:
+    step = whole(model)
+    for lengths in ((70, 41), (33, 40), (100, 5, 7)):
+        ids, mask = padded(lengths)
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        found = step(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=TOLERANCE, rtol=0)
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
+def test_decoding(model: LlamaForCausalLM, static: bool) -> None:
+    def cache() -> Cache:
+        if not static:
+            return DynamicCache(config=model.config)
+        made = StaticCache(model.config, max_cache_len=64)
+        made.early_initialization(2, 2, 32, torch.float32, torch.device("cpu"))
+        return made
+
+    ids, mask = padded((45, 30))
+    step, caches = whole(model), (cache(), cache())
+    for begin, end in ((0, 38), (38, 39), (39, 40), (40, 41), (41, 45)):
+        arguments = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+        expected, found = (
+            run(**arguments, past_key_values=past).logits for run, past in zip((model, step), caches, strict=True)
+        )
+        seen = mask[:, begin:end].bool()
+        torch.testing.assert_close(found[seen], expected[seen], atol=TOLERANCE, rtol=0)
+    assert graphs() <= 3
