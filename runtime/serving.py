@@ -44,8 +44,8 @@ class ServingStep(torch.nn.Module):
 
         `input_ids` is int64 `[batch, new]`, `position` int64 `[batch]` says how many tokens of each sequence the cache
         holds, and `kept` int64 are indices along the new tokens. `keys` and `values` hold one tensor
-        `[batch, KV heads, capacity, head_dim]` a layer, of which `[:, :, position : position + new]` is written. All are
-        contiguous. Sequences need not be equally long: what pads the shorter ones on the right is never read, and
+        `[batch, KV heads, capacity, head_dim]` a layer, of which `[:, :, position : position + new]` is written. All
+        are contiguous. Sequences need not be equally long: what pads the shorter ones on the right is never read, and
         overwritten by the tokens that come next at their own position.
 
         Raises:
