@@ -52,7 +52,7 @@ class ServingStep(torch.nn.Module):
             PatchError: tensors of other shapes or layouts, or tokens that the cache has no room for.
         """
         slots = cache_slots(input_ids, position, kept, [*keys, *values])
-        layers = [_GivenLayer(position, slots, *pair) for pair in zip(keys, values, strict=True)]
+        layers: list[Any] = [_GivenLayer(position, slots, *pair) for pair in zip(keys, values, strict=True)]
         output = self.model(
             input_ids=input_ids, position_ids=slots, past_key_values=Cache(layers=layers), logits_to_keep=kept
         )
@@ -63,8 +63,8 @@ class _GivenLayer(CacheLayerMixin):
     """A layer's cache in tensors that are given; new tokens of each sequence go to its own slots."""
 
     def __init__(self, position: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = self._keys, self._values = keys, values
         self.is_initialized = True
         self._position = position
         self._slots = slots
@@ -77,16 +77,16 @@ class _GivenLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads = (torch.arange(size, device=key_states.device) for size in key_states.shape[:2])
         place = (batch[:, None, None], heads[:, None], self._slots[:, None])
-        return self.keys.index_put_(place, key_states), self.values.index_put_(place, value_states)
+        return self._keys.index_put_(place, key_states), self._values.index_put_(place, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - Transformers' name
-        return self.keys.shape[2], 0
+        return self._keys.shape[2], 0
 
-    def get_seq_length(self) -> torch.Tensor:
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]  # as a static cache's, which counts in one
         return self._position
 
     def get_max_length(self) -> int:
-        return self.keys.shape[2]
+        return self._keys.shape[2]
 
 
 def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
@@ -103,7 +103,8 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     any_size = torch.export.Dim.DYNAMIC
     # 0 and 1 would be taken for constants, all other sizes for examples of any; no two inputs need agree by chance.
     batch, new, kept, capacity = 2, 3, 4, 7
-    shape = (batch, config.num_key_value_heads, capacity, sites.find(model)[0][1].head_dim)
+    head_dim = cast(int, sites.find(model)[0][1].head_dim)
+    shape = (batch, config.num_key_value_heads, capacity, head_dim)
     keys, values = (
         [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
         for _ in range(2)
