@@ -46,8 +46,8 @@ def _lines() -> Iterator[str]:
         )
     for row in _result("demo")["rows"]:
         yield (
-            f"| SmolLM2-135M, perplexity at {row['length']:,} tokens of text held out, {row['density']:.0%} of the blocks | "
-            f"{row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f} |"
+            f"| SmolLM2-135M, perplexity at {row['length']:,} tokens of text held out, {row['density']:.0%} of the "
+            f"blocks | {row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f} |"
         )
     for row in _result("model-decode")["rows"]:
         yield (
