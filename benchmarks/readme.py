@@ -49,6 +49,11 @@ def _lines() -> Iterator[str]:
             f"| SmolLM2-135M, perplexity at {row['length']:,} tokens of text held out, {row['density']:.0%} of the "
             f"blocks | {row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f} |"
         )
+    for row in json.loads((FOLDER / "results" / "learn.json").read_text(encoding="utf-8"))["rows"]:
+        yield (
+            f"| windows learned for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, two texts "
+            f"held out | perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of equal windows' |"
+        )
     for row in _result("model-decode")["rows"]:
         yield (
             f"| SmolLM2-135M, decoding behind {row['length']:,} tokens | {row['patched_tokens_s']:.1f} tokens/s, dense "
