@@ -51,8 +51,9 @@ def _lines() -> Iterator[str]:
         )
     for row in json.loads((FOLDER / "results" / "learn.json").read_text(encoding="utf-8"))["rows"]:
         yield (
-            f"| windows learned for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, two texts "
-            f"held out | perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of equal windows' |"
+            f"| windows learned for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, two "
+            f"texts held out | perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of equal "
+            "windows' |"
         )
     for row in _result("model-decode")["rows"]:
         yield (
