@@ -8,10 +8,11 @@ for. Every real mask there is bool or float.
 Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function
 
 from surgeon.runtime import inputs
@@ -131,6 +132,20 @@ def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunctio
     Raises:
         PatchError: as `unpack`.
     """
+    if not isinstance(mask, torch.Tensor) or torch.compiler.is_compiling():
+        return _dense(mask, query, key, own)
+    made = _MADE.setdefault(mask, {})
+    wanted = own, query.shape[2], key.shape[2], query.dtype
+    if wanted not in made:
+        made[wanted] = _dense(mask, query, key, own)
+    return made[wanted]
+
+
+# A forward pass gives all its layers one placement: what was made of it is kept as long as that is.
+_MADE: MutableMapping[torch.Tensor, dict[object, torch.Tensor | None]] = WeakTensorKeyDictionary()
+
+
+def _dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
     queries, keys = query.shape[2], key.shape[2]
     position, first_key = unpack(mask, keys)
     column = torch.arange(keys, device=position.device)

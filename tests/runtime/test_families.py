@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, set_seed
 
 import families
 from models import masked_model, padded, sparse_topology, tiny_llama
 from surgeon.compiler import Topology, compile_package
-from surgeon.runtime import Package, load, patch, trace, unpatch
+from surgeon.runtime import Package, load, masks, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
 LENGTHS = (70, 41, 5)  # in blocks of 16: beyond the topology's four, in the middle of a block, shorter than one
@@ -121,6 +121,36 @@ def test_a_layer_that_is_not_covered_is_what_it_was(implementation: str, static:
                 for run, cache in zip((model, patched), caches, strict=True)
             )
             assert torch.equal(ours, theirs)
+
+
+def test_layers_that_are_not_covered_share_a_mask(compiled_for: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once a call, and nothing of it stays."""
+    make, made = masks._dense, []
+
+    def counted(*given: Any) -> torch.Tensor | None:
+        made.append(make(*given))
+        return made[-1]
+
+    monkeypatch.setattr(masks, "_dense", counted)
+    model, (ids, mask) = tiny_llama(), padded(LENGTHS)
+    patch(model, compiled_for(uncovered(sparse_topology(), 0, 1)))
+    for calls in (1, 2):
+        model(ids, attention_mask=mask)
+        assert len(made) == calls
+        assert not masks._MADE
+
+
+@pytest.mark.parametrize("how", [{"prefill_chunk_size": 16}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_generation_with_sliding_layers(how: dict[str, Any], compiled_for: Compile) -> None:
+    topology = families.of_family(sparse_topology(), "gemma3")
+    model, (ids, mask) = families.tiny("gemma3"), padded(LENGTHS)
+    reference = masked_model(model, topology)
+    patch(model, compiled_for(topology))
+    sequences = []
+    for made in (reference, model):
+        set_seed(7)
+        sequences.append(made.generate(ids, attention_mask=mask, max_new_tokens=12, **({"do_sample": False} | how)))
+    assert torch.equal(*sequences)
 
 
 def test_a_sliding_layer_may_be_left_out(compiled_for: Compile) -> None:
