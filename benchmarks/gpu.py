@@ -11,8 +11,7 @@ The second command compiles nothing. Each row is checked against fp64 on a sampl
 import argparse
 import json
 import platform
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import patterns
 from patterns import Shape
 from surgeon.compiler import Topology, compile_package
+from surgeon.compiler.tune.clock import timed
+from surgeon.compiler.tune.exact import sampled_error
 from surgeon.runtime import Package, load
 
 SHAPE = Shape(heads=32, kv_heads=8, head_dim=128, block_size=128)  # Llama-3.1-8B
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 TOLERANCE = 5e-3
-SAMPLES = 16
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -127,20 +127,7 @@ def inputs(q_length: int, k_length: int) -> Tensors:
 
 def check(name: str, mask: torch.Tensor, tensors: Tensors, out: torch.Tensor) -> None:
     """Compares a sample of the queries with fp64; `mask` is that of blocks, `[heads, rows, blocks]`."""
-    q, k, v = tensors
-    position = k.shape[2] - q.shape[2]
-    found, expected = [], []
-    for query in torch.linspace(0, q.shape[2] - 1, min(SAMPLES, q.shape[2])).long().tolist():
-        own = position + query
-        visible = mask[:, own // SHAPE.block_size].repeat_interleave(SHAPE.block_size, dim=1)[:, : own + 1]
-        for head in range(SHAPE.heads):
-            kv_head = head * SHAPE.kv_heads // SHAPE.heads
-            keys, values = (tensor[0, kv_head, : own + 1][visible[head]].double() for tensor in (k, v))
-            weights = torch.softmax(keys @ q[0, head, query].double() * SHAPE.head_dim**-0.5, dim=0)
-            expected.append(weights @ values)
-            found.append(out[0, query, head].double())
-    reference = torch.stack(expected)
-    error = float((torch.stack(found) - reference).norm() / reference.norm())
+    error = sampled_error(mask, SHAPE.block_size, *tensors, out)
     if not error < TOLERANCE:
         raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
 
@@ -172,40 +159,6 @@ def flexible(mask: torch.Tensor, tensors: Tensors) -> Callable[[], torch.Tensor]
     )
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, q, k, v, block_mask=block_mask, enable_gqa=True)
-
-
-def timed(calls: Mapping[str, Callable[[], object]], graphs: bool, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds by CUDA events, one call of each in turn, the L2 cache cleared before each.
-
-    With `graphs`, calls are captured and replayed, so that the time of the host does not count.
-    """
-    ready = {name: captured(call) if graphs else call for name, call in calls.items()}
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for turn in range(repeats + 3):
-        for name, call in ready.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if turn >= 3:  # the first ones warm up
-                times[name].append(begin.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def launches(call: Callable[[], object]) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from surgeon.compiler import Topology, compile_package, parse_topology
 from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.tune.exact import sampled_error
 from surgeon.runtime import Package, load
 
 
@@ -84,16 +85,5 @@ def error(
     topology: Topology, mask: np.ndarray, tensors: tuple[torch.Tensor, ...], out: torch.Tensor, samples: int = 32
 ) -> float:
     """Relative Frobenius error of a prefill's output against fp64, on a sample of its queries."""
-    q, k, v = (tensor.double() for tensor in tensors)
-    group = q.shape[1] // k.shape[1]
-    found, expected = [], []
-    for query in torch.linspace(0, q.shape[2] - 1, samples).long().tolist():
-        visible = np.repeat(mask[:, query // topology.block_size], topology.block_size, axis=1)[:, : query + 1]
-        for head in range(q.shape[1]):
-            keep = torch.from_numpy(visible[head])
-            kv = head // group
-            scores = k[0, kv, : query + 1][keep] @ q[0, head, query] * q.shape[3] ** -0.5
-            expected.append(torch.softmax(scores, dim=0) @ v[0, kv, : query + 1][keep])
-            found.append(out[0, query, head].double())
-    reference = torch.stack(expected)
-    return float((torch.stack(found) - reference).norm() / reference.norm())
+    q, k, v = tensors
+    return sampled_error(torch.from_numpy(mask), topology.block_size, q, k, v, out, samples)

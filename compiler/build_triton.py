@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from surgeon.compiler.stages import Binary, Source
-from surgeon.compiler.tiles import Device, Tile, device_of
+from surgeon.compiler.tiles import Device, Tile
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.manifest import Argument, KernelEntry, Launch, Tool
 
@@ -36,7 +36,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
     """
     assert source.tile is not None
     interface = source.interface
-    device = device_of(source.target)
+    device = source.specs[0].gpu_tiles.device
     extension = _EXTENSIONS[source.target.backend]
     compiled, version = _compile(source, source.tile, dtype, device)
     metadata = compiled.metadata

@@ -163,7 +163,8 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="repeatable; default: every dtype that each target takes"
     )
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="compilers at once; default: one a processor")
+    _add_jobs(parser)
+    parser.add_argument("--tiles", type=_path, metavar="FILE", help="a table of GPU tiles, as surgeon tune writes it")
     parser.add_argument("--dump", type=_path, metavar="FOLDER", help="write the product of every stage there")
     _add_json(parser)
 
@@ -176,6 +177,7 @@ def _compile(arguments: argparse.Namespace) -> Iterable[str]:
 
     from surgeon.compiler.pipeline import compile_package
     from surgeon.compiler.progress import progress_bar
+    from surgeon.compiler.tiles import read_tiles
 
     with progress_bar() as progress:
         package = compile_package(
@@ -186,6 +188,7 @@ def _compile(arguments: argparse.Namespace) -> Iterable[str]:
             jobs=arguments.jobs,
             dump=arguments.dump,
             progress=progress,
+            tiles=read_tiles(arguments.tiles) if arguments.tiles else None,
         )
     return _compiled(package, time.perf_counter() - started, arguments.json)
 
@@ -316,6 +319,32 @@ def _export(arguments: argparse.Namespace) -> Iterable[str]:
     return (f"{out}: {', '.join(builds)}",)
 
 
+def _configure_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topology", metavar="topology.json", help="the topology whose schedules are timed")
+    parser.add_argument("--out", required=True, type=_path, metavar="FILE", help="the table of tiles to write")
+    parser.add_argument("--layer", type=_natural, default=0, metavar="N", help="the layer that is timed; default: 0")
+    parser.add_argument(
+        "--head-dim",
+        action="append",
+        type=_positive,
+        metavar="N",
+        help="a head size to choose tiles for; repeatable; default: the topology's own",
+    )
+    parser.add_argument("--tiles", type=_path, metavar="FILE", help="a table to start from, instead of Surgeon's own")
+    _add_jobs(parser)
+    _add_json(parser)
+
+
+def _tune(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.tune.command import run
+
+    return run(arguments)
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="compilers at once; default: one a processor")
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -353,4 +382,5 @@ INSPECT = Command("inspect", "Show what a topology file or a package holds.", _c
 ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _configure_assess, _assess)
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _configure_learn, _learn)
 EXPORT = Command("export", "Write a package in the layout of another tool.", _configure_export, _export)
-COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, EXPORT)
+TUNE = Command("tune", "Choose GPU tiles by timing them on this machine's GPU.", _configure_tune, _tune)
+COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, EXPORT, TUNE)

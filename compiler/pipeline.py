@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgeon.compiler.build import build
@@ -14,6 +14,7 @@ from surgeon.compiler.render import render
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
 from surgeon.compiler.stages import Binary, Source
+from surgeon.compiler.tiles import TargetTiles
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.target import Target
 
@@ -26,11 +27,12 @@ def compile_package(
     jobs: int | None = None,
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    tiles: Mapping[Target, TargetTiles] | None = None,
 ) -> Path:
     """Compiles a topology's attention kernels into the folder `out`, which appears whole or not at all.
 
     `dtypes` None means every storage type of each target; `jobs` is how many compilers run at once, by default one a
-    core; `dump` is a folder that receives every stage's product.
+    core; `dump` is a folder that receives every stage's product; `tiles` come before Surgeon's own (see `read_tiles`).
 
     Raises:
         TargetError: a target or dtype that does not exist or cannot hold the kernels.
@@ -46,7 +48,7 @@ def compile_package(
     stages.schedules(topology, layers)
     # Every target's specs come before the first compiler, so that what cannot be made is refused at once.
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
-    specs = {target: specialize(topology, layers, target, dtypes) for target in chosen}
+    specs = {target: specialize(topology, layers, target, dtypes, tiles) for target in chosen}
     sources: list[Source] = []
     binaries: list[Binary] = []
     for target in chosen:

@@ -11,7 +11,7 @@ from surgeon.compiler.schedule import UNBOUNDED
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
 from surgeon.compiler.tables import TableShape
 from surgeon.compiler.templates import render_template
-from surgeon.compiler.tiles import Tile, decode_tile, padded
+from surgeon.compiler.tiles import Tile, padded
 
 _SPLITS_AT_ONCE = 16
 _TABLE = TableShape("decode")
@@ -52,7 +52,7 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
     shape = Shape.of(first)
     if shape.heads_per_kv_head > MAX_GROUP:
         return ()
-    tile = decode_tile(first.target, first.head_dim, shape.block_size, shape.heads_per_kv_head)
+    tile = first.gpu_tiles.decode_tile(first.head_dim, shape.block_size, shape.heads_per_kv_head)
     num_rows = first.schedule.num_rows
     decode = render_template(
         "triton/decode.py.jinja",

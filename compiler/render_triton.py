@@ -13,7 +13,7 @@ from surgeon.compiler.segment_trees import SegmentTrees
 from surgeon.compiler.stages import KernelSpec, Source, SourceFile
 from surgeon.compiler.tables import TableShape
 from surgeon.compiler.templates import render_template
-from surgeon.compiler.tiles import padded, prefill_tile
+from surgeon.compiler.tiles import padded
 from surgeon.runtime.errors import TargetError
 
 MAX_LEAVES = 512
@@ -68,10 +68,10 @@ def tiling(spec: KernelSpec) -> Tiling:
     """The tiles of a kernel, which follow from its block size, head size and target.
 
     Raises:
-        TargetError: the target is unknown, or no tile of this head size or these blocks fits it.
+        TargetError: no tile of this head size or these blocks fits it.
     """
     block_size = spec.schedule.block_size
-    tile = prefill_tile(spec.target, spec.head_dim, block_size)
+    tile = spec.gpu_tiles.prefill_tile(spec.head_dim, block_size)
     rows, blocks = max(1, tile.queries // block_size), max(1, tile.keys // block_size)
     return Tiling(
         query_tile=tile.queries,
@@ -172,7 +172,7 @@ def _source(
         specs=tuple(specs),
         files=(SourceFile(f"{spec.target.folder}/{name}.py", text),),
         phase="prefill",
-        tile=prefill_tile(spec.target, spec.head_dim, shape.block_size),
+        tile=spec.gpu_tiles.prefill_tile(spec.head_dim, shape.block_size),
         heads=() if whole else (heads.start, heads.stop),
         table=table,
     )

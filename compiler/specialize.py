@@ -1,10 +1,10 @@
 """From schedules to kernel specifications: one kernel for each distinct layer schedule, as the target can hold it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from surgeon.compiler.schedule import LayerSchedule
 from surgeon.compiler.stages import KernelSpec
-from surgeon.compiler.tiles import prefill_tile
+from surgeon.compiler.tiles import TargetTiles, tiles_of
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import TargetError, shown
 from surgeon.runtime.target import Target
@@ -13,11 +13,15 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
 def specialize(
-    topology: Topology, layers: Sequence[LayerSchedule], target: Target, dtypes: Sequence[str] | None = None
+    topology: Topology,
+    layers: Sequence[LayerSchedule],
+    target: Target,
+    dtypes: Sequence[str] | None = None,
+    tiles: Mapping[Target, TargetTiles] | None = None,
 ) -> tuple[KernelSpec, ...]:
     """The kernels that a target needs, in the order of their first layers.
 
-    `dtypes` restricts the storage types; None means every one of the target.
+    `dtypes` restricts the storage types; None means every one of the target. `tiles` come before Surgeon's own.
 
     Raises:
         TargetError: a dtype, head size or block size that the target cannot hold.
@@ -32,13 +36,7 @@ def specialize(
                 shown(dtype),
                 "leave it out or change the target",
             )
-    if topology.model.head_dim not in HEAD_DIMS:
-        raise TargetError(
-            "model.head_dim",
-            f"one of {', '.join(map(str, HEAD_DIMS))}",
-            str(topology.model.head_dim),
-            "no kernel template has this head size",
-        )
+    check_head_dim(topology.model.head_dim)
     if target.backend != "cpu" and topology.block_size & (topology.block_size - 1):
         raise TargetError(
             "block_size",
@@ -46,8 +44,9 @@ def specialize(
             str(topology.block_size),
             "learn the topology with blocks of 32, 64 or 128",
         )
-    if target.backend != "cpu":
-        prefill_tile(target, topology.model.head_dim, topology.block_size)  # or the target cannot hold the kernels
+    own = None if target.backend == "cpu" else tiles_of(target, tiles)
+    if own is not None:
+        own.prefill_tile(topology.model.head_dim, topology.block_size)  # or the target cannot hold the kernels
     sharers: dict[LayerSchedule, list[int]] = {}
     for index in topology.covered:
         sharers.setdefault(layers[index], []).append(index)
@@ -59,6 +58,22 @@ def specialize(
             layers=tuple(indices),
             schedule=layer,
             head_dim=topology.model.head_dim,
+            tiles=own,
         )
         for number, (layer, indices) in enumerate(sharers.items())
     )
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Refuses a head size that no kernel template has.
+
+    Raises:
+        TargetError: it is one.
+    """
+    if head_dim not in HEAD_DIMS:
+        raise TargetError(
+            "model.head_dim",
+            f"one of {', '.join(map(str, HEAD_DIMS))}",
+            str(head_dim),
+            "no kernel template has this head size",
+        )

@@ -7,7 +7,7 @@ from typing import cast
 from surgeon.compiler.interfaces import INTERFACES, Interface
 from surgeon.compiler.schedule import LayerSchedule
 from surgeon.compiler.tables import TableShape
-from surgeon.compiler.tiles import Tile
+from surgeon.compiler.tiles import TargetTiles, Tile
 from surgeon.runtime.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.target import Target
 
@@ -16,7 +16,8 @@ from surgeon.runtime.target import Target
 class KernelSpec:
     """One attention kernel to make: a distinct layer schedule on one target.
 
-    `name` is unique within the package and names the schedule's tables; `layers` are the model's layers that share it.
+    `name` is unique within the package and names the schedule's tables; `layers` are the model's layers that share it;
+    `tiles` are how a GPU's kernels cut their work.
     """
 
     name: str
@@ -25,6 +26,13 @@ class KernelSpec:
     layers: tuple[int, ...]
     schedule: LayerSchedule
     head_dim: int
+    tiles: TargetTiles | None = None
+
+    @property
+    def gpu_tiles(self) -> TargetTiles:
+        """The tiles of a kernel for a GPU."""
+        assert self.tiles is not None
+        return self.tiles
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ MORE = {
     "learn.py": {"surgeon.runtime.fingerprints"},
     "listing.py": {"surgeon.runtime.dense_rows"},
     "packaged.py": {"surgeon.runtime.schedules"},
+    "trial.py": {"surgeon.runtime.gpu", "surgeon.runtime.loading"},
 }
 
 

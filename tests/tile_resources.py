@@ -23,7 +23,7 @@ from surgeon.compiler.render import render
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import HEAD_DIMS, specialize
 from surgeon.compiler.stages import Source
-from surgeon.compiler.tiles import device_of
+from surgeon.compiler.tiles import tiles_of
 from surgeon.runtime.target import Target
 
 TARGETS = [f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)] + ["hip:gfx90a", "hip:gfx942", "hip:gfx950"]
@@ -51,7 +51,7 @@ def figures(target: Target, head_dim: int, dtype: str, folder: Path) -> Iterator
         binary = build_triton(source, dtype)
         launch = binary.kernels[0].launch
         assert launch is not None
-        limit = device_of(target).shared_bytes
+        limit = tiles_of(target).device.shared_bytes
         spilled = spills(binary, folder)
         yield {
             "target": str(target),

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 
 import packages
+import surgeon.compiler
 import topologies
 from surgeon.compiler import cli
 from surgeon.compiler.progress import progress_bar
+from surgeon.compiler.tiles import read_tiles
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import BuildError, PackageError
 from surgeon.runtime.manifest import FileEntry, KernelEntry, Manifest
 
+TILES = Path(surgeon.compiler.__file__).with_name("tiles.json")
 RUN = "import sys; from surgeon.compiler.cli import main; sys.exit(main())"
 
 
@@ -113,7 +116,7 @@ def test_compile_hands_its_options_on(topology_file: Path, compiler: Compiler) -
     out = topology_file.parent / "kernels"
     targets = ["--target", "cuda:90", "--target", "cpu", "--target", "cuda:90"]
     dtypes = ["--dtype", "fp16", "--dtype", "bf16"]
-    others = ["--jobs", "3", "--dump", str(out / "dump")]
+    others = ["--jobs", "3", "--dump", str(out / "dump"), "--tiles", str(TILES)]
     assert cli.main_compile([str(topology_file), "--out", str(out), *targets, *dtypes, *others]) == 0
     (call,) = compiler.calls
     assert call.pop("topology").num_blocks == 2
@@ -124,6 +127,7 @@ def test_compile_hands_its_options_on(topology_file: Path, compiler: Compiler) -
         "jobs": 3,
         "dump": out / "dump",
         "progress": None,
+        "tiles": read_tiles(TILES),
     }
 
 

@@ -22,7 +22,7 @@ from surgeon.compiler.render_triton import render_triton
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.specialize import specialize
 from surgeon.compiler.stages import Binary
-from surgeon.compiler.tiles import Tile, device_of
+from surgeon.compiler.tiles import TargetTiles, Tile, tiles_of
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.target import Target
@@ -259,13 +259,13 @@ def test_every_target_builds_within_its_registers_and_shared_memory(target: str,
     binary = compile_kernel(mixed_heads(head_dim=head_dim, block_size=128), target, "bf16")
     launch = binary.kernels[0].launch
     assert launch is not None
-    assert 0 < launch.shared_bytes <= device_of(Target.parse(target)).shared_bytes
+    assert 0 < launch.shared_bytes <= tiles_of(Target.parse(target)).device.shared_bytes
     assert spills(binary, tmp_path) == 0
 
 
 def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crowded = Tile(queries=64, keys=32, warps=4, stages=2)
-    monkeypatch.setattr("surgeon.compiler.render_triton.prefill_tile", lambda *_: crowded)
+    monkeypatch.setattr(TargetTiles, "prefill_tile", lambda *_: crowded)
     assert spills(compile_kernel(mixed_heads(head_dim=256, block_size=128), "cuda:86", "bf16"), tmp_path) > 0
 
 

@@ -1,0 +1,39 @@
+"""The tiles that are worth a try on a target: all of a small grid that can fit its processors."""
+
+import itertools
+
+from surgeon.compiler.tiles import TargetTiles, Tile, padded
+
+_QUERIES = (64, 128)
+_KEYS = (32, 64, 128)
+_WARPS = (4, 8)
+_STAGES = (2, 3, 4)
+_DECODE_KEYS = (16, 32, 64, 128)
+_DECODE_WARPS = (2, 4, 8)
+_DECODE_STAGES = (1, 2, 3, 4)
+_ELEMENT_BYTES = 2
+_MAX_THREADS = 1024
+
+
+def prefill_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
+    """Tiles for many queries, the present one first."""
+    found = _fitting(tiles, head_dim, tiles.listed("prefill", head_dim), _QUERIES, _KEYS, _WARPS, _STAGES)
+    return tuple(tile for tile in found if tile.keys <= tile.queries)
+
+
+def decode_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
+    """Tiles for one query a sequence, the present one first; the heads of a KV head are its rows, so those stay."""
+    present = tiles.listed("decode", head_dim)
+    return _fitting(tiles, head_dim, present, (present.queries,), _DECODE_KEYS, _DECODE_WARPS, _DECODE_STAGES)
+
+
+def _fitting(tiles: TargetTiles, head_dim: int, present: Tile, *grid: tuple[int, ...]) -> tuple[Tile, ...]:
+    device = tiles.device
+    found = [present]
+    for queries, keys, warps, stages in itertools.product(*grid):
+        tile = Tile(queries, keys, warps, stages)
+        # Compilers need more than the keys and values under way, so what passes here may still be refused by one.
+        under_way = 2 * stages * keys * padded(head_dim) * _ELEMENT_BYTES
+        if tile != present and under_way <= device.shared_bytes and warps * device.warp_size <= _MAX_THREADS:
+            found.append(tile)
+    return tuple(found)

@@ -1,0 +1,84 @@
+"""The choice of tiles: every candidate is measured, by a function that is handed in, and the fastest is kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from surgeon.compiler.tiles import TargetTiles, Tile
+from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
+from surgeon.runtime.errors import SurgeonError, TargetError
+
+Measure = Callable[[TargetTiles, str], float]
+"""Compiles with these tiles, checks the results of a phase, "prefill" or "decode", and gives its milliseconds.
+
+It raises a SurgeonError for tiles that do not compile, do not load or compute something else.
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate for a phase: its milliseconds, or None and what was wrong with it."""
+
+    phase: str
+    tile: Tile
+    milliseconds: float | None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The tiles chosen, and all that were tried, the present ones first in their phase."""
+
+    tiles: TargetTiles
+    trials: tuple[Trial, ...]
+
+    def best(self, phase: str) -> Trial:
+        """The fastest candidate of a phase; of equally fast ones that which was tried first."""
+        return min(
+            (trial for trial in self.trials if trial.phase == phase and trial.milliseconds is not None),
+            key=lambda trial: trial.milliseconds or 0.0,
+        )
+
+
+def tune(tiles: TargetTiles, head_dim: int, measure: Measure, tried: Callable[[Trial], None]) -> Tuning:
+    """Chooses a target's tiles of one head size, first those for many queries, then, with them, those for one.
+
+    `tried` is called after each trial.
+
+    Raises:
+        TargetError: no candidate of a phase works.
+    """
+    trials: list[Trial] = []
+    for phase, candidates in (
+        ("prefill", prefill_candidates(tiles, head_dim)),
+        ("decode", decode_candidates(tiles, head_dim)),
+    ):
+        found = _measured(tiles, head_dim, phase, candidates, measure, tried)
+        trials += found
+        if all(trial.milliseconds is None for trial in found):
+            raise TargetError(
+                f"{phase} on {tiles.target}, head size {head_dim}",
+                "a tile that works",
+                f"none of {len(found)}; the present one: {found[0].fault}",
+                "check the device with pytest -m gpu",
+            )
+        tiles = tiles.with_tile(phase, head_dim, Tuning(tiles, tuple(found)).best(phase).tile)
+    return Tuning(tiles, tuple(trials))
+
+
+def _measured(
+    tiles: TargetTiles,
+    head_dim: int,
+    phase: str,
+    candidates: Sequence[Tile],
+    measure: Measure,
+    tried: Callable[[Trial], None],
+) -> list[Trial]:
+    found = []
+    for tile in candidates:
+        try:
+            trial = Trial(phase, tile, measure(tiles.with_tile(phase, head_dim, tile), phase))
+        except SurgeonError as error:
+            trial = Trial(phase, tile, None, str(error))
+        found.append(trial)
+        tried(trial)
+    return found
