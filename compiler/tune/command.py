@@ -18,7 +18,7 @@ from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidat
 from surgeon.compiler.tune.clock import timed
 from surgeon.compiler.tune.search import Trial, Tuning, tune
 from surgeon.compiler.tune.trial import Bench, device_here
-from surgeon.runtime.errors import TargetError, TopologyError
+from surgeon.runtime.errors import TargetError, TopologyError, shown
 from surgeon.runtime.target import Target
 
 
@@ -54,10 +54,11 @@ def one_layer(topology: Topology, layer: int) -> Topology:
     """A topology of one of a topology's layers, whose kernels are enough to time tiles.
 
     Raises:
-        TopologyError: it has no such layer.
+        TopologyError: it covers no such layer.
     """
-    if layer >= len(topology.layers):
-        raise TopologyError("--layer", f"a layer in 0..{len(topology.layers) - 1}", str(layer), "correct the index")
+    if layer not in topology.covered:
+        covered = shown(topology.covered)
+        raise TopologyError("--layer", f"a layer that the topology covers, of {covered}", str(layer), "name another")
     model = dataclasses.replace(topology.model, num_hidden_layers=1)
     return dataclasses.replace(topology, model=model, layers=(topology.layers[layer],))
 

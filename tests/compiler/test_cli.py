@@ -251,6 +251,7 @@ def test_an_error_of_ours_keeps_its_traceback(topology_file: Path, compiler: Com
     ("options", "words"),
     [
         (["--target", "tpu"], "target 'tpu': expected cpu, cuda:<compute capability>"),
+        (["--target", "cuda:61"], "target cuda:61: expected cuda: with one of 80, 86, 89, 90, 100, 120, got 61"),
         (["--target", "cuda:90\x1b[31m"], r"cuda:90\x1b[31m"),
         (["--target", "cuda:90", "--dtype", "fp32"], "dtype fp32: expected one of bf16, fp16 for cuda:90"),
         (["--target", "cpu", "--target", "hip:gfx942", "--dtype", "fp32"], "for hip:gfx942"),

@@ -94,7 +94,7 @@ def test_several_head_sizes_and_a_table_to_start_from(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--layer", "2"], "--layer: expected a layer in 0..1, got 2"),
+        (["--layer", "2"], "--layer: expected a layer that the topology covers, of (0, 1), got 2"),
         (["--layer", "-1"], "--layer"),
         (["--head-dim", "48"], "head_dim: expected one of 16, 32, 64, 80, 96, 128, 256, got 48"),
         (["--tiles", "nothing.json"], "nothing.json: expected a readable file"),
