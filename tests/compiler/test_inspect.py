@@ -101,7 +101,7 @@ def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
     assert report_lines(packaged, 80, "utf-8")[-2:] == lines[-2:]
     uncovered, covered = json.loads(report_json(packaged))["runs"]
     assert uncovered is None
-    assert covered["on_gpu"] == [{"target": "cuda:90", "kernels": 1}]
+    assert covered["on_gpu"] == [{"target": "cuda:90", "kernels": 1, "by_table": False}]
 
 
 def test_bars_are_ascii_where_the_encoding_has_none(tmp_path: Path) -> None:
