@@ -1,5 +1,6 @@
 """The choice of tiles: every candidate is measured, by a function that is handed in, and the fastest is kept."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,10 +34,8 @@ class Tuning:
 
     def best(self, phase: str) -> Trial:
         """The fastest candidate of a phase; of equally fast ones that which was tried first."""
-        return min(
-            (trial for trial in self.trials if trial.phase == phase and trial.milliseconds is not None),
-            key=lambda trial: trial.milliseconds or 0.0,
-        )
+        working = [trial for trial in self.trials if trial.phase == phase and trial.milliseconds is not None]
+        return min(working, key=lambda trial: trial.milliseconds or math.inf)
 
 
 def tune(tiles: TargetTiles, head_dim: int, measure: Measure, tried: Callable[[Trial], None]) -> Tuning:
