@@ -1,7 +1,7 @@
 """Block-sparse attention with a backward pass, in plain torch: what a topology's model computes, differentiable.
 
-The compiled kernels are for serving and have no backward pass. This one works wherever torch does, takes every pattern
-of blocks, and keeps no scores between the passes.
+The compiled kernels need a package, and have a backward pass on a CPU alone. This one works wherever torch does, takes
+every pattern of blocks, and keeps no scores between the passes.
 
 Source: the backward pass of FlashAttention-2 (arXiv 2307.08691), a head at a time instead of a tile at a time.
 """

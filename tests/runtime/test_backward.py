@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reference
+from gpu_standin import on_gpu
 from surgeon.compiler import compile_package
 from surgeon.runtime import Package, load
 from surgeon.runtime.backward import gradients
@@ -148,6 +149,12 @@ def test_second_derivatives_are_refused(package: Package) -> None:
     (grad,) = torch.autograd.grad(package.attention(0, q, k, v).sum(), q, create_graph=True)
     with pytest.raises(PatchError, match="expected first derivatives only"):
         grad.sum().backward()
+
+
+def test_tensors_of_a_gpu_are_refused(package: Package) -> None:
+    tensors = [on_gpu(tensor.detach()) for tensor in inputs(40, 40, torch.float32)]
+    with pytest.raises(PatchError, match="expected tensors on the CPU in a backward pass, got cuda:0"):
+        package.run_backward(0, tensors[0].transpose(1, 2), None, *tensors, None, None, 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
