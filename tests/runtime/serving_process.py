@@ -1,6 +1,6 @@
-"""What a serving machine runs: loads a package and a saved program, calls it once, saves what came out.
+"""What a serving machine runs: loads a package and a saved program, calls it, saves what came out of every call.
 
-`serving_process.py export|aoti KERNELS PROGRAM INPUTS OUTPUTS`; the inputs are saved back too, as the call left them.
+`serving_process.py export|aoti KERNELS PROGRAM CALLS RESULTS`; the calls may share tensors, a cache for instance.
 """
 
 import sys
@@ -10,13 +10,11 @@ import torch
 from surgeon.runtime import load
 
 
-def main(kind: str, kernels: str, program: str, inputs: str, outputs: str) -> None:
+def main(kind: str, kernels: str, program: str, calls: str, results: str) -> None:
     package = load(kernels, strict=True)  # first, and held: the program knows it by its hash
     step = torch._inductor.aoti_load_package(program) if kind == "aoti" else torch.export.load(program).module()
-    given = torch.load(inputs)
     with torch.no_grad():
-        found = step(*given)
-    torch.save((found, given), outputs)
+        torch.save([step(*call) for call in torch.load(calls)], results)
     assert "transformers" not in sys.modules
     del package
 

@@ -68,25 +68,27 @@ def kernels(tmp_path: Path) -> Path:
     return compile_package(sparse_topology(), tmp_path / "kernels", dtypes=("fp32",))
 
 
-def elsewhere(kind: str, kernels: Path, program: Path, inputs: Sequence[Any]) -> tuple[torch.Tensor, Sequence[Any]]:
-    """What a process that has only the package and the program computes, and the inputs after it."""
-    given, found = program.with_suffix(".inputs"), program.with_suffix(".outputs")
-    torch.save(inputs, given)
+def elsewhere(kind: str, kernels: Path, program: Path, calls: Sequence[Any]) -> list[torch.Tensor]:
+    """What each call comes to in a process that has only the package and the program."""
+    given, results = program.with_suffix(".calls"), program.with_suffix(".results")
+    torch.save(calls, given)
     script = Path(__file__).with_name("serving_process.py")
-    subprocess.run([sys.executable, script, kind, kernels, program, given, found], check=True)
-    outputs, after = torch.load(found)
-    return outputs, after
+    subprocess.run([sys.executable, script, kind, kernels, program, given, results], check=True)
+    found: list[torch.Tensor] = torch.load(results)
+    return found
 
 
 @torch.no_grad()
 def check_elsewhere(kind: str, kernels: Path, program: Path, model: LlamaForCausalLM) -> None:
-    """Prompts of two lengths, then a token each on the cache that came back."""
+    """Prompts of two lengths, then a token each."""
     lengths = torch.tensor([20, 33])
     ids = tokens(2, 34)
-    inputs = [ids[:, :33].contiguous(), torch.zeros(2, dtype=torch.int64), torch.arange(33), cache(2, 40), cache(2, 40)]
-    prompt, (*_, keys, values) = elsewhere(kind, kernels, program, inputs)
-    inputs = [ids.gather(1, lengths[:, None]), lengths, torch.tensor([0]), keys, values]
-    new, _ = elsewhere(kind, kernels, program, inputs)
+    caches = cache(2, 40), cache(2, 40)
+    calls = [
+        (ids[:, :33].contiguous(), torch.zeros(2, dtype=torch.int64), torch.arange(33), *caches),
+        (ids.gather(1, lengths[:, None]), lengths, torch.tensor([0]), *caches),
+    ]
+    prompt, new = elsewhere(kind, kernels, program, calls)
     for row, length in enumerate(lengths.tolist()):
         found = torch.cat((prompt[row, :length], new[row]))
         expected = model(ids[row : row + 1, : length + 1]).logits[0]
@@ -106,7 +108,7 @@ def test_a_traced_graph_saved_and_loaded(compiled: dict[str, Compiled], kernels:
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(graph, padded((3, 2)), dynamic_shapes=(any_size, any_size))
     torch.export.save(program, tmp_path / "graph.pt2")
-    found, _ = elsewhere("export", kernels, tmp_path / "graph.pt2", [ids, mask])
+    (found,) = elsewhere("export", kernels, tmp_path / "graph.pt2", [(ids, mask)])
     assert torch.equal(found, graph(ids, mask))
 
 
