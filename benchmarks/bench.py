@@ -42,6 +42,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
     import transformers
     from rich.console import Console
 
+    import compile_gpu
     import decode
     import growth
     import prefill
@@ -60,6 +61,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "growth-length": growth.with_length,
         "growth-density": growth.with_density,
         "growth-threads": growth.with_threads,
+        "compile-gpu": compile_gpu.llama_8b,
         "model-first-token": whole_model.time_to_first_token,
         "model-short": whole_model.short_prompts,
         "model-decode": whole_model.decoding,
