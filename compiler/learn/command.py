@@ -17,6 +17,7 @@ from surgeon.compiler.learn.models import read_model
 from surgeon.compiler.learn.text import read_text
 from surgeon.compiler.progress import progress_bar
 from surgeon.compiler.topology import Topology
+from surgeon.runtime.errors import TopologyError
 
 
 def run(arguments: argparse.Namespace) -> Iterable[str]:
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
 
     Raises:
         ModelError: the model or a text cannot be used.
-        TopologyError: a length or density cannot be had.
+        TopologyError: a length or density cannot be had, or the file cannot be written.
     """
     started = time.perf_counter()
     request = Request(
@@ -38,6 +39,10 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         schedule=Schedule(steps=arguments.steps, arity=arguments.arity),
     )
     out: Path = arguments.out
+    # Before the work and not after it: that it cannot be written.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise TopologyError(str(out), "a file to write", "a folder", "name a file, for instance topology.json")
     work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_without_terminal()
     model, tokenizer = read_model(arguments.model)

@@ -62,6 +62,15 @@ def test_bad_input_is_one_line_and_status_2(
     assert not (tmp_path / "t.json").exists()
 
 
+def test_where_the_topology_goes_is_seen_to_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder, tmp_path)) == 2
+    assert "expected a file to write, got a folder" in capsys.readouterr().err
+    assert main(command(folder, tmp_path / "new" / "folder" / "t.json", "--method", "window")) == 0
+    assert read_topology(tmp_path / "new" / "folder" / "t.json").num_blocks == 8
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("1 2 3")
     status = main(
