@@ -9,9 +9,13 @@ from surgeon.runtime.manifest import Argument
 
 
 def spills(binary: Binary, folder: Path) -> int:
-    """What the compiler could not keep in a kernel's registers: in bytes for CUDA, in registers for HIP."""
+    """What the compiler keeps in memory for want of registers, in bytes.
+
+    HIP's scalar registers go to lanes of vector registers first, which is no memory and not counted.
+    Source: LLVM, User Guide for AMDGPU Backend, code object metadata.
+    """
     if binary.path.endswith(".hsaco"):
-        return _number(binary.data, b".vgpr_spill_count") + _number(binary.data, b".sgpr_spill_count")
+        return _number(binary.data, b".private_segment_fixed_size")
     import triton
 
     file = folder / "kernel.cubin"

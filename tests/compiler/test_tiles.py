@@ -70,7 +70,7 @@ def test_a_block_that_no_matrix_instruction_takes() -> None:
 def test_a_head_size_between_two_takes_the_larger_ones_tile() -> None:
     target = Target.parse("cuda:80")
     assert tiles_of(target).prefill_tile(80, 128) == tiles_of(target).prefill_tile(128, 128)
-    assert tiles_of(target).prefill_tile(16, 128) == tiles_of(target).prefill_tile(64, 128)
+    assert tiles_of(target).prefill_tile(16, 128) == tiles_of(target).prefill_tile(32, 128)
 
 
 def test_an_unknown_target_names_the_known_ones() -> None:
