@@ -73,7 +73,8 @@ class TargetTiles:
                 str(block_size),
                 "learn the topology with blocks of 32, 64 or 128",
             )
-        queries, keys, warps = tile.queries, tile.keys, tile.warps
+        queries, warps = tile.queries, tile.warps
+        keys = min(tile.keys, queries)  # the keys before a tile of queries are whole tiles
         while max(1, queries // block_size) * max(1, keys // block_size) > MAX_READERS:
             queries, warps = queries // 2, max(1, warps // 2)
             keys = min(keys, queries)

@@ -62,6 +62,11 @@ def test_a_tile_is_the_same_for_every_block_that_its_masks_have_bits_for(monkeyp
     assert tiles_of(target).prefill_tile(128, 16) == Tile(queries=32, keys=32, warps=2, stages=3)
 
 
+def test_a_tile_never_has_more_keys_than_queries() -> None:
+    tiles = tiles_of(Target.parse("cuda:90")).with_tile("prefill", 128, Tile(queries=64, keys=128, warps=4, stages=2))
+    assert tiles.prefill_tile(128, 128) == Tile(queries=64, keys=64, warps=4, stages=2)
+
+
 def test_a_block_that_no_matrix_instruction_takes() -> None:
     with pytest.raises(TargetError, match=r"block_size: expected at least 16 tokens for cuda:90.*, got 8; learn"):
         tiles_of(Target.parse("cuda:90")).prefill_tile(128, 8)
