@@ -65,6 +65,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "model-first-token": whole_model.time_to_first_token,
         "model-short": whole_model.short_prompts,
         "model-decode": whole_model.decoding,
+        "model-cache": whole_model.caching,
     }
     console = Console(highlight=False, width=140)
     unknown = [name for name in chosen if name not in suites]

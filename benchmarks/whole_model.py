@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from measure import interleaved, repeats_for, seconds_of
+from peak_memory import peak_bytes
 from smollm2 import load_model, model_folder
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.cache import cache_folder
-from surgeon.runtime import Package, load, patch
+from surgeon.runtime import Package, SurgeonCache, load, patch
+from surgeon.runtime.errors import ModelError
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096", 8192: "smollm2-135m-25-8192"}
@@ -44,6 +46,47 @@ def decoding(variant: str | None) -> Iterator[dict[str, object]]:
             "patched_tokens_s": steps / times["patched"].median,
             "times": times["dense"].median / times["patched"].median,
         }
+
+
+def caching(variant: str | None, length: int = 8192, steps: int = 8) -> Iterator[dict[str, object]]:
+    """Decoding with a DynamicCache and with one that drops what no head reads: speed, bytes kept, memory at its peak.
+
+    The peak is that of a process of its own which reads the prompt and then decodes, over what it holds before.
+    """
+    name = LEARNED[max(known for known in LEARNED if known <= max(length, min(LEARNED)))]
+    dense, patched, package = _models(name, variant)
+    cache = SurgeonCache(package)
+    calls = {
+        "dense": _decoder(dense, length, steps),
+        "patched": _decoder(patched, length, steps),
+        "surgeon_cache": _decoder(patched, length, steps, cache),
+    }
+    _check_equal(patched, package, length)
+    times = interleaved(calls, 5)
+    row: dict[str, object] = {
+        "length": length,
+        "topology": name,
+        "variant": package.cpu_variant,
+        "full_cache_mb": cache.full_bytes() / 1e6,
+        "kept_cache_mb": cache.kept_bytes() / 1e6,
+    }
+    for key, timing in times.items():
+        row[f"{key}_tokens_s"] = steps / timing.median
+    for key in times:
+        row[f"{key}_peak_mb"] = peak_bytes(key, name, length, steps, variant) / 1e6
+    yield row
+
+
+def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> None:
+    """That both caches give the patched model's next tokens the same logits."""
+    tokens = torch.randint(1000, 40000, (1, min(length, 512) + 1), generator=torch.Generator().manual_seed(0))
+    found = []
+    for cache in (DynamicCache(config=patched.config), SurgeonCache(package)):
+        with torch.inference_mode():
+            patched(input_ids=tokens[:, :-1], past_key_values=cache)
+            found.append(patched(input_ids=tokens[:, -1:], past_key_values=cache).logits)
+    if not torch.equal(*found):
+        raise ModelError("model-cache", "the same logits with both caches", "others", "report this as a fault")
 
 
 def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
@@ -79,11 +122,11 @@ def _prefill_row(dense: PreTrainedModel, patched: PreTrainedModel, length: int) 
     }
 
 
-def _decoder(model: PreTrainedModel, length: int, steps: int) -> Callable[[], object]:
+def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
     """Takes `steps` tokens in turn behind a cache of `length`, which is cut back afterwards."""
     tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        cache: Any = model(input_ids=tokens[:, :length], logits_to_keep=1).past_key_values
+        cache = model(input_ids=tokens[:, :length], logits_to_keep=1, past_key_values=cache).past_key_values
 
     @torch.inference_mode()
     def run() -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from surgeon.compiler import folders
-from surgeon.compiler.schedule import HeadSchedule
+from surgeon.compiler.schedule import HeadSchedule, liveness_table
 from surgeon.compiler.stages import Binary, KernelSpec, Source
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.manifest import FileEntry, Manifest
@@ -67,7 +67,8 @@ def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
     """Every kernel's schedule as int32 tensors.
 
     For a kernel named n: `n.pieces` [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], and `n.heads`
-    [heads, 3]: first piece, end piece, first run. A piece's run numbers count from its head's first run.
+    [heads, 3]: first piece, end piece, first run. A piece's run numbers count from its head's first run. And
+    `n.last_readers` [KV heads, blocks], see `liveness_table`.
     """
     tensors = {}
     for spec in specs:
@@ -82,6 +83,7 @@ def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
         tensors[f"{spec.name}.pieces"] = np.array(pieces, dtype=np.int32).reshape(-1, 6)
         tensors[f"{spec.name}.runs"] = np.array(runs, dtype=np.int32).reshape(-1, 2)
         tensors[f"{spec.name}.heads"] = np.array([places[head] for head in spec.schedule.heads], dtype=np.int32)
+        tensors[f"{spec.name}.last_readers"] = liveness_table(spec.schedule).astype(np.int32)
     return safetensors.numpy.save(tensors)
 
 

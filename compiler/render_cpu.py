@@ -75,7 +75,11 @@ def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> 
     dtypes = {dtype: _TYPES[dtype] for dtype in specs[0].dtypes}
     files = {
         "call.h": render_template(
-            "cpu/call.h.jinja", head_dim=specs[0].head_dim, abi_version=CPU_ABI_VERSION, dtypes=DTYPES
+            "cpu/call.h.jinja",
+            head_dim=specs[0].head_dim,
+            block_size=specs[0].schedule.block_size,
+            abi_version=CPU_ABI_VERSION,
+            dtypes=DTYPES,
         ),
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
         "vectors.h": render_template("cpu/vectors.h.jinja"),

@@ -135,6 +135,16 @@ def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]
     return last
 
 
+def liveness_table(layer: LayerSchedule) -> npt.NDArray[np.int64]:
+    """The last readers of as many blocks as there are rules for, `[num_key_value_heads, blocks]`.
+
+    A block behind the last column has its reader as many rows behind that column's: only windows reach it.
+    """
+    # From its last piece's first row on, a head reads blocks that are as far from every row.
+    settled = max(head.pieces[-1].first_row for head in layer.heads) + 1
+    return last_readers(layer, settled if layer.num_rows == UNBOUNDED else layer.num_rows)
+
+
 def rows_longest_first(layer: LayerSchedule, num_rows: int) -> npt.NDArray[np.int64]:
     """Rows 0..num_rows-1 by falling number of visible blocks over all heads, later rows first among equals."""
     work = np.zeros(num_rows, dtype=np.int64)

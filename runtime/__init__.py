@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgeon.runtime.fingerprints import fingerprint
+    from surgeon.runtime.kv_cache import SurgeonCache
     from surgeon.runtime.loading import Package, load
     from surgeon.runtime.patching import patch, unpatch
     from surgeon.runtime.serving import serving_program
     from surgeon.runtime.tracing import trace
 
-__all__ = ["Package", "fingerprint", "load", "patch", "serving_program", "trace", "unpatch"]
+__all__ = ["Package", "SurgeonCache", "fingerprint", "load", "patch", "serving_program", "trace", "unpatch"]
 
 _HOMES = {
     "Package": "loading",
+    "SurgeonCache": "kv_cache",
     "fingerprint": "fingerprints",
     "load": "loading",
     "patch": "patching",

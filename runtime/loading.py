@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from functools import cached_property
 from typing import cast
 
@@ -13,6 +14,7 @@ from surgeon.runtime import backward, inputs, ops  # noqa: F401 - graphs that ar
 from surgeon.runtime.cpu_kernels import CpuKernels
 from surgeon.runtime.errors import PatchError, SurgeonError, TargetError, shown
 from surgeon.runtime.gpu import GpuKernels, open_gpu
+from surgeon.runtime.liveness import Liveness, read_liveness
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.package import PackageFiles, read_package
 from surgeon.runtime.schedules import HeadSchedule, read_schedules
@@ -156,6 +158,14 @@ class Package:
         part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
         ops.register(part)
         return part
+
+    def liveness(self) -> Mapping[int, Liveness]:
+        """Every layer's last readers: which blocks of a cache no later row reads.
+
+        Raises:
+            PackageError: the package does not say.
+        """
+        return read_liveness(self._files)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
         """The package itself: a copy of a patched model runs on the same loaded kernels."""

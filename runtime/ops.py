@@ -80,6 +80,22 @@ def attention(
     return result
 
 
+def attention_paged(
+    package: "Package",
+    layer: int,
+    q: torch.Tensor,
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    first_key: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As `attention`, the op `surgeon::attention_paged` on k, v and pages."""
+    if _is_plain_inference(q, *slots):
+        return package.run_paged(layer, q, *slots, position, first_key, scale)
+    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, *slots, position, first_key, scale, package.id, layer)
+    return result
+
+
 def _is_plain_inference(*tensors: torch.Tensor) -> bool:
     """Whether nothing that torch hooks into its dispatcher has to see the call."""
     return not (

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from surgeon.runtime import masks, ops
 from surgeon.runtime.errors import PatchError, shown
 from surgeon.runtime.loading import Package
+from surgeon.runtime.paged_states import PagedStates
 
 IMPLEMENTATIONS = {"sdpa": "surgeon", "eager": "surgeon_eager"}
 """The name of our attention in `config._attn_implementation`, by that of the one in the layers that no kernel runs."""
@@ -156,5 +157,8 @@ def attention(
             )
     position, first_key = masks.unpack(attention_mask, key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    output = ops.attention(site.package, site.layer, query, key, value, position, first_key, scale)
+    if isinstance(key, PagedStates) and value is key:
+        output = key.layer.attend(query, key.new_keys, key.new_values, position, first_key, scale, site.package)
+    else:
+        output = ops.attention(site.package, site.layer, query, key, value, position, first_key, scale)
     return output, None

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, set_seed
 import families
 from models import masked_model, padded, sparse_topology, tiny_llama
 from surgeon.compiler import Topology, compile_package
-from surgeon.runtime import Package, load, masks, patch, trace, unpatch
+from surgeon.runtime import Package, SurgeonCache, load, masks, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
 LENGTHS = (70, 41, 5)  # in blocks of 16: beyond the topology's four, in the middle of a block, shorter than one
@@ -64,6 +64,10 @@ def check(model: PreTrainedModel, topology: Topology, package: Package, left: di
     for cache, sequences in continued.items():
         again = model.generate(ids, attention_mask=mask, max_new_tokens=30, cache_implementation=cache)
         assert torch.equal(again, sequences)
+    kept = SurgeonCache(package, model.config)
+    again = model.generate(ids, attention_mask=mask, max_new_tokens=30, past_key_values=kept)
+    assert torch.equal(again, continued[None])
+    assert 0 < kept.kept_bytes() < kept.full_bytes()
     unpatch(model)
     assert torch.equal(model(ids, attention_mask=mask).logits[mask.bool()], dense)
 
