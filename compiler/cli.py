@@ -8,6 +8,7 @@ used: most of what a short command takes is imports.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -22,18 +23,30 @@ from surgeon.runtime.target import DTYPES
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
+THRESHOLD_MISSED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 READER_LEFT = 141  # 128 + SIGPIPE
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What standard output shows, and the exit status where that can be shown."""
+
+    lines: Iterable[str]
+    status: int = DONE
+
+
+@dataclass(frozen=True)
 class Command:
-    """A subcommand: `configure` declares its arguments, `run` does the work and returns what standard output shows."""
+    """A subcommand: `configure` declares its arguments, `run` does the work.
+
+    It returns what standard output shows, in an Outcome where it may end with another status than 0.
+    """
 
     name: str
     summary: str
     configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Iterable[str]]
+    run: Callable[[argparse.Namespace], Iterable[str] | Outcome]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +103,8 @@ def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
 
 def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
-        return _show(_lines(parser, argv))
+        outcome = _outcome(parser, argv)
+        return _show(outcome.lines) or outcome.status
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
     except BuildError as error:
@@ -101,13 +115,14 @@ def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return _report(_os_error(error), FAILED)
 
 
-def _lines(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Iterable[str]:
+def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Outcome:
     try:
         arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version have printed
-        return ()
-    run: Callable[[argparse.Namespace], Iterable[str]] = arguments.run
-    return run(arguments)
+        return Outcome(())
+    run: Callable[[argparse.Namespace], Iterable[str] | Outcome] = arguments.run
+    outcome = run(arguments)
+    return outcome if isinstance(outcome, Outcome) else Outcome(outcome)
 
 
 def _show(lines: Iterable[str]) -> int:
@@ -235,12 +250,16 @@ def _inspect(arguments: argparse.Namespace) -> Iterable[str]:
     return report_lines(report, shutil.get_terminal_size().columns, encoding)
 
 
-def _add_measured(parser: argparse.ArgumentParser) -> None:
-    """What to measure a frozen model on."""
+def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
     parser.add_argument(
         "--text", action="append", required=True, type=_path, metavar="FILE", help="UTF-8 text; repeatable"
     )
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    """What to measure a frozen model on."""
+    _add_model_and_text(parser)
     parser.add_argument("--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048")
     parser.add_argument("--block", type=_positive, default=64, metavar="TOKENS", help="default: 64")
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: 0")
@@ -300,6 +319,52 @@ def _learn(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.command import run
 
     return run(arguments)
+
+
+def _configure_pilot(parser: argparse.ArgumentParser) -> None:
+    _add_model_and_text(parser)
+    parser.add_argument("package", type=_path, metavar="PACKAGE", help="the kernel package to try")
+    parser.add_argument("--out", type=_path, default=Path("pilot.json"), metavar="FILE", help="default: pilot.json")
+    parser.add_argument("--length", type=_positive, metavar="TOKENS", help="default: the topology's own")
+    parser.add_argument(
+        "--sequences", type=_positive, default=4, metavar="N", help="sequences of each text, spread over it; default: 4"
+    )
+    parser.add_argument(
+        "--passkeys",
+        type=_natural,
+        default=2,
+        metavar="N",
+        help="numbers to be found, for each of five depths and two lengths; default: 2",
+    )
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="of timing; default: 5")
+    parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
+    parser.add_argument(
+        "--max-ppl-ratio", type=_ratio, metavar="X", help="exit with 3 where perplexity over dense is above this"
+    )
+    parser.add_argument(
+        "--min-speedup", type=_ratio, metavar="X", help="exit with 3 where the first token's speed-up is below this"
+    )
+    _add_json(parser)
+
+
+def _pilot(arguments: argparse.Namespace) -> Outcome:
+    from surgeon.compiler.pilot import run
+
+    lines, passed = run(arguments)
+    return Outcome(lines, DONE if passed else THRESHOLD_MISSED)
+
+
+def _configure_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pilot", type=_path, metavar="pilot.json", help="what surgeon pilot wrote")
+    parser.add_argument("topology", type=_path, metavar="topology.json", help="the topology that was tried")
+    parser.add_argument("--out", type=_path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+
+
+def _report_page(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.report import write_report
+
+    size = write_report(arguments.pilot, arguments.topology, arguments.out)
+    return (f"{arguments.out}: {size:,} bytes",)
 
 
 def _configure_export(parser: argparse.ArgumentParser) -> None:
@@ -371,6 +436,16 @@ def _density(text: str) -> float:
     return value
 
 
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
@@ -381,6 +456,8 @@ COMPILE = Command("compile", "Compile a topology into a package of attention ker
 INSPECT = Command("inspect", "Show what a topology file or a package holds.", _configure_inspect, _inspect)
 ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _configure_assess, _assess)
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _configure_learn, _learn)
+PILOT = Command("pilot", "Try a package on its model: quality, speed, memory.", _configure_pilot, _pilot)
+REPORT = Command("report", "Show a pilot and its topology on one page.", _configure_report, _report_page)
 EXPORT = Command("export", "Write a package in the layout of another tool.", _configure_export, _export)
 TUNE = Command("tune", "Choose GPU tiles by timing them on this machine's GPU.", _configure_tune, _tune)
-COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, EXPORT, TUNE)
+COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their place and renamed into it."""
+"""Folders and files that appear whole or not at all: written beside their place and renamed into it."""
 
 import ctypes
 import os
@@ -46,6 +46,18 @@ def write(out: Path, files: Mapping[str, bytes]) -> None:
         _put_in_place(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Writes a text in UTF-8 beside `file` and renames it into place."""
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(scratch).chmod(0o644)
+        Path(scratch).replace(file)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

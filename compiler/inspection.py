@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from surgeon.compiler.packaged import packaged_layers
-from surgeon.compiler.read import parse_topology, read_topology
+from surgeon.compiler.packaged import packaged_layers, packaged_topology
+from surgeon.compiler.read import read_topology
 from surgeon.compiler.schedule import LayerSchedule, schedule_layers, visible_blocks
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.dense_rows import RATES, DenseRows, dense_tokens
-from surgeon.runtime.errors import PackageError, TopologyError
 from surgeon.runtime.manifest import Manifest, ModelShape
 from surgeon.runtime.package import read_package
 from surgeon.runtime.schedules import read_schedules
@@ -189,18 +188,7 @@ def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> Lay
 
 def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
-    place = f"{folder}/topology.json"
-    try:
-        topology = parse_topology(package.files["topology.json"].decode())
-    except (UnicodeDecodeError, TopologyError) as error:
-        raise PackageError(place, "a topology", str(error), "compile the package again") from None
-    if topology.sha256 != package.manifest.topology_sha256:
-        raise PackageError(
-            place,
-            f"the topology {package.manifest.topology_sha256} that the manifest names",
-            topology.sha256,
-            "compile the package again",
-        )
+    topology = packaged_topology(package)
     # The schedules that its kernels were made from: to make them again would take most of the time.
     schedules = read_schedules(package)
     pattern = pattern_of(topology, packaged_layers(package.manifest, schedules))

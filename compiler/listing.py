@@ -23,6 +23,15 @@ def report_lines(report: TopologyReport | PackageReport, width: int, encoding: s
     return (*head, *_pattern_lines(report.pattern), "", *layers, "", *_picture(report.pattern, width, encoding))
 
 
+def can_show(encoding: str, characters: str) -> bool:
+    """Whether an encoding has all these characters."""
+    try:
+        characters.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def _topology_lines(report: TopologyReport) -> Iterator[str]:
     yield f"topology   {report.path}, {report.size:,} bytes"
     yield f"sha256     {report.pattern.topology_sha256}"
@@ -94,7 +103,7 @@ def _seen_whole(rows: DenseRows, layer: int) -> str:
 
 
 def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
-    bars = _BARS if _has(encoding, _BARS) else _ASCII_BARS
+    bars = _BARS if can_show(encoding, _BARS) else _ASCII_BARS
     digits = len(str(len(pattern.density) - 1))
     room = max(1, width - len("layer ") - digits - len("  ") - len("  0.000"))
     heads_a_cell = math.ceil(pattern.model.num_attention_heads / room)
@@ -121,11 +130,3 @@ def _counted(number: int, noun: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _has(encoding: str, characters: str) -> bool:
-    try:
-        characters.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -1,11 +1,35 @@
-"""A package's tables ─▶ LayerSchedule: the schedules that its kernels were made from, without making them again."""
+"""What a package was compiled from: its topology, and from its tables the schedules, without making them again."""
 
 from collections.abc import Mapping, Sequence
 
+from surgeon.compiler.read import parse_topology
 from surgeon.compiler.schedule import UNBOUNDED, HeadSchedule, LayerSchedule, Piece, Run
+from surgeon.compiler.topology import Topology
 from surgeon.runtime import schedules
-from surgeon.runtime.errors import PackageError
+from surgeon.runtime.errors import PackageError, TopologyError
 from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.package import PackageFiles
+
+
+def packaged_topology(package: PackageFiles) -> Topology:
+    """The topology that stands in a verified package.
+
+    Raises:
+        PackageError: it is none, or not the one that the manifest names.
+    """
+    place = f"{package.folder}/topology.json"
+    try:
+        topology = parse_topology(package.files["topology.json"].decode())
+    except (UnicodeDecodeError, TopologyError) as error:
+        raise PackageError(place, "a topology", str(error), "compile the package again") from None
+    if topology.sha256 != package.manifest.topology_sha256:
+        raise PackageError(
+            place,
+            f"the topology {package.manifest.topology_sha256} that the manifest names",
+            topology.sha256,
+            "compile the package again",
+        )
+    return topology
 
 
 def packaged_layers(

@@ -10,7 +10,7 @@ def environment() -> Environment:
     """Jinja over the `surgeon.templates` package.
 
     A name that a template uses and the renderer did not give is an error, a line that holds only a tag leaves no trace
-    in the text, and nothing is escaped, since the output is source code.
+    in the text. Values are escaped in HTML, and nowhere else, since the output is source code.
     """
     return Environment(
         loader=PackageLoader("surgeon.templates", ""),
@@ -18,7 +18,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
     )
 
 

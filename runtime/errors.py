@@ -44,6 +44,10 @@ class PatchError(SurgeonError):
     """A package and a model, or a call and a patched model, that do not fit each other."""
 
 
+class PilotError(SurgeonError):
+    """A pilot's results that cannot be read or written, or that are of another topology."""
+
+
 def shown(value: object, limit: int = 60) -> str:
     """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
     # reprlib bounds depth and length, so that neither a huge nor a deeply nested value makes the error fail.

@@ -12,18 +12,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import ModelError
+from surgeon.runtime.estimates import Estimate, exponential, ratio
 from surgeon.runtime.processes import Processes, processes_of
 
 _LOGITS = 2**24  # made at a time, 64 MB of them
 _LATE = 0.75  # the share of a sequence after which a token is late
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure, and its standard error over the sequences; None where there is but one."""
-
-    value: float
-    error: float | None
 
 
 @dataclass(frozen=True)
@@ -52,17 +45,17 @@ class Comparison:
     @property
     def dense_perplexity(self) -> Estimate:
         """The exponential of the dense model's mean loss a token."""
-        return _exponential(self._mean([each.dense_loss for each in self.sequences]))
+        return exponential(self._mean([each.dense_loss for each in self.sequences]))
 
     @property
     def patched_perplexity(self) -> Estimate:
         """The same for the patched model."""
-        return _exponential(self._mean([each.patched_loss for each in self.sequences]))
+        return exponential(self._mean([each.patched_loss for each in self.sequences]))
 
     @property
     def perplexity_ratio(self) -> Estimate:
         """Patched over dense; its error is that of the difference on each sequence, which is small beside theirs."""
-        return _exponential(self._mean([each.patched_loss - each.dense_loss for each in self.sequences]))
+        return exponential(self._mean([each.patched_loss - each.dense_loss for each in self.sequences]))
 
     @property
     def divergence(self) -> Estimate:
@@ -73,7 +66,7 @@ class Comparison:
     def late_divergence(self) -> Estimate:
         """The same over the last quarter of each sequence."""
         late = [each.late_divergence for each in self.sequences]
-        return _ratio(late, [each.late_tokens for each in self.sequences])
+        return ratio(late, [each.late_tokens for each in self.sequences])
 
     @property
     def agreement(self) -> Estimate:
@@ -81,7 +74,7 @@ class Comparison:
         return self._mean([each.agreements for each in self.sequences])
 
     def _mean(self, sums: Sequence[float]) -> Estimate:
-        return _ratio(sums, [each.tokens for each in self.sequences])
+        return ratio(sums, [each.tokens for each in self.sequences])
 
 
 @torch.inference_mode()
@@ -227,17 +220,3 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL(expected ‖ found) of each position's distribution, in nats."""
     each = kl_div(log_softmax(found, dim=-1), log_softmax(expected, dim=-1), reduction="none", log_target=True)
     return each.sum(dim=-1).double()
-
-
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """The mean over all tokens, and how far it would be off with other sequences of the kind."""
-    value = math.fsum(sums) / sum(counts)
-    if len(sums) == 1:
-        return Estimate(value, None)
-    squares = math.fsum((total - value * count) ** 2 for total, count in zip(sums, counts, strict=True))
-    return Estimate(value, math.sqrt(squares * len(sums) / (len(sums) - 1)) / sum(counts))
-
-
-def _exponential(mean: Estimate) -> Estimate:
-    value = math.exp(mean.value)
-    return Estimate(value, None if mean.error is None else value * mean.error)

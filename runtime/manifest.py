@@ -5,12 +5,12 @@ Source: package format version 1. A kernel is one attention function for one dty
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.plain import read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -158,27 +158,8 @@ def from_plain(kind: Any, value: object, where: str) -> object:
     Raises:
         PackageError: a key is missing or unknown, or a value has another type; `where` is named with the place.
     """
-    origin = typing.get_origin(kind)
-    if origin is types.UnionType:  # X | None
-        inner, _ = typing.get_args(kind)
-        return None if value is None else from_plain(inner, value, where)
-    if origin is tuple:  # tuple[X, ...]
-        if not isinstance(value, list):
-            raise _fault(where, "a list", value)
-        return tuple(from_plain(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise _fault(where, "an object", value)
-        names = {field.name: field.type for field in dataclasses.fields(kind)}
-        if set(names) != set(value):
-            raise _fault(where, "the keys " + ", ".join(names), sorted(value))
-        return typing.cast(Any, kind)(
-            **{name: from_plain(typ, value[name], f"{where}: {name}") for name, typ in names.items()}
-        )
-    if type(value) is not kind:
-        raise _fault(where, f"a value of type {kind.__name__}", value)
-    return value
+    return read_plain(kind, value, where, _fault)
 
 
-def _fault(where: str, expected: str, value: object) -> PackageError:
-    return PackageError(where, expected, shown(value), "compile the package again")
+def _fault(where: str, expected: str, got: str) -> PackageError:
+    return PackageError(where, expected, got, "compile the package again")

@@ -21,7 +21,19 @@ MORE = {
     "assess.py": {"surgeon.runtime.fingerprints"},
     "learn.py": {"surgeon.runtime.fingerprints"},
     "listing.py": {"surgeon.runtime.dense_rows"},
-    "packaged.py": {"surgeon.runtime.schedules"},
+    "packaged.py": {"surgeon.runtime.package", "surgeon.runtime.schedules"},
+    "pilot.py": {
+        "surgeon.runtime.fingerprints",
+        "surgeon.runtime.loading",
+        "surgeon.runtime.package",
+        "surgeon.runtime.passkeys",
+        "surgeon.runtime.patching",
+        "surgeon.runtime.pilot",
+        "surgeon.runtime.pilot_results",
+    },
+    "pilot_table.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
+    "report.py": {"surgeon.runtime.pilot_results"},
+    "report_figures.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
     "trial.py": {"surgeon.runtime.gpu", "surgeon.runtime.loading"},
 }
 

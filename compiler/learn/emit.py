@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgeon.compiler.folders import write_file
 from surgeon.compiler.learn.pattern import Grid, Pattern
 from surgeon.compiler.learn.trees import interval_tree
 from surgeon.compiler.read import parse_topology
@@ -92,14 +91,7 @@ def write_topology(topology: Topology, file: Path) -> None:
     """
     text = spelled(topology)
     parse_topology(text)
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(file)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    write_file(file, text)
 
 
 def _listed(items: list[str], indent: int) -> str:

@@ -16,10 +16,21 @@ _REMEDY = "use a Llama or another decoder with full attention"
 
 
 def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An fp32 model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers knows.
+    """An fp32 model that a topology can be learned for, and its tokenizer; `name` as of `read_checkpoint`.
 
     Raises:
         ModelError: it cannot be read, or is no decoder that a topology can be for.
+    """
+    model, tokenizer = read_checkpoint(name, torch.float32)
+    check_decoder(model)
+    return model, tokenizer
+
+
+def read_checkpoint(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers knows.
+
+    Raises:
+        ModelError: it cannot be read.
     """
     where: str | Path = name
     options: dict[str, Any] = {}
@@ -27,13 +38,12 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         where, options = Path(name).parent, {"gguf_file": Path(name).name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             name, "a causal language model with its tokenizer", shown(reason, 200), "check the path or the name"
         ) from None
-    check_decoder(model)
     return model, tokenizer
 
 

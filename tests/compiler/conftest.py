@@ -1,4 +1,4 @@
-"""What the learner's tests share: a tiny model with texts, on disk."""
+"""What the tests of commands that read a model share: a tiny one with texts, on disk."""
 
 from pathlib import Path
 
