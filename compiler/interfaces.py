@@ -11,7 +11,7 @@ class Interface:
 
     Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. first_key and
     position are int64, tables int32, lse, partial and partial_lse float32. `write_lse` 0 leaves lse alone, which may
-    then be null.
+    then be null. q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
     """
 
     arguments: tuple[Argument, ...]
@@ -36,6 +36,7 @@ _STRIDES = tuple(
     Argument(f"{name}_{axis}_stride", "i64") for name in ("q", "k", "v") for axis in ("batch", "head", "token")
 )
 _TABLE = (*_pointers("table_rows", "table_plans", "table_segments"), Argument("num_table_rows", "i32"))
+_FIRST_KV_HEAD = Argument("first_kv_head", "i32")
 _WRITE_LSE = Argument("write_lse", "i32")
 _SCALE = Argument("scale", "fp32")
 
@@ -44,6 +45,8 @@ PREFILL = Interface(
         *_pointers("q", "k", "v", "out", "lse", "first_key", "position"),
         *_STRIDES,
         Argument("num_queries", "i32"),
+        _FIRST_KV_HEAD,
+        Argument("num_kv_heads", "i32"),
         _WRITE_LSE,
         _SCALE,
     ),
@@ -57,6 +60,7 @@ DECODE = Interface(
     arguments=(
         *_pointers("q", "k", "v", "partial", "partial_lse", "first_key", "position"),
         *_STRIDES,
+        _FIRST_KV_HEAD,
         _SCALE,
         *_TABLE,
     ),

@@ -22,10 +22,12 @@ _POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scrat
 _TABLE = ("table_rows", "table_plans", "table_segments")
 _DECODE_POINTERS = ("partial", "partial_lse")
 _STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
+_FIRST_HEAD = "first_kv_head"
 ARGUMENT_TYPES = (
     dict.fromkeys(_POINTERS + _TABLE + _DECODE_POINTERS, "pointer")
     | dict.fromkeys(_STRIDES, "i64")
-    | {"num_queries": "i32", "write_lse": "i32", "scale": "fp32", "num_table_rows": "i32", "num_splits": "i32"}
+    | dict.fromkeys(("num_queries", _FIRST_HEAD, "num_kv_heads", "write_lse", "num_table_rows", "num_splits"), "i32")
+    | {"scale": "fp32"}
 )
 """Every argument that the launcher has a value for. Strides are in elements, the scratch pointers are null."""
 
@@ -80,13 +82,13 @@ _PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while anoth
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A loaded kernel, the order of its arguments, and how its grid is counted."""
+    """A loaded kernel, the order of its arguments, how its grid is counted, and the query heads that it is for."""
 
     function: Function
     arguments: tuple[str, ...]
     grid: tuple[str, ...]
     tile_rows: int
-    num_heads: int
+    heads: range
 
     def launch(self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float]) -> None:
         x, y, z = (lengths[axis] for axis in self.grid)
@@ -111,7 +113,6 @@ class GpuKernels:
         self._programs = _PROGRAMS_A_PROCESSOR * processors
         self._warned: set[str] = set()
         self._block_size = manifest.block_size
-        self._kv_heads = manifest.model.num_key_value_heads
         self._max_keys = manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else None
         self.driver = driver.name
         entries = [entry for entry in manifest.kernels if entry.target == str(target)]
@@ -142,23 +143,18 @@ class GpuKernels:
     ) -> torch.Tensor:
         """Queues a layer's kernels on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
 
+        The tensors hold the layer's KV heads from `first_kv_head` on, as many as k has, and their query heads.
+
         Positions in tensors are not looked at, which would wait for the device: one outside of k reads memory that is
         not k's. Where the topology refuses what lies beyond it, such queries give NaN.
 
         Raises:
             PatchError: strict, and a tensor's address or strides are none that the kernel takes.
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
-            TargetError: the driver refuses the launch, or the call is for a part of the layer's heads.
+            TargetError: the driver refuses the launch.
         """
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
-        if kv_heads != self._kv_heads:
-            raise TargetError(
-                f"attention on cuda:{self._device}",
-                f"all {self._kv_heads} KV heads of the layer, which a GPU's kernels are compiled for",
-                f"those from {first_kv_head} to {first_kv_head + kv_heads - 1}",
-                "run the model without tensor parallelism there, or on CPUs",
-            )
         self._check_lengths(q_length, k_length, position, first_key)
         out = q.new_empty((batch, q_length, heads, head_dim))
         if out.numel() == 0:
@@ -175,6 +171,8 @@ class GpuKernels:
             "first_key": first_keys.data_ptr(),
             "position": positions.data_ptr(),
             "num_queries": q_length,
+            _FIRST_HEAD: first_kv_head,
+            "num_kv_heads": kv_heads,
             "write_lse": int(log_sum_exp is not None),
             "scale": scale,
             "global_scratch": 0,
@@ -189,11 +187,15 @@ class GpuKernels:
             values |= self._table("prefill", layer)
             if self._max_keys is not None:
                 out.fill_(torch.nan)
+            first_head = first_kv_head * heads // kv_heads
             for kernel in self._kernels["prefill", layer, q.dtype]:
+                own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
+                if not own:
+                    continue
                 # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one
                 # more.
                 lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
-                kernel.launch(lengths | {"query_heads": kernel.num_heads}, stream, values)
+                kernel.launch(lengths | {"query_heads": len(own)}, stream, values)
             return out
         splits = self._splits(batch * kv_heads, k_length)
         partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
@@ -279,6 +281,8 @@ def _check(entry: KernelEntry, where: str) -> None:
         if ARGUMENT_TYPES.get(argument.name) != argument.type:
             known = ", ".join(f"{name} {kind}" for name, kind in ARGUMENT_TYPES.items())
             raise PackageError(f"{where}.arguments", f"any of {known}", f"{argument.name} {argument.type}", _AGAIN)
+    if entry.phase != "reduce" and _FIRST_HEAD not in {argument.name for argument in entry.arguments}:
+        raise PackageError(f"{where}.arguments", f"{_FIRST_HEAD} among them", "none", _AGAIN)
     for precondition in entry.preconditions:
         if precondition not in PRECONDITIONS:
             raise PackageError(
@@ -326,7 +330,7 @@ def _load(
         )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
-    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, end - first)
+    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, range(first, end))
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:

@@ -33,7 +33,7 @@ def local_kv_heads(found: Sequence[tuple[str, torch.nn.Module]], shape: ModelSha
     A projection of queries, keys and values at once has its output gathered, so that each process holds all heads.
 
     Raises:
-        PatchError: the heads are not split equally, modules are split differently, or a GPU would have to run a part.
+        PatchError: the heads are not split equally, or modules are split differently.
     """
     splits = {name: _split_of(name, module, shape) for name, module in found}
     first, split = next(iter(splits.items()), ("", _Split(0, 1)))
@@ -76,14 +76,6 @@ def _split_of(name: str, module: torch.nn.Module, shape: ModelShape) -> _Split:
             f"{split.ranks} processes, so that a KV head is cut in two",
             f"start {_divisors(shape.num_key_value_heads)} processes",
         )
-    for weight in module.parameters():
-        if weight.device.type != "cpu":
-            raise PatchError(
-                name,
-                "weights on the CPU, whose kernels run any of a layer's heads",
-                f"a part of them on {weight.device}, whose kernels run all heads",
-                "load the model without a tensor-parallel plan there, or on CPUs",
-            )
     return split
 
 

@@ -41,6 +41,12 @@ def tensors(q_length: int, k_length: int, batch: int = 2) -> tuple[torch.Tensor,
     return q, k, v
 
 
+def second_kv_head(q_length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of the second KV head alone, as views of the whole's."""
+    q, k, v = tensors(q_length, k_length=700)
+    return q[:, HEADS // KV_HEADS :], k[:, 1:], v[:, 1:]
+
+
 def kernels(files: PackageFiles, backend: str, driver: Driver, device: int = 0, strict: bool = True) -> GpuKernels:
     return GpuKernels(files, Target.parse(TARGETS[backend]), device, PROCESSORS, strict, driver)
 

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 
@@ -25,7 +25,8 @@ class Call:
 
     q `[batch, length, heads, head_dim]`, as projections leave it; k and v `[batch, heads, length, head_dim]`; position
     and first_key int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all;
-    `table` is rows, plans and segments of a table that it reads.
+    `table` is rows, plans and segments of a table that it reads. The arrays hold the layer's KV heads from
+    `first_kv_head` on.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Call:
     scale: float
     heads: tuple[int, ...] = ()
     table: tuple[Array, ...] = ()
+    first_kv_head: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,23 @@ class DecodeCall:
     position: Array
     first_key: Array
     scale: float
+    first_kv_head: int = 0
+
+
+AnyCall = TypeVar("AnyCall", Call, DecodeCall)
+
+
+def part_of(call: AnyCall, kv_heads: range) -> AnyCall:
+    """The call for some of the KV heads that it holds, and for their query heads, alone."""
+    heads = query_heads(call, kv_heads)
+    q, k, v = call.q[:, :, heads], *(tensor[:, kv_heads.start : kv_heads.stop] for tensor in (call.k, call.v))
+    return replace(call, q=q, k=k, v=v, first_kv_head=call.first_kv_head + kv_heads.start)
+
+
+def query_heads(call: Call | DecodeCall, kv_heads: range) -> slice:
+    """The query heads of some of a call's KV heads."""
+    group = call.q.shape[2] // call.k.shape[1]
+    return slice(group * kv_heads.start, group * kv_heads.stop)
 
 
 @contextmanager
@@ -84,8 +103,10 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text back when it first runs a function
         kernel = _load(call.text, call.name, Path(folder))
-        first, end = call.heads or (0, heads)
-        kernel[(end - first, batch, -(-length // call.tile_rows) + 1)](
+        first_head = call.first_kv_head * heads // k.shape[1]
+        first, end = call.heads or (first_head, first_head + heads)
+        own = range(max(first, first_head), min(end, first_head + heads))
+        kernel[(len(own), batch, -(-length // call.tile_rows) + 1)](
             q,
             k,
             v,
@@ -97,6 +118,8 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
             *k.stride()[:3],
             *v.stride()[:3],
             length,
+            call.first_kv_head,
+            k.shape[1],
             int(write_lse),
             call.scale,
             *map(torch.from_numpy, call.table),
@@ -130,6 +153,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            call.first_kv_head,
             call.scale,
             torch.from_numpy(call.rows),
             torch.from_numpy(call.plans),

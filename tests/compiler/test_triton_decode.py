@@ -21,7 +21,7 @@ from surgeon.compiler.specialize import specialize
 from surgeon.compiler.stages import KernelSpec
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.target import Target
-from triton_interpreter import DecodeCall, interpreter, launch_decode
+from triton_interpreter import DecodeCall, interpreter, launch_decode, part_of, query_heads
 
 pytest.importorskip("triton")
 
@@ -148,6 +148,19 @@ def test_left_padding_and_queries_before_the_first_key(pool: Executor) -> None:
     out, lse = pool.submit(launch_decode, call, True).result()
     assert not out[2].any()
     assert (lse[2] == -np.inf).all()
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (6, 2), (12, 3)])
+def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads: int, num_kv_heads: int) -> None:
+    topology = mixed(num_heads, num_kv_heads, seed=num_heads)
+    call = make_call(topology, positions=[11 * BLOCK - 3, 5 * BLOCK + 3, 4], first_keys=[0, BLOCK + 9, 9])
+    check(pool, topology, call)
+    out, lse = pool.submit(launch_decode, call, True).result()
+    for own in (range(1), range(1, num_kv_heads)):
+        heads = query_heads(call, own)
+        part, part_lse = pool.submit(launch_decode, part_of(call, own), True).result()
+        np.testing.assert_array_equal(part, out[:, :, heads])
+        np.testing.assert_array_equal(part_lse, lse[:, heads])
 
 
 def test_rows_that_the_topology_refuses_are_nan(pool: Executor) -> None:

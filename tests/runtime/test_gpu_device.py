@@ -109,6 +109,15 @@ def test_positions_of_the_past(package: Package, topology: Topology) -> None:
     check(package, topology, q, k, v, position=[899, 64, 3], first_key=[5, 0, 9])
 
 
+@pytest.mark.parametrize("q_length", [1, 150])
+def test_a_part_of_the_kv_heads_is_the_whole_for_them(package: Package, topology: Topology, q_length: int) -> None:
+    q, k, v = tensors(topology, q_length, 900, torch.bfloat16)
+    first_key = torch.tensor([0, 77], device="cuda")
+    whole = package.attention(1, q, k, v, first_key=first_key)
+    part = package.part(range(1, 2)).attention(1, q[:, 4:], k[:, 1:], v[:, 1:], first_key=first_key)
+    torch.testing.assert_close(part, whole[:, :, 4:], rtol=2e-2, atol=2e-2)  # a part has more splits of its keys
+
+
 @pytest.mark.parametrize("q_length", [1, 200])
 def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topology, q_length: int) -> None:
     q, k, v = tensors(topology, q_length, 700, torch.bfloat16)

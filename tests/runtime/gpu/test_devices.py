@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpu_calls import LOADS, TARGETS, by_any_way, entry_of, launches, tensors, topology
+from gpu_calls import LOADS, TARGETS, arguments, by_any_way, entry_of, launches, second_kv_head, tensors, topology
 from gpu_standin import OnGpu, Standin, on_gpu
 from surgeon.compiler import compile_package
 from surgeon.runtime import load
@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 @by_any_way
 @pytest.mark.usefixtures("fake_gpu")
-def test_a_call_goes_where_its_tensors_are(folder: Path, backend: str, standin: Standin) -> None:
+def test_a_call_goes_where_its_tensors_are(folder: Path, files: PackageFiles, backend: str, standin: Standin) -> None:
     package = load(folder, strict=True, device="cuda")
     assert package.dtypes_on("cuda:0") == (torch.bfloat16,)
     assert [call for call in standin.log() if call["call"] in LOADS.values()]
@@ -30,6 +30,9 @@ def test_a_call_goes_where_its_tensors_are(folder: Path, backend: str, standin: 
     out = package.run(0, on_gpu(q), on_gpu(k), on_gpu(v), None, None, 1.0)
     assert isinstance(out, OnGpu)
     assert len(launches(standin)) == 1
+    package.part(range(1, 2)).run(0, *map(on_gpu, second_kv_head(5)), None, None, 1.0)
+    (part,) = launches(standin)
+    assert arguments(entry_of(files, backend), part)["first_kv_head"] == 1
     assert not package.attention(0, q, k, v).any()
     assert launches(standin) == []
 

@@ -19,6 +19,7 @@ from gpu_calls import (
     entry_of,
     kernels,
     launches,
+    second_kv_head,
     tensors,
     topology,
 )
@@ -29,7 +30,7 @@ from surgeon.compiler.decision_tree import num_leaves
 from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.runtime.drivers import Driver
-from surgeon.runtime.errors import PatchError, TargetError, TopologyError
+from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.package import PackageFiles, read_package
 
 pytest.importorskip("triton")
@@ -63,6 +64,8 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
         "v_head_stride": 400 * HEAD_DIM,
         "v_token_stride": HEAD_DIM,
         "num_queries": 150,
+        "first_kv_head": 0,
+        "num_kv_heads": KV_HEADS,
         "write_lse": 1,
         "scale": 0.125,
         "global_scratch": 0,
@@ -142,7 +145,34 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
         found = (ctypes.c_int32 * expected.size).from_address(int(first[f"table_{name}"]))
         assert list(found) == expected.flatten().tolist()
-    assert first["num_table_rows"] == table.rows.shape[1]
+    assert (first["num_table_rows"], first["first_kv_head"]) == (table.rows.shape[1], 0)
+
+
+def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = second_kv_head(q_length=150)
+    out = gpu.attend(1, q, k, v, None, None, 1.0, None, first_kv_head=1)
+    (launch,) = launches(standin)
+    assert launch["grid"][:2] == [HEADS // KV_HEADS, 2]
+    found = arguments(entry_of(files, backend), launch)
+    assert [found[name] for name in ("q", "k", "v", "out")] == [tensor.data_ptr() for tensor in (q, k, v, out)]
+    assert (found["first_kv_head"], found["num_kv_heads"], found["k_batch_stride"]) == (1, 1, k.stride(0))
+    assert out.shape == (2, 150, HEADS // KV_HEADS, HEAD_DIM)
+
+    gpu.attend(1, *second_kv_head(q_length=1), None, None, 1.0, None, first_kv_head=1)
+    decode, reduce = launches(standin)
+    splits = 2 * PROCESSORS // 2  # fewer heads leave each more of the device
+    assert decode["grid"] == [1, 2, splits]
+    assert reduce["grid"] == [HEADS // KV_HEADS, 2, 1]
+    found = arguments(entry_of(files, backend, "decode"), decode)
+    table = decode_table(schedule_layers(topology())[1])
+    rows = (ctypes.c_int32 * table.rows.size).from_address(int(found["table_rows"]))
+    assert list(rows) == table.rows.flatten().tolist()  # the whole's, of which the kernel takes its own
+    assert found["first_kv_head"] == 1
+    assert arguments(entry_of(files, backend, "reduce"), reduce)["num_splits"] == splits
 
 
 @by_any_way
@@ -161,6 +191,11 @@ def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
     assert [launch["grid"][:2] for launch in found] == [[1, 2]] * 4
     assert len({launch["function"] for launch in found}) == 4
     assert {arguments(entry_of(split, backend), launch)["out"] for launch in found} == {out.data_ptr()}
+
+    gpu.attend(1, *second_kv_head(q_length=5), None, None, 1.0, None, first_kv_head=1)
+    part = launches(standin)
+    assert [launch["function"] for launch in part] == [launch["function"] for launch in found[2:]]
+    assert [launch["grid"][:2] for launch in part] == [[1, 2]] * 2
 
 
 @pytest.mark.parametrize(("k_length", "splits"), [(1, 1), (129, 2), (100_000, 6)])
@@ -267,17 +302,6 @@ def test_nothing_is_launched_for_nothing(files: PackageFiles, backend: str, driv
 def test_fewer_keys_than_queries(files: PackageFiles, backend: str, driver: Driver) -> None:
     with pytest.raises(TopologyError, match=r"expected at most 3 queries, as keys, got 5"):
         kernels(files, backend, driver).attend(0, *tensors(5, 3), None, None, 1.0, None)
-
-
-@by_any_way
-def test_a_part_of_the_heads_is_refused(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
-    gpu = kernels(files, backend, driver)
-    standin.log()
-    q, k, v = tensors(2, 300)
-    kv_heads = k.shape[1]
-    with pytest.raises(TargetError, match=rf"expected all {kv_heads} KV heads of the layer.*got those from 1 to 1"):
-        gpu.attend(0, q[:, : HEADS // kv_heads], k[:, 1:2], v[:, 1:2], None, None, 1.0, None, first_kv_head=1)
-    assert standin.log() == []
 
 
 @by_any_way

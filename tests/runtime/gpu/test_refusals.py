@@ -35,6 +35,10 @@ def with_arguments(*arguments: Argument) -> Callable[[KernelEntry], KernelEntry]
 REFUSED = {
     "an unknown argument": (with_arguments(Argument("secret", "pointer")), r"arguments: .*got secret pointer"),
     "another type": (with_arguments(Argument("num_queries", "i64")), r"arguments: .*got num_queries i64"),
+    "no first head": (
+        with_arguments(Argument("q", "pointer")),
+        r"arguments: expected first_kv_head among them, got none; compile the package with this version",
+    ),
     "a struct": (with_arguments(Argument("q", "struct")), r"arguments: .*got q struct"),
     "a precondition": (
         lambda entry: dataclasses.replace(entry, preconditions=("q % 64 == 0",)),
