@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CELLS = 64  # a mask's rows and columns in the picture; longer sequences are drawn coarser
 _TREES = 12
+_LABELS = 24  # more blocks than these have no room for their numbers
 _COLOURS = ("#6b7280", "#1d4ed8", "#d97706")
 _DRAWN: dict[Any, Any] = {
     "axes.spines.right": False,
@@ -183,7 +184,7 @@ def _tree(index: int, tree: Dendrogram, cuts: Sequence[float]) -> Figure:
         axes.set_xlim(-1, tree.num_blocks)
         axes.set_ylim(0, 1.1 * top)
         axes.set(xlabel="blocks, in the tree's order", ylabel="height")
-        if tree.num_blocks <= _CELLS // 2:
+        if tree.num_blocks <= _LABELS:
             axes.set_xticks(range(tree.num_blocks), [str(block) for block in tree.leaf_order()], fontsize=6)
 
     title = f"Dendrogram {index}: {len(cuts)} heads, {len(cutting)} with a cut above 0"

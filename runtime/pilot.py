@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.errors import ModelError, PackageError
 from surgeon.runtime.estimates import Estimate, middle, ratio
 from surgeon.runtime.evaluation import Comparison, compare
 from surgeon.runtime.fingerprints import fingerprint
@@ -163,14 +163,17 @@ def _cells(retrievals: Sequence[tuple[Passkey, Retrieval]]) -> tuple[PasskeyCell
 
 @torch.inference_mode()
 def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
-    """Bytes that a cache holds once the sequence is read; None where no cache drops blocks, on a GPU."""
+    """Bytes that a cache holds once the sequence is read; None where no cache can drop blocks."""
     model = candidate.model
     if candidate.package is None:
         read = model(input_ids=sequence.to(model.device), use_cache=True, logits_to_keep=1)
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in read.past_key_values.layers)
     if model.device.type != "cpu":
         return None
-    cache = SurgeonCache(candidate.package)
+    try:
+        cache = SurgeonCache(candidate.package)
+    except PackageError:  # compiled by a version whose packages do not say when blocks may leave
+        return None
     model(input_ids=sequence, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache.kept_bytes()
 
