@@ -60,6 +60,12 @@ def _lines() -> Iterator[str]:
             f"| SmolLM2-135M, decoding behind {row['length']:,} tokens | {row['patched_tokens_s']:.1f} tokens/s, dense "
             f"{row['dense_tokens_s']:.1f}: {row['times']:.2f}x |"
         )
+    for row in _result("model-cache")["rows"]:
+        yield (
+            f"| SmolLM2-135M, {row['length']:,} tokens in a SurgeonCache | {row['kept_cache_mb']:.0f} MB of "
+            f"{row['full_cache_mb']:.0f}, {row['surgeon_cache_tokens_s']:.1f} tokens/s, dense "
+            f"{row['dense_tokens_s']:.1f}: {row['surgeon_cache_tokens_s'] / row['dense_tokens_s']:.2f}x |"
+        )
     short = _result("model-short")["rows"]
     yield f"| SmolLM2-135M, prompts of 64 to 2,048 tokens, worst of them | {_least(short, 'times'):.2f}x |"
     peers = _result("prefill-peers")["rows"]
