@@ -1,6 +1,7 @@
 """Calls the kernels of a CPU library: the other side of `call.h`."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import re
@@ -183,8 +184,14 @@ class CpuLibrary:
 
 def _positions(tensor: torch.Tensor | None, batch: int, default: int) -> "torch.Tensor | ctypes.Array[c_int64]":
     if tensor is None:
-        return (c_int64 * batch)(*[default] * batch)
+        return _integers(batch)(*[default] * batch)
     return tensor.to(torch.int64).contiguous()
+
+
+@functools.cache
+def _integers(count: int) -> "type[ctypes.Array[c_int64]]":
+    """ctypes makes array types anew, once nobody holds them, in more time than the rest of a call takes."""
+    return c_int64 * count
 
 
 def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | None) -> Exception:

@@ -1,12 +1,14 @@
 """What all tests share: golden files, the flag that rewrites them, and a cache of compiled parts."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("surgeon", deadline=None)  # other work may share the processor
+# No deadline: other work may share the processor. A check of a change tries what it tried before; others look further.
+settings.register_profile("surgeon", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("surgeon")
 
 GOLDEN = Path(__file__).parent / "golden"
