@@ -8,7 +8,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from surgeon.runtime import sites
-from surgeon.runtime.errors import PatchError, SurgeonError, shown
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.exporting import exported
 from surgeon.runtime.inputs import cache_slots
 
 
@@ -101,7 +102,7 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     step = ServingStep(model)
     config = model.config.get_text_config()
     any_size = torch.export.Dim.DYNAMIC
-    # 0 and 1 would be taken for constants, all other sizes for examples of any; no two inputs need agree by chance.
+    # Example sizes; no two inputs need agree by chance.
     batch, new, kept, capacity = 2, 3, 4, 7
     head_dim = cast(int, sites.find(model)[0][1].head_dim)
     shape = (batch, config.num_key_value_heads, capacity, head_dim)
@@ -114,21 +115,12 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            return torch.export.export(
-                step,
-                (*integers, keys, values),
-                dynamic_shapes=({0: any_size, 1: any_size}, {0: any_size}, {0: any_size}, dynamic, dynamic),
-                strict=False,
-            )
-    except SurgeonError:
-        raise
-    except Exception as error:  # torch.export fails with whatever the model's code runs into
-        raise PatchError(
-            "torch.export",
+        return exported(
+            step,
+            (*integers, keys, values),
+            ({0: any_size, 1: any_size}, {0: any_size}, {0: any_size}, dynamic, dynamic),
             "a model that can be traced with any batch, length and cache",
-            f"{type(error).__name__}: {shown(str(error), 200)}",
             "use the patched model itself",
-        ) from error
+        )
     finally:
         model.train(training)

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from surgeon.runtime.errors import PatchError, SurgeonError, shown
+from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.exporting import exported
 from surgeon.runtime.inputs import valid_keys
 from surgeon.runtime.loading import Package
 from surgeon.runtime.parallel import is_sharded
@@ -72,27 +73,16 @@ def _shadow(model: PreTrainedModel) -> PreTrainedModel:
 def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
     # Each input has its own sizes, so that the graph takes none from a mask that may not be given.
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    # 0 and 1 would be taken for constants, all other sizes for examples of any.
     example = torch.zeros((2, 3), dtype=torch.int64, device=model.device)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                _Logits(model),
-                (example, torch.ones_like(example)),
-                dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
-                strict=False,
-            )
-    except SurgeonError:
-        raise
-    except Exception as error:  # torch.export fails with whatever the model's code runs into
-        raise PatchError(
-            "torch.export",
-            "a model that can be traced with any batch and length",
-            f"{type(error).__name__}: {shown(str(error), 200)}",
-            "use patch(model, package), which needs no trace",
-        ) from error
-    exported = program.module()
-    graph = exported.graph
+    program = exported(
+        _Logits(model),
+        (example, torch.ones_like(example)),
+        {"input_ids": dynamic, "attention_mask": dynamic},
+        "a model that can be traced with any batch and length",
+        "use patch(model, package), which needs no trace",
+    )
+    whole = program.module()
+    graph = whole.graph
     for node in reversed(graph.nodes):
         # valid_keys checks the inputs, with better words; the other metadata follows from them.
         if node.target in ("_guards_fn", torch.ops.aten._assert_tensor_metadata.default):
@@ -107,7 +97,7 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
     graph.set_codegen(torch.fx.graph.CodeGen())  # a plain signature, in place of export's nested inputs and outputs
     for node in graph.find_nodes(op="get_attr"):
         node.target = node.target.removeprefix("model.")  # the wrapper's name
-    return torch.fx.GraphModule(exported.get_submodule("model"), graph, class_name=type(model).__name__)
+    return torch.fx.GraphModule(whole.get_submodule("model"), graph, class_name=type(model).__name__)
 
 
 def _check_sites(graph: torch.fx.GraphModule, package: Package, left: set[int]) -> None:
