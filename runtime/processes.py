@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from surgeon.runtime.parallel import is_sharded
+
+_joinings = count()
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def joined() -> Iterator[int]:
     """Joins the processes that torchrun or accelerate started, if any, and gives this one's number on its machine.
 
     The backend is gloo on CPUs and NCCL on GPUs, each process on a GPU of its own. A group that there is already is
-    used and left alone.
+    used and left alone. One process may join again and again, if all do.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -66,7 +70,11 @@ def joined() -> Iterator[int]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group()
+    # The processes exchange addresses in a store that outlives the group. Where a second group looks in the same place,
+    # it may find addresses of the first and wait for ever.
+    store, rank, processes = next(rendezvous("env://"))
+    store = distributed.PrefixStore(f"surgeon/{next(_joinings)}", store)  # type: ignore[attr-defined]  # public, unlisted
+    distributed.init_process_group(store=store, rank=rank, world_size=processes)
     try:
         yield local_rank
     finally:

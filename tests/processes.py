@@ -1,11 +1,14 @@
 """Runs a script in several processes that talk through torch.distributed, as torchrun starts them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+PATIENCE = 600
+"""Seconds after which processes that wait for one another are given up, of half a minute that they take."""
 
 
 def torchrun(script: Path, *arguments: str | Path, processes: int = 2) -> None:
@@ -13,7 +16,19 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(script), *map(str, arguments)], env=environment, cwd=TESTS, capture_output=True, text=True
+    started = subprocess.Popen(
+        [*command, str(script), *map(str, arguments)],
+        env=environment,
+        cwd=TESTS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    try:
+        output, _ = started.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # the processes too, which outlive their parent otherwise
+        output, _ = started.communicate()
+        raise AssertionError(f"{script.name} waits for ever; so far it said:\n{output[-8000:]}") from None
+    assert started.returncode == 0, output[-8000:]

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from time import sleep
 
 import torch
 from accelerate import PartialState
@@ -28,6 +29,10 @@ def main(out: Path) -> None:
         third = {index: (1 / 3 + index, -(10.0**-300)) for index in shared.own(5)}
         found["rows"] = shared.gather(third, 5, 2, dense.device)
     found["left"] = not distributed.is_initialized()
+    if shared.rank:
+        sleep(0.5)  # the other one is there first, and must not find where this one was
+    with joined():
+        found["again"] = processes_of(dense).gather({shared.rank: (shared.rank + 1.0,)}, 2, 1, dense.device)
     PartialState()  # as a script of accelerate's does
     with joined():
         found["perplexity by accelerate"] = perplexity(dense, sequences[:1])

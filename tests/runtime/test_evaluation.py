@@ -143,4 +143,5 @@ def test_two_processes_find_what_one_does(tmp_path: Path, sequences: list[torch.
         assert process["perplexity by accelerate"] == pytest.approx(perplexity(dense, sequences[:1]), rel=1e-6)
         assert process["rows"] == [[1 / 3 + index, -(10.0**-300)] for index in range(5)]
         assert process["left"]
+        assert process["again"] == [[1.0], [2.0]]
         assert process["still there"]
