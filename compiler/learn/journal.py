@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,7 +21,8 @@ class Journal:
     """Keeps the results of steps in a folder, by what they depend on; with no folder, in memory.
 
     A result is written beside its place and renamed into it, so a step that is interrupted leaves nothing. `computed`
-    and `found` count the steps that this run did, and those that had been done before.
+    and `found` count the steps that this run did, and those that had been done before; `found_seconds` is the CPU time
+    that the latter took when they were done.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -28,6 +30,7 @@ class Journal:
         self._seen: set[Path] = set()
         self._memory: dict[str, Tensors] = {}
         self.computed = self.found = 0
+        self.found_seconds = 0.0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -47,22 +50,33 @@ class Journal:
             return self._memory[text]
         file = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
         if file.exists():
-            self.found += file not in self._seen
+            tensors, seconds = self._read(file)
+            if file not in self._seen:
+                self.found += 1
+                self.found_seconds += seconds
             self._seen.add(file)
-            try:
-                return safetensors.torch.load_file(file)
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ModelError(
-                    str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
-                ) from None
+            return tensors
+        started = time.process_time()
         tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+        about = {"step": text, "cpu_seconds": str(time.process_time() - started)}
         self.computed += 1
         self._seen.add(file)
         handle, scratch = tempfile.mkstemp(dir=self._folder, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(safetensors.torch.save(tensors, {"step": text}))
+                stream.write(safetensors.torch.save(tensors, about))
             Path(scratch).replace(file)
         finally:
             Path(scratch).unlink(missing_ok=True)
         return tensors
+
+    def _read(self, file: Path) -> tuple[Tensors, float]:
+        try:
+            with safetensors.safe_open(file, "pt") as kept:
+                return {name: kept.get_tensor(name) for name in sorted(kept.keys())}, float(
+                    kept.metadata()["cpu_seconds"]
+                )
+        except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
+            ) from None

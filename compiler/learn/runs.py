@@ -87,7 +87,9 @@ class Runs:
         total = 0.0
         for number, tokens in enumerate(sequences):
             self._report(f"validating {what}", number, len(sequences))
-            found = self._once("validate", tokens, partial(self._divergence, pattern, tokens), **pattern.plain())
+            found = self._once(
+                "validate", tokens, partial(self._divergence, pattern, tokens, self._dense(tokens)), **pattern.plain()
+            )
             total += float(found["divergence"])
         return total / len(sequences)
 
@@ -96,7 +98,9 @@ class Runs:
         total = np.zeros(self._shape)
         for number, tokens in enumerate(sequences):
             self._report(f"refining {what}", number, len(sequences))
-            found = self._once("refine", tokens, partial(self._changes, pattern, tokens), **pattern.plain())
+            found = self._once(
+                "refine", tokens, partial(self._changes, pattern, tokens, self._dense(tokens)), **pattern.plain()
+            )
             total += found["changes"].numpy()
         return total
 
@@ -105,7 +109,9 @@ class Runs:
         total = np.zeros((*self._shape, self._grid.blocks))
         for number, tokens in enumerate(sequences):
             self._report("looking for clusters", number, len(sequences))
-            found = self._once("blocks", tokens, partial(self._block_changes, pattern, tokens), **pattern.plain())
+            found = self._once(
+                "blocks", tokens, partial(self._block_changes, pattern, tokens, self._dense(tokens)), **pattern.plain()
+            )
             total += found["changes"].numpy()
         return total
 
@@ -117,7 +123,7 @@ class Runs:
         described = [[[(cut.height, cut.tree.linkage) for cut in head] for head in layer] for layer in cuts]
         for number, tokens in enumerate(sequences):
             self._report("comparing clusters with windows", number, len(sequences))
-            compute = partial(self._cut_changes, pattern, cuts, tokens)
+            compute = partial(self._cut_changes, pattern, cuts, tokens, self._dense(tokens))
             found = self._once("cuts", tokens, compute, candidates=described, **pattern.plain())
             windows += found["windows"].numpy()
             added += found["cuts"].numpy()
@@ -149,31 +155,35 @@ class Runs:
         observe_dense(self._model, tokens, torch.Generator().manual_seed(seed), observe)
         return {"fisher": fisher, "error": error} | ({"missed": missed} if with_missed else {})
 
-    def _divergence(self, pattern: Pattern, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = sparse_divergence(self._model, tokens, self._dense(tokens), pattern.masks(self._grid))
+    def _divergence(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = sparse_divergence(self._model, tokens, dense, pattern.masks(self._grid))
         return {"divergence": torch.tensor(found, dtype=torch.float64)}
 
-    def _changes(self, pattern: Pattern, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
         changes = torch.zeros(self._shape, dtype=torch.float64)
 
         def observe(layer: Observation) -> None:
             changes[layer.layer] = responses(layer, self._patterns)[0]
 
-        observe_sparse(self._model, tokens, self._dense(tokens), pattern.masks(self._grid), observe)
+        observe_sparse(self._model, tokens, dense, pattern.masks(self._grid), observe)
         return {"changes": changes}
 
-    def _block_changes(self, pattern: Pattern, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _block_changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
         changes = torch.zeros((*self._shape, self._grid.blocks), dtype=torch.float64)
         masks = pattern.masks(self._grid)
 
         def observe(layer: Observation) -> None:
             changes[layer.layer] = block_responses(layer, masks[layer.layer])
 
-        observe_sparse(self._model, tokens, self._dense(tokens), masks, observe)
+        observe_sparse(self._model, tokens, dense, masks, observe)
         return {"changes": changes}
 
     def _cut_changes(
-        self, pattern: Pattern, cuts: Sequence[Sequence[Sequence[Cut]]], tokens: torch.Tensor
+        self,
+        pattern: Pattern,
+        cuts: Sequence[Sequence[Sequence[Cut]]],
+        tokens: torch.Tensor,
+        dense: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         windows = torch.zeros(self._shape, dtype=torch.float64)
         added = torch.zeros((*self._shape[:2], len(cuts[0][0])), dtype=torch.float64)
@@ -185,5 +195,5 @@ class Runs:
             windows[layer.layer] = responses(layer, self._patterns)[0]
             added[layer.layer] = responses(layer, candidates)[0]
 
-        observe_sparse(self._model, tokens, self._dense(tokens), masks, observe)
+        observe_sparse(self._model, tokens, dense, masks, observe)
         return {"windows": windows, "cuts": added}

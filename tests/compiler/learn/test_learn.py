@@ -96,7 +96,10 @@ def test_an_interrupted_run_continues_to_the_same_topology(tmp_path: Path, monke
 
     monkeypatch.setattr(runs, "observe_dense", None)  # all has been done: no pass is made again
     monkeypatch.setattr(runs, "sparse_divergence", None)
-    assert learn(tiny_llama(), texts(), REQUEST, EFFORT, work=tmp_path).sha256 == expected.sha256
+    again = learn(tiny_llama(), texts(), REQUEST, EFFORT, work=tmp_path)
+    assert again.sha256 == expected.sha256
+    steps = (found.provenance["steps"], again.provenance["steps"])
+    assert steps[1] == {"computed": 0, "found": sum(steps[0].values())}
 
 
 def test_steps_of_another_model_or_text_are_not_taken(tmp_path: Path) -> None:
