@@ -134,3 +134,8 @@ def _visible(topology: Topology, layer: int, causal: torch.Tensor) -> torch.Tens
     blocks = torch.from_numpy(topology.block_mask(layer, int(query_block.max()) + 1))
     seen = blocks[:, query_block][:, :, key_block.clamp(max=blocks.shape[2] - 1)]
     return (seen & causal)[None]
+
+
+def attributes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """What every module of a model holds, by the module's name: equal before and after what leaves it alone."""
+    return {name: dict(vars(module)) for name, module in model.named_modules()}

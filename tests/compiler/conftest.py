@@ -1,5 +1,6 @@
-"""What the tests of commands that read a model share: a tiny one with texts, on disk."""
+"""What the tests of commands share, on disk: a topology, and a tiny model with texts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+import topologies
 from models import VOCABULARY, tiny_llama, tokens
 
 
@@ -23,3 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(map(str, tokens(1, 1024, seed)[0].tolist()))
         (folder / f"{name}.txt").write_text(text)
     return folder
+
+
+@pytest.fixture
+def topology_file(tmp_path: Path) -> Path:
+    file = tmp_path / "topology.json"
+    file.write_text(
+        json.dumps(
+            topologies.document([[topologies.DENSE, topologies.head()]], [{"linkage": [[0, 1, 1.0, 2]]}], num_blocks=2)
+        )
+    )
+    return file

@@ -1,11 +1,12 @@
-"""Packages of the tiny model, compiled once for all tests."""
+"""What the tests of the runtime share: the tiny model, and packages for it that are compiled once."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from models import Compiled, collapsed_topologies, sparse_topology
+from models import Compiled, collapsed_topologies, sparse_topology, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.runtime import load
 
@@ -28,3 +29,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_gradients(one_thread: None) -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return tiny_llama()

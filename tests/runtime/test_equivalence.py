@@ -4,7 +4,6 @@ In the sense of what Transformers checks of its own attentions and caches, model
 """
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,9 @@ from transformers.cache_utils import Cache
 from models import Compiled, padded, tiny_llama, tokens
 from surgeon.runtime import patch, unpatch
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(one_thread: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=["dense", "one cluster"])

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +15,12 @@ from surgeon.compiler import Topology, compile_package
 from surgeon.runtime import Package, SurgeonCache, load, masks, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 LENGTHS = (70, 41, 5)  # in blocks of 16: beyond the topology's four, in the middle of a block, shorter than one
 TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10
 
 Compile = Callable[[Topology], Package]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(one_thread: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,9 @@ from models import VOCABULARY, Compiled, masked_model, padded, tiny_config, tiny
 from surgeon.runtime import patch
 from surgeon.runtime.errors import PatchError
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 LENGTHS = (50, 33, 3)  # with the new tokens: beyond the topology's 64, and from the middle of a block
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(one_thread: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,10 @@ from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.kv_cache import PagedLayer
 from topologies import window_topology
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 BLOCK = SHAPE["block_size"]
 WINDOWS = (2, 1, 1, 3)  # blocks, of the four heads; those of a KV head are two neighbours
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(one_thread: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def model() -> LlamaForCausalLM:
-    return tiny_llama()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A traced model is one graph with one kernel an attention site, and the model is left alone."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +12,9 @@ from models import Compiled, masked_model, padded, tiny_config, tiny_llama, toke
 from surgeon.runtime import fingerprint, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10; two orders of summation differ by 3e-5
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(one_thread: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")
