@@ -153,6 +153,10 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "What has been compiled is kept in ~/.cache/surgeon/compiled, or below $SURGEON_CACHE, and not compiled again."
+        " It takes 1 GB at most, or what $SURGEON_CACHE_SIZE says: 500M, 2G, or 0 for no limit."
+    )
     parser.add_argument("--jobs", type=_positive, metavar="N", help="compilers at once; default: one a processor")
 
 

@@ -1,10 +1,13 @@
 """Folders and files that appear whole or not at all: written beside their place and renamed into it."""
 
+import contextlib
 import ctypes
+import fcntl
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from surgeon.runtime.errors import PackageError
@@ -34,30 +37,69 @@ def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> 
 def write(out: Path, files: Mapping[str, bytes]) -> None:
     """Writes files, by their paths with forward slashes, to a folder beside `out` and renames it into place.
 
-    What stood there before goes only then.
+    What stood there before goes only then, and what writers that were killed left beside it goes first.
     """
     place = out.resolve()  # a name for the folder beside it, also where `out` ends in ".."
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
-    try:
+    _remove_abandoned(place)
+    with _folder_beside(place) as temporary:
         temporary.chmod(0o755)
         for path, data in files.items():
             _write_durably(temporary / path, data)
         _put_in_place(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_file(file: Path, text: str) -> None:
-    """Writes a text in UTF-8 beside `file` and renames it into place."""
+def write_file(file: Path, content: str | bytes) -> None:
+    """Writes bytes, or a text in UTF-8, beside `file` and renames it into place."""
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
         Path(scratch).chmod(0o644)
         Path(scratch).replace(file)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _folder_beside(place: Path) -> Iterator[Path]:
+    """A folder for what will stand at `place`, locked as long as its writer lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
+        with _locked(folder, fcntl.LOCK_EX):
+            if not folder.exists():  # another process saw it before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Removes folders that were made beside `place` for it and that no living process holds."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.\w{{8}}\.partial")  # as tempfile names them
+    for folder in [path for path in place.parent.iterdir() if name.fullmatch(path.name)]:
+        with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
+            if locked:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, mode: int) -> Iterator[bool]:
+    """Holds a lock on a folder, which its process loses however it dies; yields whether it could be had.
+
+    A file system without such locks gives none, and nothing is taken for abandoned there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, mode)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -109,8 +109,9 @@ def test_a_compile_killed_at_any_step_leaves_a_whole_package(
     assert found == [before] * swapped + [after] * (len(found) - swapped)
     assert swapped >= 6, "a folder and at least five files come before the swap"
     assert len(found) - swapped > replaces, "the old package was never seen to be removed after the swap"
-    # Every run but the last died and left its work beside the package; the last one was not disturbed by that.
+    # Every run but the last died and left its work beside the package; the last one has removed that.
     assert load(out).id == after
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels"]
 
 
 def test_a_compile_killed_while_compilers_run_leaves_the_old_package(workshop: Workshop, tmp_path: Path) -> None:
