@@ -1,6 +1,7 @@
 """What argparse must know of each command, and the kinds of values that the arguments take."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
+    parser.add_argument(
+        "--device-map",
+        type=_device_map,
+        metavar="MAP",
+        help="where the model goes, as from_pretrained takes it: auto, a device, or a JSON object; default: the CPU,"
+        " or for a pilot where the package runs",
+    )
     parser.add_argument(
         "--text", action="append", required=True, type=_path, metavar="FILE", help="UTF-8 text; repeatable"
     )
@@ -77,6 +85,9 @@ def learn_arguments(parser: argparse.ArgumentParser) -> None:
         help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
     )
     parser.add_argument("--steps", type=_positive, default=60, metavar="N", help="steps of ultrametric; default: 60")
+    parser.add_argument(
+        "--batch", type=_positive, default=1, metavar="N", help="sequences of a step of ultrametric; default: 1"
+    )
     parser.add_argument(
         "--arity", type=int, choices=(2, 3, 5, 7), default=2, help="of ultrametric's digits; default: 2"
     )
@@ -194,6 +205,20 @@ def _ratio(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
+
+
+def _device_map(text: str) -> str | dict[str, str | int]:
+    if not text.startswith("{"):
+        return text
+    try:
+        places: dict[str, str | int] = json.loads(text)
+    except (ValueError, RecursionError):
+        places = {}
+    if not places or not all(isinstance(place, str | int) for place in places.values()):
+        raise argparse.ArgumentTypeError(
+            f"expected a name, or a JSON object with a device for each module, got {text!r}"
+        )
+    return places
 
 
 def _path(text: str) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from surgeon.compiler.commands import COMMANDS, COMPILE, Command, Outcome
+from surgeon.compiler.first import is_first, let_the_first_speak
 from surgeon.runtime.errors import BuildError, SurgeonError
 
 DONE = 0
@@ -76,7 +77,10 @@ def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
 def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         outcome = _outcome(parser, argv)
-        return _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
+        status = _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
+        if status != DONE:
+            let_the_first_speak()
+        return status
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
     except BuildError as error:
@@ -98,6 +102,8 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Out
 
 
 def _show(lines: Iterable[str]) -> int:
+    if not is_first():
+        return DONE
     text = "".join(f"{_printable(line)}\n" for line in lines)
     if sys.stdout is None:  # started with standard output closed
         return DONE
@@ -119,6 +125,7 @@ def _abandon_stdout() -> None:
 
 
 def _report(message: str, status: int) -> int:
+    let_the_first_speak()
     with contextlib.suppress(OSError):  # nobody listens: the status still tells
         if sys.stderr is not None:
             print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.first import is_first
 from surgeon.compiler.folders import write_file
 from surgeon.compiler.learn.models import read_checkpoint
 from surgeon.compiler.learn.text import TokenText, read_text
@@ -23,7 +25,7 @@ from surgeon.compiler.learn.windows import causal_pairs, uniform_windows
 from surgeon.compiler.packaged import packaged_topology
 from surgeon.compiler.pilot_table import pilot_lines
 from surgeon.compiler.pipeline import compile_package
-from surgeon.compiler.progress import Progress, progress_bar
+from surgeon.compiler.progress import Progress, progress_bar, quiet_unless_watched
 from surgeon.compiler.topology import SparseHead, Topology
 from surgeon.runtime.errors import ModelError, PilotError
 from surgeon.runtime.fingerprints import fingerprint
@@ -33,6 +35,7 @@ from surgeon.runtime.passkeys import passkeys
 from surgeon.runtime.patching import patch
 from surgeon.runtime.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.pilot_results import AgainstDense, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.processes import joined, processes_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,11 +51,11 @@ def run(arguments: argparse.Namespace) -> tuple[Iterable[str], bool]:
     out: Path = arguments.out
     if not out.parent.is_dir():  # said now, not after minutes
         raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
-    if not (sys.stderr and sys.stderr.isatty()):
-        transformers.utils.logging.disable_progress_bar()
-    with progress_bar() as progress:
+    quiet_unless_watched()
+    with joined(), progress_bar() as progress:
         pilot = _pilot(arguments, progress)
-    write_file(out, pilot.to_json())
+    if is_first():
+        write_file(out, pilot.to_json())
     if arguments.json:
         return (" ".join(pilot.to_json().split("\n")),), pilot.passed
     encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
@@ -123,8 +126,9 @@ def _pilot(arguments: argparse.Namespace, progress: Progress | None) -> Pilot:
     device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
     dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
     length: int = arguments.length or topology.num_blocks * topology.block_size
-    dense, tokenizer = read_checkpoint(arguments.model, _DTYPES[dtype])
-    dense.eval().to(device)
+    dense, tokenizer = read_checkpoint(arguments.model, _DTYPES[dtype], arguments.device_map)
+    if arguments.device_map is None:
+        dense.eval().to(device)
     _check_length(dense, length)
     patched = twin(dense)
     patch(patched, package)
@@ -161,9 +165,9 @@ def _window_candidate(
     targets = package.manifest.targets
     chosen = ("cpu",) if "cpu" in targets else targets
     folder = cache_folder() / "kernels" / f"window-{baseline.sha256[:16]}-{dtype}"
-    compile_package(baseline, folder, targets=chosen, dtypes=(dtype,), progress=progress)
+    made = partial(compile_package, baseline, folder, targets=chosen, dtypes=(dtype,), progress=progress)
     model = twin(dense)
-    compiled = load(folder)
+    compiled = load(processes_of(dense).first(made))
     patch(model, compiled)
     return Candidate("window", model, compiled, density_at(baseline, length))
 

@@ -1,8 +1,10 @@
-"""The progress bar of long work: on standard error, and only where that is a terminal."""
+"""The progress bar of long work: on standard error, of one process, and only where that is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from surgeon.compiler.first import is_first
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of its parts are done, and how many there are."""
@@ -10,8 +12,8 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """One bar that shows the step reported last and vanishes at the end; None where standard error is no terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    """One bar that shows the step reported last and vanishes at the end; None where nobody would see it."""
+    if not _is_watched():
         yield None
         return
     # Rich takes a tenth of a second to load, which a run without a terminal need not pay.
@@ -24,3 +26,15 @@ def progress_bar() -> Iterator[Progress | None]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+
+
+def quiet_unless_watched() -> None:
+    """Keeps Transformers' own progress bars out of files and pipes, and to one process."""
+    if not _is_watched():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _is_watched() -> bool:
+    return is_first() and sys.stderr is not None and sys.stderr.isatty()

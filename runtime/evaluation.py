@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import ModelError
 from surgeon.runtime.estimates import Estimate, exponential, ratio
+from surgeon.runtime.placement import entry_device
 from surgeon.runtime.processes import Processes, processes_of
 
 _LOGITS = 2**24  # made at a time, 64 MB of them
@@ -90,7 +91,7 @@ def perplexity(model: PreTrainedModel, sequences: Sequence[torch.Tensor], proces
     """
     shared = _prepared(model, sequences, processes)
     rows = {item: (_loss_sum(model, sequences[item]),) for item in shared.own(len(sequences))}
-    losses = shared.gather(rows, len(sequences), 1, model.device)
+    losses = shared.gather(rows, len(sequences), 1)
     tokens = sum(sequence.shape[1] - 1 for sequence in sequences)
     return math.exp(math.fsum(loss for (loss,) in losses) / tokens)
 
@@ -106,7 +107,7 @@ def compare(
     _check(patched, sequences)
     shared = _prepared(dense, sequences, processes)
     rows = {item: astuple(_departure(dense, patched, sequences[item])) for item in shared.own(len(sequences))}
-    found = shared.gather(rows, len(sequences), len(fields(Departure)), dense.device)
+    found = shared.gather(rows, len(sequences), len(fields(Departure)))
     return Comparison(tuple(_from_row(*row) for row in found))
 
 
@@ -187,11 +188,12 @@ def _states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     kept = []
     hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output[0]))
     try:
-        logits = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1).logits
+        logits = model(input_ids=tokens.to(entry_device(model)), use_cache=False, logits_to_keep=1).logits
     finally:
         hook.remove()
     states: torch.Tensor = kept[0][0]
-    if not torch.allclose(_logits(model, states[-1:]), logits[0].float(), rtol=0.05, atol=0.05):
+    last = _logits(model, states[-1:])
+    if not torch.allclose(last, logits[0].float().to(last.device), rtol=0.05, atol=0.05):
         raise ModelError(
             type(model).__name__,
             "logits that are the output embedding of the last hidden state, scaled or capped as the config says",

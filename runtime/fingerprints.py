@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch.distributed.tensor import DTensor
 
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.placement import fetched
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -15,7 +15,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     their names: `name dtype shape digest` and a line feed. dtype is PyTorch's name without "torch.", shape is the
     sizes joined by "x" (empty for a scalar), digest the SHA-256 of the elements' bytes in row-major order, as a
     little-endian machine has them. Strides, device and requires_grad do not count, nor do buffers. A traced model has
-    the fingerprint of its model, and so has one that is sharded over processes, each of which must call this.
+    the fingerprint of its model, and so has one that is offloaded, or sharded over processes, each of which must call
+    this.
 
     Raises:
         ModelError: a parameter is not in memory (the meta device).
@@ -23,10 +24,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     digests: dict[int, str] = {}  # tied parameters are one tensor, which is hashed once
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta:
-            raise ModelError(name, "a parameter in memory", "one on the meta device", "load the model's weights first")
         if id(parameter) not in digests:
-            digests[id(parameter)] = _digest(parameter)
+            digests[id(parameter)] = _digest(fetched(model, name) if parameter.is_meta else parameter)
         dtype = str(parameter.dtype).removeprefix("torch.")
         shape = "x".join(map(str, parameter.shape))
         total.update(f"{name} {dtype} {shape} {digests[id(parameter)]}\n".encode())

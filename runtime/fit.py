@@ -10,6 +10,7 @@ from surgeon.runtime.errors import PatchError, TargetError, shown
 from surgeon.runtime.fingerprints import fingerprint
 from surgeon.runtime.loading import Package
 from surgeon.runtime.manifest import ModelShape
+from surgeon.runtime.placement import running_device
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,17 @@ def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, sh
 
 def _check_kernels(model: PreTrainedModel, package: Package, left: set[int]) -> None:
     for name, module in sites.find(model):
-        for weight in () if sites.layer_of(module) in left else module.parameters():
-            if weight.device.type not in ("cpu", "cuda"):
+        for path, weight in () if sites.layer_of(module) in left else module.named_parameters():
+            device = running_device(module.get_submodule(path.rpartition(".")[0]))
+            if device.type not in ("cpu", "cuda"):
                 raise PatchError(
-                    name, "weights on the CPU or a GPU", str(weight.device), 'call model.to("cpu"), or load the weights'
+                    name, "weights on the CPU or a GPU", str(device), 'call model.to("cpu"), or load the weights'
                 )
             try:
-                dtypes = set(package.dtypes_on(weight.device))
+                dtypes = set(package.dtypes_on(device))
             except TargetError as error:
                 raise PatchError(
-                    f"{name} on {weight.device}", error.expected, error.got, f"move the model, or {error.remedy}"
+                    f"{name} on {device}", error.expected, error.got, f"move the model, or {error.remedy}"
                 ) from error
             if not package.strict and torch.float32 in dtypes:
                 dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and says so

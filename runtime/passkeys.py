@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.runtime.errors import ModelError
+from surgeon.runtime.placement import entry_device
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NUMBERS = range(10_000, 100_000)
@@ -74,7 +75,8 @@ def passkeys(
 def retrieve(model: PreTrainedModel, task: Passkey) -> Retrieval:
     """Asks a model for one number."""
     count = len(task.answer)
-    ids, answer = torch.cat([task.prompt, task.answer])[None].to(model.device), task.answer.to(model.device)
+    device = entry_device(model)
+    ids, answer = torch.cat([task.prompt, task.answer])[None].to(device), task.answer.to(device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[0, -count - 1 : -1].float()
     right = torch.log_softmax(logits, dim=-1).gather(1, answer[:, None])
     return Retrieval(bool((logits.argmax(dim=-1) == answer).all()), float(right.double().mean()))

@@ -19,7 +19,8 @@ from surgeon.runtime.kv_cache import SurgeonCache
 from surgeon.runtime.loading import Package
 from surgeon.runtime.passkeys import Passkey, Retrieval, retrieve
 from surgeon.runtime.pilot_results import AgainstDense, Column, PasskeyCell
-from surgeon.runtime.processes import processes_of
+from surgeon.runtime.placement import entry_device, weight_stores
+from surgeon.runtime.processes import Processes, processes_of
 from surgeon.runtime.speed import Speed, measure_speed
 
 Progress = Callable[[str, int, int], None]
@@ -38,7 +39,7 @@ class Candidate:
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that has its own config and modules and shares the weights: one of the two may be patched."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers(), *weight_stores(model))}
     return copy.deepcopy(model, shared)
 
 
@@ -51,28 +52,34 @@ def run_pilot(
 ) -> tuple[Column, ...]:
     """Measures all candidates, the dense model first, on the same token ids `[1, length]`, all of one length.
 
-    Where torch.distributed has several processes, they share sequences and passkeys; each measures its own speed.
+    Where torch.distributed has several processes, they share sequences and passkeys; the first measures the rest alone,
+    so that speed is that of a machine without other work, and all return what it found.
 
     Raises:
         ModelError: a model is in training mode, or its figures are not finite.
     """
     dense, *others = candidates
+    processes = processes_of(dense.model)
     report = progress or _silent
     comparisons = []
     for index, other in enumerate(others):
         report(f"quality: {other.name}", index, len(others))
-        comparisons.append(compare(dense.model, other.model, sequences))
+        comparisons.append(compare(dense.model, other.model, sequences, processes))
         _check_finite(other, comparisons[-1])
-    retrievals = _retrievals(candidates, passkeys, report)
-    steps = min(_STEPS, sequences[0].shape[1] // 2)
-    speeds = measure_speed({each.name: each.model for each in candidates}, sequences, steps, rounds, progress)
-    columns = []
-    for index, candidate in enumerate(candidates):
-        report("cache and weights", index, len(candidates))
-        found = comparisons[index - 1] if index else None
-        kept = _kept_bytes(candidate, sequences[0])
-        columns.append(_column(candidate, comparisons[0], found, retrievals[index], speeds, kept, dense.name))
-    return tuple(columns)
+    retrievals = _retrievals(candidates, passkeys, processes, report)
+
+    def measured() -> tuple[Column, ...]:
+        steps = min(_STEPS, sequences[0].shape[1] // 2)
+        speeds = measure_speed({each.name: each.model for each in candidates}, sequences, steps, rounds, progress)
+        columns = []
+        for index, candidate in enumerate(candidates):
+            report("cache and weights", index, len(candidates))
+            found = comparisons[index - 1] if index else None
+            kept = _kept_bytes(candidate, sequences[0])
+            columns.append(_column(candidate, comparisons[0], found, retrievals[index], speeds, kept, dense.name))
+        return tuple(columns)
+
+    return processes.first(measured)
 
 
 def _column(
@@ -127,10 +134,9 @@ def _speedup(dense: Sequence[float], other: Sequence[float]) -> Estimate:
 
 
 def _retrievals(
-    candidates: Sequence[Candidate], passkeys: Sequence[Passkey], report: Progress
+    candidates: Sequence[Candidate], passkeys: Sequence[Passkey], processes: Processes, report: Progress
 ) -> list[list[tuple[Passkey, Retrieval]]]:
     """For each candidate, every task with what came of it."""
-    processes = processes_of(candidates[0].model)
     rows = {}
     for item in processes.own(len(passkeys)):
         report("passkeys", item, len(passkeys))
@@ -138,7 +144,7 @@ def _retrievals(
         rows[item] = [number for answer in answers for number in (float(answer.found), answer.log_probability)]
     if not passkeys:
         return [[] for _ in candidates]
-    table = processes.gather(rows, len(passkeys), 2 * len(candidates), candidates[0].model.device)
+    table = processes.gather(rows, len(passkeys), 2 * len(candidates))
     return [
         [(task, Retrieval(bool(row[2 * index]), row[2 * index + 1])) for task, row in zip(passkeys, table, strict=True)]
         for index in range(len(candidates))
@@ -164,11 +170,11 @@ def _cells(retrievals: Sequence[tuple[Passkey, Retrieval]]) -> tuple[PasskeyCell
 @torch.inference_mode()
 def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
     """Bytes that a cache holds once the sequence is read; None where no cache can drop blocks."""
-    model = candidate.model
+    model, device = candidate.model, entry_device(candidate.model)
     if candidate.package is None:
-        read = model(input_ids=sequence.to(model.device), use_cache=True, logits_to_keep=1)
+        read = model(input_ids=sequence.to(device), use_cache=True, logits_to_keep=1)
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in read.past_key_values.layers)
-    if model.device.type != "cpu":
+    if device.type != "cpu":
         return None
     try:
         cache = SurgeonCache(candidate.package)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from surgeon.runtime.placement import entry_device
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -36,7 +38,7 @@ def measure_speed(
     """
     peaks = {}
     for name, model in models.items():
-        peaks[name] = _peak_bytes(model.device, lambda model=model: _read(model, sequences[0], steps))  # type: ignore[misc]
+        peaks[name] = _peak_bytes(model, lambda model=model: _read(model, sequences[0], steps))  # type: ignore[misc]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     order = list(models)
     for done in range(rounds):
@@ -54,14 +56,15 @@ def measure_speed(
 @torch.inference_mode()
 def _read(model: PreTrainedModel, sequence: torch.Tensor, steps: int) -> tuple[float, float]:
     """Seconds to the first token, and a decoded token."""
-    tokens = sequence.to(model.device)
+    device = entry_device(model)
+    tokens = sequence.to(device)
     prompt = tokens.shape[1] - steps
-    started = _now(model.device)
+    started = _now(device)
     cache: Any = model(input_ids=tokens[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
-    first = _now(model.device)
+    first = _now(device)
     for position in range(prompt, prompt + steps):
         model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-    return first - started, (_now(model.device) - first) / steps
+    return first - started, (_now(device) - first) / steps
 
 
 def _now(device: torch.device) -> float:
@@ -70,12 +73,14 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
-    """The most memory in use during a call: torch's on a GPU, else what the process has resident, all of it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _peak_bytes(model: PreTrainedModel, call: Callable[[], object]) -> int | None:
+    """The most memory in use during a call: torch's on the model's GPUs, else what the process has resident."""
+    devices = {entry_device(model), *(parameter.device for parameter in model.parameters())}
+    if gpus := [device for device in devices if device.type == "cuda"]:
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
         call()
-        return torch.cuda.max_memory_allocated(device)
+        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # or what the model before has freed counts for this one

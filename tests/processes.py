@@ -11,8 +11,11 @@ PATIENCE = 600
 """Seconds after which processes that wait for one another are given up, of half a minute that they take."""
 
 
-def torchrun(script: Path, *arguments: str | Path, processes: int = 2) -> None:
-    """Runs a script of the tests on each of so many processes, which may import what tests import."""
+def torchrun(script: Path, *arguments: str | Path, processes: int = 2, fails: bool = False) -> str:
+    """Runs a script of the tests on each of so many processes, which may import what tests import.
+
+    Returns what all of them and torchrun said, once they have ended as they should.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -31,4 +34,5 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2) -> None:
         os.killpg(started.pid, signal.SIGKILL)  # the processes too, which outlive their parent otherwise
         output, _ = started.communicate()
         raise AssertionError(f"{script.name} waits for ever; so far it said:\n{output[-8000:]}") from None
-    assert started.returncode == 0, output[-8000:]
+    assert (started.returncode != 0) == fails, output[-8000:]
+    return output

@@ -71,11 +71,7 @@ def assess(
     divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
     with frozen(model):
         runs = Runs(model, grid, Journal(work), {"weights": fingerprint(model)}, progress)
-        each = []
-        for number, tokens in enumerate(divided.calibrate):
-            if progress is not None:
-                progress("measuring what each window costs", number, len(divided.calibrate))
-            each.append(runs.assess(tokens, seed))
+        each = runs.assess(divided.calibrate, seed)
         measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from surgeon.compiler.learn.assess import Assessment, assess
-from surgeon.compiler.learn.command import quiet_without_terminal
 from surgeon.compiler.learn.learn import blocks_of
 from surgeon.compiler.learn.models import read_model
 from surgeon.compiler.learn.pattern import Grid
 from surgeon.compiler.learn.text import read_text
-from surgeon.compiler.progress import progress_bar
+from surgeon.compiler.progress import progress_bar, quiet_unless_watched
+from surgeon.runtime.processes import joined
 
 
 def run(arguments: argparse.Namespace) -> Iterable[str]:
@@ -24,11 +24,12 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         TopologyError: a length or density cannot be had.
     """
     grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
-    quiet_without_terminal()
-    model, tokenizer = read_model(arguments.model)
-    texts = [read_text(path, tokenizer) for path in arguments.text]
-    with progress_bar() as progress:
-        found = assess(model, texts, grid, arguments.seed, arguments.work, progress)
+    quiet_unless_watched()
+    with joined():
+        model, tokenizer = read_model(arguments.model, arguments.device_map)
+        texts = [read_text(path, tokenizer) for path in arguments.text]
+        with progress_bar() as progress:
+            found = assess(model, texts, grid, arguments.seed, arguments.work, progress)
     return (json.dumps(dataclasses.asdict(found)),) if arguments.json else tuple(picture(found))
 
 

@@ -3,21 +3,20 @@
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import transformers
-
+from surgeon.compiler.first import is_first
 from surgeon.compiler.learn.descent import Schedule
 from surgeon.compiler.learn.emit import mean_density, write_topology
 from surgeon.compiler.learn.learn import Request, learn
 from surgeon.compiler.learn.models import read_model
 from surgeon.compiler.learn.text import read_text
-from surgeon.compiler.progress import progress_bar
+from surgeon.compiler.progress import progress_bar, quiet_unless_watched
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.processes import joined
 
 
 def run(arguments: argparse.Namespace) -> Iterable[str]:
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         seed=arguments.seed,
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
-        schedule=Schedule(steps=arguments.steps, arity=arguments.arity),
+        schedule=Schedule(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
     # Before the work and not after it: that it cannot be written.
@@ -44,21 +43,17 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
     if out.is_dir():
         raise TopologyError(str(out), "a file to write", "a folder", "name a file, for instance topology.json")
     work: Path = arguments.work or out.with_name(out.name + ".steps")
-    quiet_without_terminal()
-    model, tokenizer = read_model(arguments.model)
-    texts = [read_text(path, tokenizer) for path in arguments.text]
-    with progress_bar() as progress:
-        topology = learn(model, texts, request, work=work, progress=progress)
-    write_topology(topology, out)
-    if arguments.work is None:
-        shutil.rmtree(work, ignore_errors=True)
+    quiet_unless_watched()
+    with joined():
+        model, tokenizer = read_model(arguments.model, arguments.device_map)
+        texts = [read_text(path, tokenizer) for path in arguments.text]
+        with progress_bar() as progress:
+            topology = learn(model, texts, request, work=work, progress=progress)
+    if is_first():
+        write_topology(topology, out)
+        if arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
     return _lines(topology, out, time.perf_counter() - started, arguments.json)
-
-
-def quiet_without_terminal() -> None:
-    """Keeps Transformers' progress bars out of files and pipes."""
-    if not (sys.stderr and sys.stderr.isatty()):
-        transformers.utils.logging.disable_progress_bar()
 
 
 def _lines(topology: Topology, out: Path, seconds: float, as_json: bool) -> Iterable[str]:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from surgeon.compiler.learn.masked import masked_attention
 from surgeon.compiler.learn.sparse import block_sparse_attention
+from surgeon.runtime.placement import entry_device, is_offloaded
 
 _IMPLEMENTATION = "surgeon_learning"
 _ATTRIBUTE = "_surgeon_learning"
@@ -50,9 +51,9 @@ class _Task:
 
 
 def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's last hidden states of one sequence `[1, length]`: `[length, hidden]`."""
+    """The dense model's last hidden states of one sequence `[1, length]`: `[length, hidden]`, on the CPU."""
     with torch.inference_mode(), _attending(model, None, None):
-        return _states(model, tokens).clone()
+        return _states(model, tokens).clone().cpu()
 
 
 def sparse_divergence(
@@ -100,21 +101,18 @@ def observe_sparse(
 
 
 def pull_masks(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    dense: torch.Tensor,
-    masks: Sequence[torch.Tensor],
-    penalty: torch.Tensor,
-) -> float:
-    """Adds the gradient of mean divergence plus `penalty` to what the masks were made from; returns the divergence.
+    model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, masks: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The mean divergence and its gradient with respect to the masks.
 
-    `masks` hold numbers of 0 to 1 `[heads, blocks, blocks]` for each layer, otherwise as for `sparse_divergence`.
+    `masks` hold numbers of 0 to 1, `[layers, heads, blocks, blocks]`; otherwise as for `sparse_divergence`.
     """
-    with _attending(model, masks, None), _bounded(model, tokens.shape[1]):
+    varied = masks.detach().requires_grad_()
+    with _attending(model, varied.unbind(), None), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens)
         total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
-        torch.autograd.backward([states, penalty], [gradient / tokens.shape[1], torch.ones_like(penalty)])
-    return total / tokens.shape[1]
+        (pull,) = torch.autograd.grad(states, varied, gradient / tokens.shape[1])
+    return total / tokens.shape[1], pull
 
 
 def attention_modules(model: torch.nn.Module) -> list[Any]:
@@ -123,7 +121,7 @@ def attention_modules(model: torch.nn.Module) -> list[Any]:
 
 
 def _states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
-    embedded = model.get_input_embeddings()(tokens)
+    embedded = model.get_input_embeddings()(tokens.to(entry_device(model)))
     if differentiable:  # the weights are frozen, so gradients start at the embedded tokens
         embedded = embedded.detach().requires_grad_()
     states: torch.Tensor = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
@@ -155,7 +153,8 @@ def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
     """Keeps only each layer's input for the backward pass, and makes the rest again, where all of it would be much."""
     config = model.config
     widths = 10 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    if config.num_hidden_layers * length * widths * 4 <= _KEPT_BYTES:
+    offloaded = is_offloaded(model)  # whose weights would all be kept too
+    if config.num_hidden_layers * length * widths * 4 <= _KEPT_BYTES and not offloaded:
         yield
         return
     names = {name.rpartition(".")[0] for name, module in model.named_modules() if hasattr(module, _ATTRIBUTE)}
@@ -163,7 +162,8 @@ def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            # What stops early would leave the weights that were fetched for it.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, early_stop=not offloaded)
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -194,7 +194,7 @@ def _attention(
         output = torch.nn.functional.scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
     else:
         attend = block_sparse_attention if task.visible.dtype == torch.bool else masked_attention
-        output = attend(query[0], key[0], value[0], task.visible, scale)[None]
+        output = attend(query[0], key[0], value[0], task.visible.to(query.device), scale)[None]
     if task.observe is not None:
         output = _Observed.apply(output, query, key, value, task, scale)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
@@ -231,7 +231,7 @@ def _sampled_gradient(head: Any, states: torch.Tensor, generator: torch.Generato
     for part in states.split(_CHUNK):
         part = part.clone().requires_grad_()
         scores = _log_probabilities(head, part)
-        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
         parts.append(torch.autograd.grad(scores.gather(1, drawn).sum(), part)[0])
     return torch.cat(parts)
 
@@ -243,7 +243,7 @@ def _divergence(
     total, parts = 0.0, []
     for reference, part in zip(dense.split(_CHUNK), sparse.split(_CHUNK), strict=True):
         with torch.no_grad():
-            expected = _log_probabilities(head, reference)
+            expected = _log_probabilities(head, reference.to(part.device))
         if differentiate:
             part = part.clone().requires_grad_()
         found = _log_probabilities(head, part)

@@ -1,6 +1,7 @@
 """Trains block digits by gradient descent on the divergence from the dense model, which stays frozen."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from surgeon.compiler.learn.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.ultrametric import Sample, collapsed_logits, hard_digits, sample
 from surgeon.compiler.learn.windows import causal_pairs, window_floor, window_patterns
 from surgeon.compiler.progress import Progress
+from surgeon.runtime.processes import Processes, processes_of
 
 _RATE = 0.3
 _MOMENTS = (0.9, 0.95)
@@ -24,9 +26,13 @@ _SAVED_EVERY = 5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the training goes: temperature falls geometrically, noise and penalties rise over the first half."""
+    """How the training goes: temperature falls geometrically, noise and penalties rise over the first half.
+
+    A step is the mean of `batch` sequences.
+    """
 
     steps: int = 60
+    batch: int = 1
     arity: int = 2
     hot: float = 1.0
     cold: float = 0.3
@@ -65,26 +71,39 @@ def train_digits(
     identity: dict[str, object],
     progress: Progress | None = None,
 ) -> Trained:
-    """Learns paths and cuts for a model of `shape` (layers, heads), a sequence a step; windows are the floor's.
+    """Learns paths and cuts for a model of `shape` (layers, heads); windows are the floor's.
+
+    Where torch.distributed has several processes, they share the sequences of each step, so that a batch of one is one
+    process's work. The first keeps the steps.
 
     Raises:
         TopologyError: the density is out of reach.
     """
     window = window_floor(grid.blocks, grid.sink, grid.density)
     always = window_patterns(grid.blocks, grid.sink)[window - 1]
+    processes = processes_of(model)
     described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(schedule), "seed": seed}
     logits = torch.stack([collapsed_logits(shape[1], grid.blocks, schedule.arity) for _ in range(shape[0])])
     state: Tensors = {"logits": logits, "cuts": torch.zeros(shape), "divergences": torch.zeros(0)}
     for begin in range(0, schedule.steps, _SAVED_EVERY):
         end = min(begin + _SAVED_EVERY, schedule.steps)
-        chunk = [sequences[step % len(sequences)] for step in range(begin, end)]
+        chunk = [
+            [sequences[(step * schedule.batch + item) % len(sequences)] for item in range(schedule.batch)]
+            for step in range(begin, end)
+        ]
         if progress is not None:
             lately = f", {float(state['divergences'][-1]):.4f} nats a token" if begin else ""
             progress(f"descending the KL divergence{lately}", begin, schedule.steps)
-        named = {"step": "ultrametric", "tokens": [tokens[0].tolist() for tokens in chunk], "begin": begin}
-        state = journal.once(
-            named | described, partial(_descend, model, chunk, grid, schedule, seed, always, state, begin)
-        )
+        read = [tokens[0].tolist() for batch in chunk for tokens in batch]
+        named = {"step": "ultrametric", "tokens": read, "begin": begin} | described
+        # All go on from what the first one finds, or all descend: nobody may be left waiting for the others' gradients.
+        found = processes.first(partial(journal.find, named))
+        if found is None:
+            started = time.process_time()
+            reached = _descend(model, chunk, grid, schedule, seed, always, processes, state, begin)
+            (seconds,) = processes.totals((time.process_time() - started,))
+            found = processes.first(partial(journal.keep, named, reached, seconds))
+        state = found
     pattern, trimmed = _pattern(state["logits"], state["cuts"], window, grid)
     return Trained(pattern, tuple(state["divergences"].tolist()), trimmed)
 
@@ -101,11 +120,12 @@ def masks_at(state: Tensors, schedule: Schedule, step: int, seed: int, always: t
 
 def _descend(
     model: PreTrainedModel,
-    sequences: Sequence[torch.Tensor],
+    batches: Sequence[Sequence[torch.Tensor]],
     grid: Grid,
     schedule: Schedule,
     seed: int,
     always: torch.Tensor,
+    processes: Processes,
     before: Tensors,
     begin: int,
 ) -> Tensors:
@@ -119,17 +139,23 @@ def _descend(
                 "exp_avg_sq": before[f"{name}.square"].clone(),
             }
     divergences = before["divergences"].tolist()
-    for step, tokens in enumerate(sequences, start=begin):
+    for step, batch in enumerate(batches, start=begin):
         samples = masks_at(learned, schedule, step, seed, always)
-        visible = torch.stack([found.masks.sum() for found in samples]).sum()
+        masks = torch.stack([found.masks for found in samples])
+        visible = masks.sum()
         density = visible / (causal_pairs(grid.blocks) * learned["cuts"].numel())
         excess = torch.relu(density - grid.density) / (1 - grid.density)
         balance = torch.stack([found.balance for found in samples]).mean()
         penalty = schedule.ramp(step) * (schedule.density_weight * excess**2 + schedule.balance_weight * balance)
+        pulls = processes.share(len(batch), partial(_pull, model, batch, masks))
+        divergence, gradient = 0.0, torch.zeros_like(masks)
+        for found, pull in pulls:
+            divergence += found / len(batch)
+            gradient += pull / len(batch)
         adam.zero_grad()
-        dense = dense_states(model, tokens)
-        divergences.append(pull_masks(model, tokens, dense, [found.masks for found in samples], penalty))
+        torch.autograd.backward([masks, penalty], [gradient, torch.ones_like(penalty)])
         adam.step()
+        divergences.append(divergence)
         with torch.no_grad():
             learned["cuts"].clamp_(0, before["logits"].shape[3] - 1)
     after: Tensors = {"divergences": torch.tensor(divergences)}
@@ -138,6 +164,12 @@ def _descend(
         after[f"{name}.mean"] = adam.state[parameter]["exp_avg"]
         after[f"{name}.square"] = adam.state[parameter]["exp_avg_sq"]
     return after
+
+
+def _pull(
+    model: PreTrainedModel, batch: Sequence[torch.Tensor], masks: torch.Tensor, item: int
+) -> tuple[float, torch.Tensor]:
+    return pull_masks(model, batch[item], dense_states(model, batch[item]), masks)
 
 
 def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int, grid: Grid) -> tuple[Pattern, int]:

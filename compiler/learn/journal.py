@@ -35,31 +35,42 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
 
     def once(self, step: Mapping[str, object], compute: Callable[[], Tensors]) -> Tensors:
-        """The result of a step: read if it has been done before, else computed.
+        """The result of a step: found, or computed and kept; errors as of `find`."""
+        kept = self.find(step)
+        if kept is not None:
+            return kept
+        started = time.process_time()
+        return self.keep(step, compute(), time.process_time() - started)
+
+    def find(self, step: Mapping[str, object]) -> Tensors | None:
+        """The result of a step, if it has been done before.
 
         `step` names all that the result depends on, as JSON holds it; a step that differs in anything is another one.
 
         Raises:
             ModelError: a kept result is damaged.
         """
-        text = json.dumps(step, sort_keys=True)
         if self._folder is None:
-            if text not in self._memory:
-                self._memory[text] = compute()
-                self.computed += 1
-            return self._memory[text]
-        file = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-        if file.exists():
-            tensors, seconds = self._read(file)
-            if file not in self._seen:
-                self.found += 1
-                self.found_seconds += seconds
-            self._seen.add(file)
-            return tensors
-        started = time.process_time()
-        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-        about = {"step": text, "cpu_seconds": str(time.process_time() - started)}
+            return self._memory.get(_spelled(step))
+        file = self._folder / _file_name(step)
+        if not file.exists():
+            return None
+        tensors, seconds = self._read(file)
+        if file not in self._seen:
+            self.found += 1
+            self.found_seconds += seconds
+        self._seen.add(file)
+        return tensors
+
+    def keep(self, step: Mapping[str, object], result: Tensors, cpu_seconds: float) -> Tensors:
+        """Keeps the result of a step, with the CPU time that it took, and returns it."""
         self.computed += 1
+        if self._folder is None:
+            self._memory[_spelled(step)] = result
+            return result
+        tensors = {name: tensor.contiguous() for name, tensor in result.items()}
+        about = {"step": _spelled(step), "cpu_seconds": str(cpu_seconds)}
+        file = self._folder / _file_name(step)
         self._seen.add(file)
         handle, scratch = tempfile.mkstemp(dir=self._folder, suffix=".part")
         try:
@@ -80,3 +91,11 @@ class Journal:
             raise ModelError(
                 str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
             ) from None
+
+
+def _spelled(step: Mapping[str, object]) -> str:
+    return json.dumps(step, sort_keys=True)
+
+
+def _file_name(step: Mapping[str, object]) -> str:
+    return f"{hashlib.sha256(_spelled(step).encode()).hexdigest()[:32]}.safetensors"

@@ -22,6 +22,7 @@ from surgeon.compiler.progress import Progress
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.fingerprints import fingerprint
+from surgeon.runtime.processes import processes_of
 
 METHODS = ("budget", "ultrametric", "window")
 
@@ -70,6 +71,8 @@ def learn(
     """Learns a topology for a frozen model; its weights are not touched.
 
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
+    Where torch.distributed has several processes, they share the sequences, and all return the same topology. They may
+    share a folder, and need not.
 
     Raises:
         ModelError: the model is no decoder with full attention, or a text holds too few sequences.
@@ -121,6 +124,8 @@ def learn(
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
+    own = (journal.computed, journal.found, time.process_time() - started_cpu + journal.found_seconds)
+    computed, found, cpu_seconds = processes_of(model).totals(own)
     topology = pattern_topology(shape, grid, pattern, provenance)
     if blocks != measured:
         topology = scaled(topology, blocks)
@@ -137,9 +142,9 @@ def learn(
                 "refine": [len(fresh) for fresh in sequences.refine],
             },
             **figures,
-            "steps": {"computed": journal.computed, "found": journal.found},
+            "steps": {"computed": int(computed), "found": int(found)},
             "seconds": round(time.perf_counter() - started, 1),
-            "cpu_seconds": round(time.process_time() - started_cpu + journal.found_seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
         },
     )
 

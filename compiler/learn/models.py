@@ -1,6 +1,6 @@
 """The model that a topology is learned on: read, checked, and frozen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,38 +11,61 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from surgeon.compiler.learn.decoder import attention_modules
 from surgeon.runtime.errors import ModelError, shown
 from surgeon.runtime.manifest import ModelShape
+from surgeon.runtime.processes import all_processes
 
+DeviceMap = str | Mapping[str, str | int]
+"""A device for the whole model, a way to spread it, or a device for each of its modules, "disk" among them."""
+
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "use a Llama or another decoder with full attention"
 
 
-def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An fp32 model that a topology can be learned for, and its tokenizer; `name` as of `read_checkpoint`.
+def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An fp32 model that a topology can be learned for, and its tokenizer; arguments as of `read_checkpoint`.
 
     Raises:
         ModelError: it cannot be read, or is no decoder that a topology can be for.
     """
-    model, tokenizer = read_checkpoint(name, torch.float32)
+    model, tokenizer = read_checkpoint(name, torch.float32, device_map)
     check_decoder(model)
     return model, tokenizer
 
 
-def read_checkpoint(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_checkpoint(
+    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers knows.
 
+    Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
+
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or does not go where it should.
     """
+    processes = all_processes().count
+    if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
+        raise ModelError(
+            "--device-map",
+            "one device for the model of each process",
+            f"{shown(device_map)} in {processes} processes",
+            "start one process, or name a device",
+        )
     where: str | Path = name
     options: dict[str, Any] = {}
     if Path(name).suffix == ".gguf":
         where, options = Path(name).parent, {"gguf_file": Path(name).name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             name, "a causal language model with its tokenizer", shown(reason, 200), "check the path or the name"
+        ) from None
+    except (AssertionError, RuntimeError) as error:  # as torch and accelerate say it of a device that is not there
+        if device_map is None:
+            raise
+        raise ModelError(
+            "--device-map", "devices that there are", shown(f"{device_map}: {error}", 200), "name others, or none"
         ) from None
     return model, tokenizer
 

@@ -19,10 +19,10 @@ def responses(observation: Observation, candidates: torch.Tensor) -> tuple[torch
     `candidates` is bool `[candidates, blocks, blocks]` or, for other candidates in each head,
     `[heads, candidates, blocks, blocks]`; every row must see its own block.
     """
-    shape = (observation.q.shape[0], candidates.shape[-3])
-    first = torch.zeros(shape, dtype=torch.float64)
-    second = torch.zeros(shape, dtype=torch.float64)
-    spread = candidates if candidates.ndim == 4 else candidates[None]
+    shape, device = (observation.q.shape[0], candidates.shape[-3]), observation.q.device
+    first = torch.zeros(shape, dtype=torch.float64, device=device)
+    second = torch.zeros(shape, dtype=torch.float64, device=device)
+    spread = (candidates if candidates.ndim == 4 else candidates[None]).to(device)
     for row, pushed, share, present in _pushes(observation, candidates.shape[-1]):
         seen = spread[:, :, row, : row + 1].transpose(1, 2).to(share.dtype)
         change = (pushed @ seen) / (share @ seen) - present
@@ -37,7 +37,8 @@ def block_responses(observation: Observation, visible: torch.Tensor) -> torch.Te
     `visible` is what the heads see, bool `[heads, blocks, blocks]`, and so is the shape of the result, fp64; pairs that
     are visible already have no response.
     """
-    result = torch.zeros(visible.shape, dtype=torch.float64)
+    visible = visible.to(observation.q.device)
+    result = torch.zeros(visible.shape, dtype=torch.float64, device=visible.device)
     for row, pushed, share, present in _pushes(observation, visible.shape[-1]):
         seen = visible[:, row, None, : row + 1]
         top, bottom = ((part * seen).sum(dim=2, keepdim=True) for part in (pushed, share))
@@ -54,9 +55,10 @@ def output_errors(observation: Observation, candidates: torch.Tensor, projection
     """
     blocks, heads = candidates.shape[-1], observation.q.shape[0]
     size, group = observation.q.shape[1] // blocks, heads // observation.v.shape[0]
-    per_head = projection.unflatten(1, (heads, -1)).transpose(0, 1).to(observation.q.dtype)
+    candidates = candidates.to(observation.q.device)
+    per_head = projection.unflatten(1, (heads, -1)).transpose(0, 1).to(observation.q)
     factor = torch.linalg.qr(per_head, mode="r").R  # R'R = W'W: the norm behind W_o, in head_dim dimensions
-    total = torch.zeros((heads, candidates.shape[0]), dtype=torch.float64)
+    total = torch.zeros((heads, candidates.shape[0]), dtype=torch.float64, device=candidates.device)
     for row, weights in _rows(observation, blocks):
         rows = slice(row * size, (row + 1) * size)
         split = weights.unflatten(2, (row + 1, size)).transpose(1, 2)  # [heads, blocks, size, size]
@@ -88,8 +90,8 @@ def missed_shares(observation: Observation, candidates: torch.Tensor) -> torch.T
 
     `candidates` is bool `[candidates, blocks, blocks]`; the result is fp64.
     """
-    blocks = candidates.shape[-1]
-    total = torch.zeros((observation.q.shape[0], candidates.shape[0]), dtype=torch.float64)
+    blocks, candidates = candidates.shape[-1], candidates.to(observation.q.device)
+    total = torch.zeros((observation.q.shape[0], candidates.shape[0]), dtype=torch.float64, device=candidates.device)
     for row, weights in _rows(observation, blocks):
         share = weights.unflatten(2, (row + 1, -1)).sum(dim=(1, 3))
         total += share.double() @ (~candidates[:, row, : row + 1]).double().T
@@ -100,7 +102,7 @@ def _rows(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.Te
     """Each row of blocks with its queries' dense attention weights, `[heads, size, (row + 1) · size]`."""
     heads, length, _ = observation.q.shape
     size, group = length // blocks, heads // observation.k.shape[0]
-    above = torch.ones(size, size, dtype=torch.bool).triu(1)
+    above = torch.ones(size, size, dtype=torch.bool, device=observation.q.device).triu(1)
     for row in range(blocks):
         end = (row + 1) * size
         k = observation.k[:, :end].repeat_interleave(group, dim=0)

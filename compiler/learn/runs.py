@@ -1,6 +1,6 @@
 """Runs of the frozen model over sequences: what is measured, each step kept in the journal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +18,13 @@ from surgeon.compiler.learn.decoder import (
     observe_sparse,
     sparse_divergence,
 )
-from surgeon.compiler.learn.journal import Journal
+from surgeon.compiler.learn.journal import Journal, Tensors
 from surgeon.compiler.learn.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.responses import block_responses, missed_shares, output_errors, responses
 from surgeon.compiler.learn.windows import window_patterns
 from surgeon.compiler.progress import Progress
+from surgeon.runtime.placement import fetched
+from surgeon.runtime.processes import processes_of
 
 Table = npt.NDArray[np.float64]
 
@@ -51,7 +53,10 @@ class CutChanges:
 
 
 class Runs:
-    """Runs a frozen model under the patterns of a grid; `identity` names the model, for the journal."""
+    """Runs a frozen model under the patterns of a grid; `identity` names the model, for the journal.
+
+    Where torch.distributed has several processes, they share the sequences; each must make all the calls.
+    """
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class Runs:
         progress: Progress | None,
     ) -> None:
         self._model, self._grid, self._journal, self._progress = model, grid, journal, progress
-        self._identity = identity
+        self._identity, self._processes = identity, processes_of(model)
         self._patterns = window_patterns(grid.blocks, grid.sink)
         self._modules = attention_modules(model)
         self._shape = (len(self._modules), model.config.num_attention_heads, grid.blocks)
@@ -70,48 +75,47 @@ class Runs:
     def calibrate(self, sequences: Sequence[torch.Tensor], seed: int) -> Costs:
         """What every window costs at the dense model; next tokens are drawn with the seed."""
         fisher, error = np.zeros(self._shape), np.zeros(self._shape)
-        for number, tokens in enumerate(sequences):
-            self._report("measuring what each window costs", number, len(sequences))
-            found = self._once("calibrate", tokens, partial(self._costs, tokens, seed), seed=seed)
+
+        def find(tokens: torch.Tensor) -> Tensors:
+            return self._once("calibrate", tokens, partial(self._costs, tokens, seed), seed=seed)
+
+        for found in self._each("measuring what each window costs", sequences, find):
             fisher += found["fisher"].numpy()
             error += found["error"].numpy()
         return Costs(fisher, error)
 
-    def assess(self, tokens: torch.Tensor, seed: int) -> tuple[Costs, Table]:
-        """The costs of every window on one sequence, and the share of the dense attention that it misses."""
-        found = self._once("assess", tokens, partial(self._costs, tokens, seed, True), seed=seed)
-        return Costs(found["fisher"].numpy(), found["error"].numpy()), found["missed"].numpy()
+    def assess(self, sequences: Sequence[torch.Tensor], seed: int) -> list[tuple[Costs, Table]]:
+        """Of each sequence, the costs of every window, and the share of the dense attention that it misses."""
+
+        def find(tokens: torch.Tensor) -> Tensors:
+            return self._once("assess", tokens, partial(self._costs, tokens, seed, True), seed=seed)
+
+        return [
+            (Costs(found["fisher"].numpy(), found["error"].numpy()), found["missed"].numpy())
+            for found in self._each("measuring what each window costs", sequences, find)
+        ]
 
     def validate(self, pattern: Pattern, sequences: Sequence[torch.Tensor], what: str) -> float:
         """The mean divergence from the dense model under a pattern, in nats a token."""
+        find = self._under(pattern, "validate", self._divergence)
         total = 0.0
-        for number, tokens in enumerate(sequences):
-            self._report(f"validating {what}", number, len(sequences))
-            found = self._once(
-                "validate", tokens, partial(self._divergence, pattern, tokens, self._dense(tokens)), **pattern.plain()
-            )
+        for found in self._each(f"validating {what}", sequences, find):
             total += float(found["divergence"])
         return total / len(sequences)
 
     def changes(self, pattern: Pattern, sequences: Sequence[torch.Tensor], what: str) -> Table:
         """The linear change of the divergence, in nats, for each other window: `[layers, heads, blocks]`."""
+        find = self._under(pattern, "refine", self._changes)
         total = np.zeros(self._shape)
-        for number, tokens in enumerate(sequences):
-            self._report(f"refining {what}", number, len(sequences))
-            found = self._once(
-                "refine", tokens, partial(self._changes, pattern, tokens, self._dense(tokens)), **pattern.plain()
-            )
+        for found in self._each(f"refining {what}", sequences, find):
             total += found["changes"].numpy()
         return total
 
     def block_changes(self, pattern: Pattern, sequences: Sequence[torch.Tensor]) -> Table:
         """The same for each pair of blocks that a head does not see: `[layers, heads, blocks, blocks]`."""
+        find = self._under(pattern, "blocks", self._block_changes)
         total = np.zeros((*self._shape, self._grid.blocks))
-        for number, tokens in enumerate(sequences):
-            self._report("looking for clusters", number, len(sequences))
-            found = self._once(
-                "blocks", tokens, partial(self._block_changes, pattern, tokens, self._dense(tokens)), **pattern.plain()
-            )
+        for found in self._each("looking for clusters", sequences, find):
             total += found["changes"].numpy()
         return total
 
@@ -121,21 +125,41 @@ class Runs:
         """The same for windows and for cuts, `cuts[l][h]` as many for every head."""
         windows, added = np.zeros(self._shape), np.zeros((*self._shape[:2], len(cuts[0][0])))
         described = [[[(cut.height, cut.tree.linkage) for cut in head] for head in layer] for layer in cuts]
-        for number, tokens in enumerate(sequences):
-            self._report("comparing clusters with windows", number, len(sequences))
-            compute = partial(self._cut_changes, pattern, cuts, tokens, self._dense(tokens))
-            found = self._once("cuts", tokens, compute, candidates=described, **pattern.plain())
+        find = self._under(pattern, "cuts", partial(self._cut_changes, cuts), candidates=described)
+        for found in self._each("comparing clusters with windows", sequences, find):
             windows += found["windows"].numpy()
             added += found["cuts"].numpy()
         return CutChanges(windows, added)
 
-    def _report(self, what: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(what, done, total)
+    def _each(
+        self, what: str, sequences: Sequence[torch.Tensor], find: Callable[[torch.Tensor], Tensors]
+    ) -> Iterator[Tensors]:
+        """What is found on each sequence, in their order whatever process finds it, so that sums are equal in all."""
 
-    def _once(
-        self, step: str, tokens: torch.Tensor, compute: Callable[[], dict[str, torch.Tensor]], **more: object
-    ) -> dict[str, torch.Tensor]:
+        def find_own(number: int) -> Tensors:
+            if self._progress is not None:
+                self._progress(what, number, len(sequences))
+            return find(sequences[number])
+
+        return self._processes.share(len(sequences), find_own)
+
+    def _under(
+        self,
+        pattern: Pattern,
+        step: str,
+        compute: Callable[[Pattern, torch.Tensor, torch.Tensor], Tensors],
+        **more: object,
+    ) -> Callable[[torch.Tensor], Tensors]:
+        """A step under a pattern, for which `compute` also gets the dense model's states of the sequence."""
+
+        def find(tokens: torch.Tensor) -> Tensors:
+            return self._once(
+                step, tokens, partial(compute, pattern, tokens, self._dense(tokens)), **more, **pattern.plain()
+            )
+
+        return find
+
+    def _once(self, step: str, tokens: torch.Tensor, compute: Callable[[], Tensors], **more: object) -> Tensors:
         grid = self._grid
         described: dict[str, Any] = {"step": step, "tokens": tokens[0].tolist(), "block_size": grid.block_size}
         return self._journal.once(described | {"sink": grid.sink} | self._identity | more, compute)
@@ -143,23 +167,25 @@ class Runs:
     def _dense(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]
 
-    def _costs(self, tokens: torch.Tensor, seed: int, with_missed: bool = False) -> dict[str, torch.Tensor]:
+    def _costs(self, tokens: torch.Tensor, seed: int, with_missed: bool = False) -> Tensors:
         fisher, error, missed = (torch.zeros(self._shape, dtype=torch.float64) for _ in range(3))
 
         def observe(layer: Observation) -> None:
             fisher[layer.layer] = responses(layer, self._patterns)[1]
-            error[layer.layer] = output_errors(layer, self._patterns, self._modules[layer.layer].o_proj.weight)
+            error[layer.layer] = output_errors(
+                layer, self._patterns, fetched(self._modules[layer.layer].o_proj, "weight")
+            )
             if with_missed:
                 missed[layer.layer] = missed_shares(layer, self._patterns)
 
         observe_dense(self._model, tokens, torch.Generator().manual_seed(seed), observe)
         return {"fisher": fisher, "error": error} | ({"missed": missed} if with_missed else {})
 
-    def _divergence(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _divergence(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
         found = sparse_divergence(self._model, tokens, dense, pattern.masks(self._grid))
         return {"divergence": torch.tensor(found, dtype=torch.float64)}
 
-    def _changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
         changes = torch.zeros(self._shape, dtype=torch.float64)
 
         def observe(layer: Observation) -> None:
@@ -168,7 +194,7 @@ class Runs:
         observe_sparse(self._model, tokens, dense, pattern.masks(self._grid), observe)
         return {"changes": changes}
 
-    def _block_changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _block_changes(self, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
         changes = torch.zeros((*self._shape, self._grid.blocks), dtype=torch.float64)
         masks = pattern.masks(self._grid)
 
@@ -180,11 +206,11 @@ class Runs:
 
     def _cut_changes(
         self,
-        pattern: Pattern,
         cuts: Sequence[Sequence[Sequence[Cut]]],
+        pattern: Pattern,
         tokens: torch.Tensor,
         dense: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Tensors:
         windows = torch.zeros(self._shape, dtype=torch.float64)
         added = torch.zeros((*self._shape[:2], len(cuts[0][0])), dtype=torch.float64)
         masks = pattern.masks(self._grid)

@@ -10,11 +10,18 @@ from accelerate import PartialState
 from torch import distributed
 
 from models import tiny_llama, tokens
+from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluation import compare, perplexity
 from surgeon.runtime.processes import joined, processes_of
 
 LENGTHS = (60, 45, 70)
 """Of sequences that two processes cannot share equally."""
+
+
+def fails_at_3(item: int) -> int:
+    if item == 3:
+        raise ModelError("item 3", "no fault", f"one in process {os.environ['RANK']}", "try again")
+    return item
 
 
 def main(out: Path) -> None:
@@ -27,12 +34,22 @@ def main(out: Path) -> None:
         found["comparison"] = compare(dense, patched, sequences)
         found["perplexity"] = perplexity(dense, sequences)
         third = {index: (1 / 3 + index, -(10.0**-300)) for index in shared.own(5)}
-        found["rows"] = shared.gather(third, 5, 2, dense.device)
+        found["rows"] = shared.gather(third, 5, 2)
+        found["totals"] = shared.totals((shared.rank + 1.0, 0.5))
+        made = shared.share(5, lambda item: {"item": torch.tensor(item), "by": shared.rank})
+        found["shared"] = [(int(each["item"]), each["by"]) for each in made]
+        found["first"] = shared.first(lambda: shared.rank)
+        taken = []
+        try:
+            for each in shared.share(4, fails_at_3):
+                taken.append(each)
+        except ModelError as error:
+            found["failed"] = (taken, str(error))
     found["left"] = not distributed.is_initialized()
     if shared.rank:
         sleep(0.5)  # the other one is there first, and must not find where this one was
     with joined():
-        found["again"] = processes_of(dense).gather({shared.rank: (shared.rank + 1.0,)}, 2, 1, dense.device)
+        found["again"] = processes_of(dense).gather({shared.rank: (shared.rank + 1.0,)}, 2, 1)
     PartialState()  # as a script of accelerate's does
     with joined():
         found["perplexity by accelerate"] = perplexity(dense, sequences[:1])

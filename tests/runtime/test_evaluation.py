@@ -142,6 +142,10 @@ def test_two_processes_find_what_one_does(tmp_path: Path, sequences: list[torch.
         assert process["perplexity"] == pytest.approx(perplexity(dense, sequences), rel=1e-6)
         assert process["perplexity by accelerate"] == pytest.approx(perplexity(dense, sequences[:1]), rel=1e-6)
         assert process["rows"] == [[1 / 3 + index, -(10.0**-300)] for index in range(5)]
+        assert process["totals"] == [3.0, 1.0]
+        assert process["shared"] == [(item, item % 2) for item in range(5)]
+        assert process["first"] == 0
+        assert process["failed"] == ([0, 1, 2], "item 3: expected no fault, got one in process 1; try again")
         assert process["left"]
         assert process["again"] == [[1.0], [2.0]]
         assert process["still there"]

@@ -111,7 +111,9 @@ def test_gradients_are_finite_in_fp16_autocast() -> None:
         with torch.autocast("cpu", torch.float16):
             samples = masks_at({"logits": logits, "cuts": cuts}, Schedule(arity=3), step, 0, ALWAYS)
             penalty = torch.stack([found.balance for found in samples]).mean()
-            divergence = pull_masks(model, ids, dense, [found.masks for found in samples], penalty)
+            masks = torch.stack([found.masks for found in samples])
+            divergence, pull = pull_masks(model, ids, dense, masks)
+        torch.autograd.backward([masks, penalty], [pull, torch.ones_like(penalty)])
         assert np.isfinite(divergence)
         for parameter in (logits, cuts):
             assert parameter.grad is not None
