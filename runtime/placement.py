@@ -2,7 +2,7 @@
 
 Weights that are offloaded lie on the meta device until accelerate's hooks fetch them, for one call of their module.
 
-Source: accelerate's AlignDevicesHook, and `transformers.integrations.accelerate`.
+Source: accelerate's AlignDevicesHook, which each of a spread model's modules has.
 """
 
 from typing import Any
