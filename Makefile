@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo learn-demo test bench format clean
+.PHONY: help demo learn-demo pilot test bench format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
 	@echo "make learn-demo  learn SmolLM2-135M's topology anew, and score it on text held out (a quarter of an hour and more)"
+	@echo "make pilot   pilot SmolLM2-135M's topologies on text held out, and report on them in build/pilot.html"
 	@echo "make test    formatting, linting, types and tests"
 	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
 	@echo "make format  rewrite the sources as the formatter wants them"
@@ -20,6 +21,9 @@ demo: $(INSTALLED)
 
 learn-demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/learn.py smollm2-135m-25 --again
+
+pilot: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/pilot.py
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py

@@ -135,6 +135,14 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `surgeon report` takes."""
     parser.add_argument("pilot", type=_path, metavar="pilot.json", help="what surgeon pilot wrote")
     parser.add_argument("topology", type=_path, metavar="topology.json", help="the topology that was tried")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=_path,
+        metavar="pilot.json",
+        help="a pilot of another topology on the same model and texts, for the curves; repeatable",
+    )
     parser.add_argument("--out", type=_path, default=Path("report.html"), metavar="FILE", help="default: report.html")
 
 

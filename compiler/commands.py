@@ -127,7 +127,7 @@ def _pilot(arguments: argparse.Namespace) -> Outcome:
 def _report(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.report import write_report
 
-    size = write_report(arguments.pilot, arguments.topology, arguments.out)
+    size = write_report(arguments.pilot, arguments.topology, arguments.out, arguments.beside)
     return (f"{arguments.out}: {size:,} bytes",)
 
 

@@ -1,51 +1,48 @@
 """A pilot as a table for people, in the terminal and in the report, and its verdict in words."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from surgeon.compiler.listing import can_show
 from surgeon.runtime.estimates import Estimate
-from surgeon.runtime.pilot_results import AgainstDense, Column, Pilot
+from surgeon.runtime.pilot_results import Column, Pilot
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure's name with its unit, and its cell in each column."""
+    """A row's name, a figure with its unit for instance, and its cell in each column."""
 
-    figure: str
+    name: str
     cells: tuple[str, ...]
 
 
-def pilot_rows(pilot: Pilot) -> tuple[Row, ...]:
-    """The table's rows; figures have their standard errors, and a dash stands where there is nothing to say."""
+@dataclass(frozen=True)
+class Table:
+    """What stands over the cells of every row, and the rows."""
 
-    def row(figure: str, cells: Sequence[str]) -> Row:
-        return Row(figure, tuple(cells))
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
 
-    def beside(figure: str, name: str, pattern: str) -> Row:
-        return row(figure, [_beside(column.against_dense, name, pattern) for column in pilot.columns])
 
-    columns = pilot.columns
-    return (
-        row("visible pairs of blocks", [f"{column.density:.1%}" for column in columns]),
-        row("perplexity", [_shown(column.perplexity, "{:.3f}") for column in columns]),
-        beside("perplexity, times dense", "perplexity_ratio", "{:.4f}"),
-        beside("KL from dense, nats a token", "divergence", "{:.5f}"),
-        beside("the same, last quarter", "late_divergence", "{:.5f}"),
-        beside("same first token", "agreement", "{:.2%}"),
-        row("passkeys found", [_passkeys(column) for column in columns]),
-        row("first token, s", [_shown(column.first_token, "{:.3f}") for column in columns]),
-        beside("first token, times as fast", "first_token_speedup", "{:.2f}"),
-        row("decoding, tokens/s", [_shown(column.decode, "{:.1f}") for column in columns]),
-        beside("decoding, times as fast", "decode_speedup", "{:.2f}"),
-        row("peak memory, MB", [_megabytes(column.peak_bytes) for column in columns]),
-        row("cache kept, MB", [_megabytes(column.kept_cache_bytes) for column in columns]),
-        row(
-            "weights",
-            ["unchanged" if column.weights_sha256 == pilot.weights_sha256 else "CHANGED" for column in columns],
-        ),
-    )
+def pilot_table(pilot: Pilot) -> Table:
+    """All figures, a row each, of the pilot's models, a column each.
+
+    Figures have their standard errors, and a dash stands where there is nothing to say.
+    """
+    rows = [Row(figure.name, tuple(figure.cell(column) for column in pilot.columns)) for figure in _FIGURES]
+    weights = ["unchanged" if column.weights_sha256 == pilot.weights_sha256 else "CHANGED" for column in pilot.columns]
+    heads = tuple(column.name for column in pilot.columns)
+    return Table(heads, (*rows, Row("weights", tuple(weights))))
+
+
+def density_table(pilots: Sequence[Pilot]) -> Table:
+    """All pilots' models, a row each by falling density, and their figures beside dense; dense is the first pilot's."""
+    columns = [pilots[0].columns[0], *(column for pilot in pilots for column in pilot.columns[1:])]
+    columns.sort(key=lambda column: -column.density)
+    figures = [figure for figure in _FIGURES if figure.by_density]
+    rows = [Row(column.name, tuple(figure.cell(column) for figure in figures)) for column in columns]
+    return Table(tuple(figure.name for figure in figures), tuple(rows))
 
 
 def verdict(pilot: Pilot) -> tuple[str, ...]:
@@ -65,15 +62,16 @@ def pilot_lines(pilot: Pilot, encoding: str) -> tuple[str, ...]:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Table as Grid
 
     plain = not can_show(encoding, "─±–")
-    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, show_edge=False)
+    table = Grid(box=box.ASCII2 if plain else box.SIMPLE_HEAD, show_edge=False)
     table.add_column(f"{escape(pilot.model)}, {pilot.length:,} tokens")
-    for column in pilot.columns:
-        table.add_column(escape(column.name), justify="right")
-    for row in pilot_rows(pilot):
-        table.add_row(row.figure, *row.cells)
+    found = pilot_table(pilot)
+    for head in found.heads:
+        table.add_column(escape(head), justify="right")
+    for row in found.rows:
+        table.add_row(row.name, *row.cells)
     text = io.StringIO()
     Console(file=text, width=120, color_system=None).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
@@ -87,8 +85,8 @@ def _shown(estimate: Estimate, pattern: str) -> str:
     return pattern.format(estimate.value) + error
 
 
-def _beside(beside: AgainstDense | None, name: str, pattern: str) -> str:
-    return "–" if beside is None else _shown(getattr(beside, name), pattern)
+def _beside(name: str, pattern: str) -> Callable[[Column], str]:
+    return lambda column: "–" if column.against_dense is None else _shown(getattr(column.against_dense, name), pattern)
 
 
 def _passkeys(column: Column) -> str:
@@ -100,3 +98,29 @@ def _passkeys(column: Column) -> str:
 
 def _megabytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.1f}"
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A figure with its unit, its cell for a model, and whether the table of several pilots has it."""
+
+    name: str
+    cell: Callable[[Column], str]
+    by_density: bool = True
+
+
+_FIGURES = (
+    _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
+    _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
+    _Figure("perplexity, times dense", _beside("perplexity_ratio", "{:.4f}")),
+    _Figure("KL from dense, nats a token", _beside("divergence", "{:.5f}")),
+    _Figure("KL in the last quarter", _beside("late_divergence", "{:.5f}"), by_density=False),
+    _Figure("same first token", _beside("agreement", "{:.2%}")),
+    _Figure("passkeys found", _passkeys),
+    _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
+    _Figure("first token, times as fast", _beside("first_token_speedup", "{:.2f}")),
+    _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
+    _Figure("decoding, times as fast", _beside("decode_speedup", "{:.2f}")),
+    _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
+    _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
+)

@@ -1,19 +1,22 @@
 """`surgeon report`: a pilot and the topology it tried, as one HTML page that needs nothing beside itself."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.compiler.folders import write_file
 from surgeon.compiler.inspection import Pattern, pattern_of
-from surgeon.compiler.pilot_table import pilot_rows, verdict
+from surgeon.compiler.pilot_table import density_table, pilot_table, verdict
 from surgeon.compiler.read import read_topology
-from surgeon.compiler.report_figures import Figure, dendrogram_figures, density_map, mask_figures, pilot_figures
+from surgeon.compiler.report_pilots import density_figures, passkey_figures
+from surgeon.compiler.report_svg import Figure
+from surgeon.compiler.report_topology import dendrogram_figures, density_map, mask_figures
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.templates import render_template
 from surgeon.compiler.topology import Topology
 from surgeon.runtime.errors import PilotError
-from surgeon.runtime.pilot_results import Pilot, read_pilot
+from surgeon.runtime.pilot_results import Column, Pilot, read_pilot
 
 
 @dataclass(frozen=True)
@@ -24,37 +27,41 @@ class Fact:
     value: str
 
 
-def write_report(pilot: Path, topology: Path, out: Path) -> int:
-    """Reads both files, writes the page, and returns its size in bytes.
+def write_report(pilot: Path, topology: Path, out: Path, beside: Sequence[Path] = ()) -> int:
+    """Reads the files, writes the page, and returns its size in bytes.
 
     Raises:
-        PilotError: the pilot's file breaks its format, or is of another topology.
+        PilotError: a pilot's file breaks its format, or does not belong to the topology or beside the pilot.
         TopologyError: the topology's file breaks its format.
     """
-    page = report(read_pilot(pilot), read_topology(topology))
+    others = [(str(path), read_pilot(path)) for path in beside]
+    page = report(read_pilot(pilot), read_topology(topology), others)
     write_file(out, page)
     return len(page.encode())
 
 
-def report(pilot: Pilot, topology: Topology) -> str:
-    """The page, the same for the same pilot and topology.
+def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]] = ()) -> str:
+    """The page, the same for the same input; `beside` are more pilots for the curves, and what an error calls them.
 
     Raises:
-        PilotError: the pilot is of another topology.
+        PilotError: the pilot is of another topology, or one beside it cannot be compared with it.
     """
-    patched = next((column for column in pilot.columns if column.name == "patched"), None)
-    if patched is None or patched.topology_sha256 != topology.sha256:
+    patched = _patched(pilot)
+    if patched.topology_sha256 != topology.sha256:
         raise PilotError(
             "topology",
-            f"the topology {patched and patched.topology_sha256} that the pilot tried",
+            f"the topology {patched.topology_sha256} that the pilot tried",
             topology.sha256,
             "name the topology that the package was compiled from",
         )
+    _check_beside(pilot, beside)
+    pilots = (pilot, *(other for _, other in beside))
     layers = schedule_layers(topology)
     pattern = pattern_of(topology, layers)
     trees, left_out = dendrogram_figures(topology)
     sections: dict[str, tuple[Figure, ...]] = {
-        "figures": pilot_figures(pilot),
+        "figures": density_figures(pilots),
+        "passkeys": passkey_figures(pilot),
         "density": (density_map(pattern.density),),
         "dendrograms": trees,
         "masks": mask_figures(topology, layers, pattern.density),
@@ -62,17 +69,70 @@ def report(pilot: Pilot, topology: Topology) -> str:
     return render_template(
         "report/page.html.jinja",
         pilot=pilot,
-        rows=pilot_rows(pilot),
+        table=pilot_table(pilot),
+        points=density_table(pilots) if beside else None,
         verdict=verdict(pilot),
         left_out=left_out,
         patched=patched,
-        facts=_facts(pilot, topology, pattern),
+        facts=_facts(pilots, topology, pattern),
         **sections,
     )
 
 
-def _facts(pilot: Pilot, topology: Topology, pattern: Pattern) -> tuple[Fact, ...]:
-    model, machine = topology.model, pilot.machine
+def _patched(pilot: Pilot, where: str = "pilot") -> Column:
+    for column in pilot.columns:
+        if column.name == "patched":
+            return column
+    raise PilotError(f"{where}: columns", "a patched model", "none", "run surgeon pilot again")
+
+
+def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
+    """Figures of different runs stand on one page only where nothing but the topology differed."""
+    wanted = _terms(pilot)
+    tried = {_patched(pilot).topology_sha256}
+    for where, other in beside:
+        for name, found in _terms(other).items():
+            if found != wanted[name]:
+                remedy = "run surgeon pilot on the same model and texts, in the same way, on the same machine"
+                raise PilotError(f"{where}: {name}", f"{wanted[name]}, as in the first pilot", found, remedy)
+        sha256 = _patched(other, where).topology_sha256
+        if sha256 in tried:
+            raise PilotError(f"{where}: topology", "another than the other pilots'", f"{sha256} again", "leave one out")
+        tried.add(sha256)
+
+
+def _terms(pilot: Pilot) -> dict[str, str]:
+    """What pilots must have in common, in words."""
+    cells = pilot.columns[0].passkeys
+    lengths = sorted({cell.length for cell in cells})
+    return {
+        "weights": f"{pilot.weights_sha256}, {'unchanged' if pilot.weights_unchanged else 'CHANGED'}",
+        "length": f"{pilot.length} tokens",
+        "texts": ", ".join(f"{text.sequences} sequences of {text.sha256}" for text in pilot.texts),
+        "passkeys": f"{sum(cell.tried for cell in cells)} in prompts of {lengths} tokens",
+        "machine": _machine(pilot),
+    }
+
+
+def _machine(pilot: Pilot) -> str:
+    machine = pilot.machine
+    return (
+        f"{machine.processor}, {machine.device}, {machine.threads} threads, {machine.dtype}, "
+        f"torch {machine.torch}, transformers {machine.transformers}"
+    )
+
+
+def _run(pilot: Pilot) -> str:
+    patched = _patched(pilot)
+    return (
+        f"{patched.density:.1%}, topology {patched.topology_sha256}, package {pilot.package_id}, "
+        f"{pilot.machine.date}, {pilot.seconds:.0f} s"
+    )
+
+
+def _facts(pilots: Sequence[Pilot], topology: Topology, pattern: Pattern) -> tuple[Fact, ...]:
+    pilot, *beside = pilots
+    model = topology.model
     facts = [
         Fact("model", pilot.model),
         Fact("weights", pilot.weights_sha256),
@@ -85,9 +145,9 @@ def _facts(pilot: Pilot, topology: Topology, pattern: Pattern) -> tuple[Fact, ..
         Fact("blocks", f"{pattern.num_blocks} of {pattern.block_size} tokens, beyond: {pattern.beyond}"),
         Fact("package", pilot.package_id),
         *(Fact("text", f"{text.name}, {text.sequences} sequences, SHA-256 {text.sha256}") for text in pilot.texts),
-        Fact("machine", f"{machine.processor}, {machine.device}, {machine.threads} threads, {machine.dtype}"),
-        Fact("versions", f"torch {machine.torch}, transformers {machine.transformers}"),
-        Fact("date", f"{machine.date}, {pilot.seconds:.0f} s"),
+        Fact("machine", _machine(pilot)),
+        Fact("date", f"{pilot.machine.date}, {pilot.seconds:.0f} s"),
+        *(Fact("beside", _run(other)) for other in beside),
     ]
     learned = [
         Fact(f"learned: {key}", value if isinstance(value, str) else json.dumps(value))

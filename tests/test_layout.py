@@ -40,7 +40,7 @@ MORE = {
     },
     "pilot_table.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
     "report.py": {"surgeon.runtime.pilot_results"},
-    "report_figures.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
+    "report_pilots.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
     "tune/trial.py": {"surgeon.runtime.gpu", "surgeon.runtime.loading"},
 }
 

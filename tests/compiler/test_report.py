@@ -9,16 +9,20 @@ import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from models import sparse_topology
 from surgeon.compiler.cli import main
+from surgeon.compiler.pilot_table import density_table
 from surgeon.compiler.report import report
-from surgeon.compiler.report_figures import dendrogram_figures, mask_picture
+from surgeon.compiler.report_pilots import curves
+from surgeon.compiler.report_topology import dendrogram_figures, mask_picture
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.compiler.topology import Topology
+from surgeon.runtime.errors import PilotError
 from surgeon.runtime.estimates import Estimate
 from surgeon.runtime.pilot_results import (
     AgainstDense,
@@ -74,7 +78,7 @@ def topology(name: str = "handbook") -> Topology:
     return dataclasses.replace(sparse_topology(), provenance={"method": "budget", "texts": [{"name": name}]})
 
 
-def pilot(name: str = "a model") -> Pilot:
+def pilot(name: str = "a model", sha256: str = topology().sha256, density: float = 0.375) -> Pilot:
     def column(title: str, sha256: str | None, density: float, beside: AgainstDense | None) -> Column:
         cells = tuple(PasskeyCell(64, depth, 2, 1, -1.5) for depth in (0.1, 0.9))
         speed = Estimate(12.5, 0.5)
@@ -85,8 +89,8 @@ def pilot(name: str = "a model") -> Pilot:
     beside = AgainstDense(Estimate(1.0625, 0.03125), half, half, half, Estimate(1.5, None), half)
     columns = (
         column("dense", None, 1.0, None),
-        column("patched", topology().sha256, 0.375, beside),
-        column("window", "1" * 64, 0.375, beside),
+        column("patched", sha256, density, beside),
+        column("window", "1" * 64, density, beside),
     )
     return Pilot(
         model=name,
@@ -103,8 +107,8 @@ def pilot(name: str = "a model") -> Pilot:
 
 def test_the_page_shows_all_of_it() -> None:
     page = Page(report(pilot(), topology()))
-    assert page.figures == {"figures": 7, "density": 1, "dendrograms": 2, "masks": 3}
-    assert page.tags["svg"] == 13
+    assert page.figures == {"figures": 7, "passkeys": 2, "density": 1, "dendrograms": 2, "masks": 3}
+    assert page.tags["svg"] == 15
     table = " ".join(page.text["table"].split())
     for cell in ("19.750 ± 1.500", "1.0625 ± 0.0312", "12.5 ± 0.5", "2 of 4", "37.5%", "unchanged"):
         assert cell in table
@@ -115,8 +119,70 @@ def test_the_page_shows_all_of_it() -> None:
     assert "12.5" not in page.text["verdict"]
 
 
+def several(name: str = "a model") -> list[tuple[str, Pilot]]:
+    """Pilots to stand beside the first one; the second has no windows."""
+    denser = pilot(sha256="4" * 64, density=0.75)
+    return [
+        ("half.json", pilot(sha256="3" * 64, density=0.5)),
+        ("most.json", dataclasses.replace(denser, columns=denser.columns[:2])),
+    ]
+
+
+def test_several_pilots_make_curves_by_density() -> None:
+    pilots = (pilot(), *(other for _, other in several()))
+    drawn = curves(pilots, lambda column: Estimate(1 + column.density, None), Estimate(1.0, None))
+    assert [point.place for point in drawn["patched"]] == [0.375, 0.5, 0.75, 1.0]
+    assert [point.figure.value for point in drawn["window"]] == [1.375, 1.5, 1.0]
+    rows = density_table(pilots).rows
+    assert [(row.name, row.cells[0]) for row in rows] == [
+        ("dense", "100.0%"),
+        ("patched", "75.0%"),
+        ("patched", "50.0%"),
+        ("window", "50.0%"),
+        ("patched", "37.5%"),
+        ("window", "37.5%"),
+    ]
+    page = Page(report(pilot(), topology(), several()))
+    assert page.figures["figures"] == 7
+    assert page.tags["table"] == 2
+    assert "75.0%" in page.text["figures"]
+    assert "75.0%, topology 4444" in page.text["provenance"]
+
+
+def without_passkeys() -> tuple[Column, ...]:
+    columns = pilot(sha256="3" * 64).columns
+    return tuple(dataclasses.replace(column, passkeys=(), passkeys_found=None) for column in columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights_sha256": "5" * 64},
+            "half.json: weights: expected 0+, unchanged, as in the first pilot, got 5+, CHANGED",
+        ),
+        ({"length": 128}, "half.json: length: expected 64 tokens.*, got 128 tokens"),
+        ({"texts": (PilotText("a model", "6" * 64, 2),)}, "half.json: texts: expected 2 sequences of 3+, .* 6+"),
+        ({"columns": without_passkeys()}, r"half.json: passkeys: expected 4 in prompts of \[64\] tokens, .* got 0"),
+        (
+            {"machine": PilotMachine("another", "cpu", "fp32", 2, "2", "5", "2026-01-02")},
+            "half.json: machine: .* got another",
+        ),
+        (
+            {"columns": pilot().columns},
+            "half.json: topology: expected another than the other pilots', got [0-9a-f]+ again",
+        ),
+        ({"columns": pilot(sha256="3" * 64).columns[:1]}, "half.json: columns: expected a patched model, got none"),
+    ],
+)
+def test_pilots_that_differ_in_more_than_their_topology_are_refused(changes: dict[str, Any], message: str) -> None:
+    (where, other), *_ = several()
+    with pytest.raises(PilotError, match=message):
+        report(pilot(), topology(), [(where, dataclasses.replace(other, **changes))])
+
+
 def test_it_refers_to_nothing_outside() -> None:
-    text = report(pilot(), topology())
+    text = report(pilot(), topology(), several())
     page = Page(text)
     for name, value in page.attributes:
         if name in {"src", "href", "xlink:href", "action", "srcset", "data"}:
@@ -131,7 +197,7 @@ def test_it_refers_to_nothing_outside() -> None:
 def test_every_string_is_escaped() -> None:
     evil = pilot(EVIL)
     columns = (*evil.columns[:2], dataclasses.replace(evil.columns[2], name=EVIL))
-    page = Page(report(dataclasses.replace(evil, columns=columns), topology(EVIL)))
+    page = Page(report(dataclasses.replace(evil, columns=columns), topology(EVIL), several()))
     assert page.tags["script"] == 0
     for section in ("table", "figures", "provenance"):
         assert EVIL in page.text[section] or json.dumps(EVIL) in page.text[section]
@@ -172,12 +238,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["report", str(tmp_path / "pilot.json"), str(tmp_path / "topology.json"), "--out", str(out)]
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{out}: {out.stat().st_size:,} bytes\n"
+    (tmp_path / "denser.json").write_text(pilot(sha256="3" * 64, density=0.5).to_json())
+    (tmp_path / "longer.json").write_text(dataclasses.replace(pilot(sha256="3" * 64), length=128).to_json())
+    assert main([*arguments, "--beside", str(tmp_path / "denser.json")]) == 0
+    assert "50.0%" in out.read_text()
+    capsys.readouterr()
     before = out.read_bytes()
+    arguments += ["--beside", str(tmp_path / "denser.json")]
     for place, file, message in (
         (1, "topology.json", "expected 'surgeon.pilot'"),
         (1, "missing.json", "expected a readable file"),
         (2, "other.json", "that the pilot tried"),
         (2, "missing.json", "expected a readable file"),
+        (6, "missing.json", "expected a readable file"),
+        (6, "longer.json", "longer.json: length: expected 64 tokens, as in the first pilot, got 128 tokens"),
     ):
         wrong = [*arguments[:place], str(tmp_path / file), *arguments[place + 1 :]]
         assert main(wrong) == 2
@@ -215,7 +289,7 @@ def test_a_browser_draws_it_within_the_width_of_a_phone(tmp_path: Path) -> None:
     assert found is not None
     width, content, drawn, images = json.loads(found[1])
     assert content <= width
-    assert drawn == 13
+    assert drawn == 15
     assert images >= 4
     shot = tmp_path / "page.png"
     run(f"--screenshot={shot}")

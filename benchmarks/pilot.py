@@ -1,0 +1,91 @@
+"""Pilots SmolLM2-135M's topologies of 2,048 tokens on held-out text, and shows them on one page: make pilot.
+
+Each is compiled and given to `surgeon pilot`, which has a process for each, since it measures memory, and writes
+results/pilot-*.json. Then `surgeon report` draws the sparsest, with the others beside it, into build/pilot.html.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from smollm2 import model_folder
+from surgeon.compiler import compile_package, read_topology
+from surgeon.compiler.cache import cache_folder
+from surgeon.runtime.errors import SurgeonError
+from texts import held_out_texts
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+TOPOLOGIES = ("smollm2-135m-25", "smollm2-135m-35", "smollm2-135m-50")
+"""The sparsest first: the page is about it."""
+MEASURED = ("--sequences", "6", "--passkeys", "4", "--rounds", "6")
+THRESHOLDS = ("--max-ppl-ratio", "1.05", "--min-speedup", "1")
+SURGEON = "import sys; from surgeon.compiler.cli import main; sys.exit(main())"
+
+console = Console(highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the pilots, writes the page, and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Pilot SmolLM2-135M's topologies on held-out text.")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for what the pilots found")
+    page = FOLDER.parent / "build" / "pilot.html"
+    parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
+    options = parser.parse_args(arguments)
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        pilots = run_pilots(options.results)
+    except SurgeonError as error:
+        console.print(f"pilot: {error}", style="red", markup=False)
+        return 2
+    first, *others = pilots
+    beside = [argument for other in others for argument in ("--beside", str(other))]
+    surgeon("report", str(first), str(topology_file(TOPOLOGIES[0])), *beside, "--out", str(options.report))
+    console.print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def run_pilots(results: Path) -> list[Path]:
+    """Compiles and pilots every topology, and returns the pilots' files.
+
+    Raises:
+        ModelError: the model or a text cannot be had.
+    """
+    cache = cache_folder()
+    model = model_folder(cache, console.print)
+    pilots = []
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = [Path(scratch) / name for name in ("handbook-last-quarter.txt", "new-testament.txt")]
+        for file, text in zip(texts, held_out_texts(cache, console.print), strict=True):
+            file.write_text(text.text, encoding="utf-8")
+        held_out = [argument for file in texts for argument in ("--text", str(file))]
+        for name in TOPOLOGIES:
+            topology = read_topology(topology_file(name))
+            package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
+            out = results / f"pilot-{name}.json"
+            surgeon("pilot", str(model), str(package), *held_out, *MEASURED, *THRESHOLDS, "--out", str(out))
+            pilots.append(out)
+    return pilots
+
+
+def topology_file(name: str) -> Path:
+    """Where a committed topology lies."""
+    return FOLDER / "topologies" / f"{name}.json"
+
+
+def surgeon(*arguments: str) -> None:
+    """Runs a command of Surgeon's; where it fails, it says why, and this process ends with its status."""
+    status = subprocess.run([sys.executable, "-c", SURGEON, *arguments], check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

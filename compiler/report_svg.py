@@ -1,0 +1,81 @@
+"""Figures of the report as SVG that can stand inline in one page, equal byte for byte for equal input."""
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from surgeon.runtime.errors import PilotError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DRAWN: dict[Any, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "image.composite_image": False,
+    "svg.fonttype": "none",  # letters stay letters
+    "text.parse_math": False,  # names are not formulas
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as SVG, and what it shows in words. `markup` is safe as it is: all text in it is escaped."""
+
+    title: str
+    markup: str
+
+
+def figure(title: str, draw: Callable[["Axes"], None], inches: tuple[float, float]) -> Figure:
+    """The figure that `draw` makes on axes of its own, so many inches wide and high.
+
+    Raises:
+        PilotError: matplotlib is not installed.
+    """
+    with _settings():
+        from matplotlib.figure import Figure as Canvas
+
+        canvas = Canvas(figsize=inches, layout="constrained")
+        axes = canvas.add_subplot()
+        draw(axes)
+        text = io.StringIO()
+        canvas.savefig(
+            text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True
+        )
+    return Figure(title, _inline(text.getvalue(), title))
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user has set, and as a page needs it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PilotError(
+            "surgeon report", "matplotlib", "an installation without it", "run pip install 'surgeon[learn]'"
+        ) from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_DRAWN)
+        matplotlib.rcParams["svg.hashsalt"] = "surgeon"
+        yield
+
+
+def _inline(svg: str, title: str) -> str:
+    """The SVG element alone, as wide as its place, with names that no other figure of the page has."""
+    prefix = hashlib.sha256(f"{title}\n{svg}".encode()).hexdigest()[:8]
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
+    element = re.sub(r'\b(id=")', rf"\g<1>{prefix}-", element)
+    element = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", element)
+    size = re.search(r'viewBox="[^"]*"', element)
+    assert size is not None
+    opening = f'<svg {size[0]} role="img" aria-label="{escape(title)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, element, count=1)
