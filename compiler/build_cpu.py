@@ -24,13 +24,13 @@ _COMPILE_FLAGS = (
     "-O3",
     "-g0",
     "-fPIC",
-    "-fopenmp",
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",
 )
-_LINK_FLAGS = ("-shared", "-fopenmp", "-s", "-Wl,--as-needed", "-Wl,--build-id=none")
+_LINK_FLAGS = ("-shared", "-s", "-Wl,--as-needed", "-Wl,--build-id=none")
+_LIBRARIES = ("-lgomp",)  # whatever the compiler: see templates/cpu/driver.cpp.jinja
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None
             pool.shutdown(cancel_futures=True)
             raise
     ordered = {f"{name}.o": objects[name] for name in sorted(objects)}
-    key = cache.key((compiler.version, *_LINK_FLAGS, *ordered.values()))
-    library = cache.get(key) or _store(cache, key, _run(compiler, _LINK_FLAGS, ordered, list(ordered)))
+    key = cache.key((compiler.version, *_LINK_FLAGS, *_LIBRARIES, *ordered.values()))
+    library = cache.get(key) or _store(cache, key, _run(compiler, _LINK_FLAGS, ordered, [*ordered, *_LIBRARIES]))
     report("compiling for cpu", len(units) + 1, len(units) + 1)
     return Binary(
         path=LIBRARY,

@@ -1,6 +1,8 @@
 """The CPU kernels against the fp64 oracle, over all that the contract allows."""
 
 import itertools
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,24 @@ def test_every_length(compiled: Compile, length: int, beyond: str) -> None:
     for dtype in DTYPES:
         check(topology, package, *inputs(topology, 2, length, length, dtype), layers=(0, 1))
         check(topology, package, *inputs(topology, 1, 1, length, dtype), layers=(0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_kernels_that_clang_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "clang++")
+    topology = _mixed(6, 2, 64, seed=9)
+    folder = compile_package(topology, tmp_path / "kernels")
+    for variant in load(folder).cpu_variants:
+        package = load(folder, cpu_variant=variant)
+        for dtype in DTYPES:
+            check(topology, package, *inputs(topology, 2, 300, 300, dtype), first_key=[0, 67], layers=(0, 1))
+            check(topology, package, *inputs(topology, 2, 1, 333, dtype), first_key=[0, 100], layers=(0, 1))
+    needed = subprocess.run(
+        ["objdump", "-p", folder / "cpu" / "attention.so"], capture_output=True, text=True, check=True
+    )
+    assert "libgomp.so" in needed.stdout  # whose threads torch runs on
+    assert "libomp.so" not in needed.stdout
 
 
 def _contiguous() -> Topology:
