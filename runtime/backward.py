@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.schedules import HeadSchedule
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -21,32 +22,30 @@ def gradients(
     block_size: int,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: Sequence[int],
-    first_key: Sequence[int],
-    scale: float,
+    operands: Operands,
 ) -> Gradients:
     """The gradients of q, k and v from those of the output `[B,Sq,Hq,D]` and the log-sum-exp `[B,Hq,Sq]`.
 
-    Everything else is as in `Package.attention`, with one place a sequence. Computes in fp32, in fp64 where q is.
-    Queries before `first_key` and keys that nobody reads have zeros.
+    Computes in fp32, in fp64 where q is. Queries before `first_key` and keys that nobody reads have zeros.
     """
+    q, k, v, position, first_key, scale = operands
+    batch, length = q.shape[0], q.shape[2]
+    positions = [k.shape[2] - length] * batch if position is None else position.tolist()
+    first_keys = [0] * batch if first_key is None else first_key.tolist()
     accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
     if grad_lse is None:
         grad_lse = torch.zeros((), dtype=accumulated, device=q.device).expand(q.shape[:3])
     given = (q, k, v, grad_out.transpose(1, 2), grad_lse)
     results = [torch.zeros(tensor.shape, dtype=accumulated, device=q.device) for tensor in (q, k, v)]
     places: dict[tuple[int, int], list[int]] = {}
-    for sequence, place in enumerate(zip(position, first_key, strict=True)):
+    for sequence, place in enumerate(zip(positions, first_keys, strict=True)):
         places.setdefault(place, []).append(sequence)
     shared = list(_shared_schedules(heads, len(heads) // k.shape[1]))
     for (start, first), sequences in places.items():
-        whole = len(sequences) == q.shape[0]  # the usual case, in which nothing is copied
+        whole = len(sequences) == batch  # the usual case, in which nothing is copied
         parts = given if whole else tuple(tensor[sequences] for tensor in given)
         sums = results if whole else [torch.zeros_like(result[sequences]) for result in results]
-        for tile in _tiles(shared, block_size, start, start + q.shape[2], first):
+        for tile in _tiles(shared, block_size, start, start + length, first):
             _accumulate(tile, start, scale, *parts, *sums)
         if not whole:
             for result, part in zip(results, sums, strict=True):

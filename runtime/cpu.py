@@ -12,6 +12,7 @@ import torch
 
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import CPU_ABI_VERSION
+from surgeon.runtime.operands import Operands
 
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -115,18 +116,13 @@ class CpuLibrary:
     def attend(
         self,
         kernel: "ctypes._NamedFuncPointer",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position: torch.Tensor | None,
-        first_key: torch.Tensor | None,
-        scale: float,
+        operands: Operands,
         log_sum_exp: torch.Tensor | None = None,
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         pages: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs a kernel on torch's thread pool; shapes as `Package.attention`, positions integers `[batch]`.
+        """Runs a kernel on torch's thread pool.
 
         k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
         `[batch, length, head_dim]`, rotates q and k, which then have one length. With `pages`, k and v are slots;
@@ -136,6 +132,7 @@ class CpuLibrary:
             TopologyError: a row of blocks lies beyond what the topology covers.
             PatchError: a query reads a block that the pages do not hold.
         """
+        q, k, v, position, first_key, scale = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
         out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)

@@ -6,6 +6,7 @@ from surgeon.runtime import dense
 from surgeon.runtime.cpu import CpuLibrary
 from surgeon.runtime.dense_rows import DenseRows, dense_tokens
 from surgeon.runtime.errors import PackageError, TargetError, shown
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.package import PackageFiles
 from surgeon.runtime.schedules import read_schedules
 
@@ -54,36 +55,21 @@ class CpuKernels:
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position: torch.Tensor | None,
-        first_key: torch.Tensor | None,
-        scale: float,
+        operands: Operands,
         log_sum_exp: torch.Tensor | None = None,
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel, or dense attention where that is the same and faster; see `CpuLibrary.attend`."""
         if self.dense_rows.torch_is_faster and log_sum_exp is None and rotary is None:
-            end = dense.visible_end(q, k, position, first_key)
-            if end is not None and q.shape[2] <= end <= min(self.dense_rows.tokens[layer], k.shape[2]):
-                return dense.attend(q, k, v, end, scale)
-        library, kernel = self._kernels[layer, q.dtype]
-        return library.attend(kernel, q, k, v, position, first_key, scale, log_sum_exp, first_kv_head, rotary)
+            end = dense.visible_end(operands)
+            most = min(self.dense_rows.tokens[layer], operands.k.shape[2])
+            if end is not None and operands.q.shape[2] <= end <= most:
+                return dense.attend(operands, end)
+        library, kernel = self._kernels[layer, operands.q.dtype]
+        return library.attend(kernel, operands, log_sum_exp, first_kv_head, rotary)
 
-    def attend_paged(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        pages: torch.Tensor,
-        position: torch.Tensor,
-        first_key: torch.Tensor | None,
-        scale: float,
-        first_kv_head: int = 0,
-    ) -> torch.Tensor:
+    def attend_paged(self, layer: int, operands: Operands, pages: torch.Tensor, first_kv_head: int = 0) -> torch.Tensor:
         """Runs a layer's kernel on keys and values in slots; see `Package.run_paged`."""
-        library, kernel = self._kernels[layer, q.dtype]
-        return library.attend(kernel, q, k, v, position, first_key, scale, None, first_kv_head, pages=pages)
+        library, kernel = self._kernels[layer, operands.q.dtype]
+        return library.attend(kernel, operands, None, first_kv_head, pages=pages)

@@ -5,23 +5,24 @@ import logging
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from surgeon.runtime.operands import Operands
+
 _LOG = logging.getLogger("surgeon")
 
 
-def visible_end(
-    q: torch.Tensor, k: torch.Tensor, position: torch.Tensor | None, first_key: torch.Tensor | None
-) -> int | None:
+def visible_end(operands: Operands) -> int | None:
     """Where the visible keys end, if all sequences are unpadded and stand at one position; else None."""
-    if first_key is not None and bool(first_key.any()):
+    if operands.first_key is not None and bool(operands.first_key.any()):
         return None
-    if position is None:
-        return k.shape[2]
-    start = position.tolist()
-    return start[0] + q.shape[2] if start and start.count(start[0]) == len(start) else None
+    if operands.position is None:
+        return operands.k.shape[2]
+    start = operands.position.tolist()
+    return start[0] + operands.q.shape[2] if start and start.count(start[0]) == len(start) else None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int, scale: float) -> torch.Tensor:
-    """Causal attention of the last queries over the first `end` keys; shapes as `Package.attention`."""
+def attend(operands: Operands, end: int) -> torch.Tensor:
+    """Causal attention of the last queries over the first `end` keys; the result as `Package.attention`."""
+    q, k, v, *_, scale = operands
     queries = q.shape[2]
     mask = None
     if 1 < queries < end:

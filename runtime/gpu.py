@@ -9,6 +9,7 @@ import torch
 from surgeon.runtime.drivers import Driver, Function, open_driver
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.manifest import KernelEntry, Manifest
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.package import PackageFiles
 from surgeon.runtime.tables import SegmentTable, read_tables
 from surgeon.runtime.target import Target
@@ -132,16 +133,11 @@ class GpuKernels:
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position: torch.Tensor | None,
-        first_key: torch.Tensor | None,
-        scale: float,
-        log_sum_exp: torch.Tensor | None,
+        operands: Operands,
+        log_sum_exp: torch.Tensor | None = None,
         first_kv_head: int = 0,
     ) -> torch.Tensor:
-        """Queues a layer's kernels on the current stream; shapes as `Package.attention`, positions integers `[batch]`.
+        """Queues a layer's kernels on the current stream.
 
         The tensors hold the layer's KV heads from `first_kv_head` on, as many as k has, and their query heads.
 
@@ -153,6 +149,7 @@ class GpuKernels:
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
+        q, k, v, position, first_key, scale = operands
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
         self._check_lengths(q_length, k_length, position, first_key)

@@ -17,6 +17,7 @@ from surgeon.runtime import ops, sites
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.liveness import Liveness
 from surgeon.runtime.loading import Package
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.paged_states import PagedStates
 from surgeon.runtime.pages import Pages
 
@@ -120,35 +121,30 @@ class PagedLayer(CacheLayerMixin):
         states = PagedStates(self, key_states, value_states)
         return states, states
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        position: torch.Tensor,
-        first_key: torch.Tensor,
-        scale: float,
-        package: Package,
-    ) -> torch.Tensor:
+    def attend(self, operands: Operands, package: Package) -> torch.Tensor:
         """Attention over the held blocks and the new tokens, which are stored; then drops what no later row reads.
 
-        Arguments and result as `Package.attention`.
+        k and v are those of the new tokens, and places are given; the result is as `Package.attention`.
 
         Raises:
             PatchError: the tokens are not those that follow, or the padding is another than before.
         """
+        query, keys, values, position, first_key, _ = operands
+        assert position is not None
+        assert first_key is not None
         first = self._begin(keys, position, first_key, package)
-        query, new_keys, new_values = query.to(keys.dtype), keys.detach(), values.detach()
-        length, arguments = self._length + keys.shape[2], (position, first_key, scale)
+        operands = operands._replace(q=query.to(keys.dtype))
+        new_keys, new_values = keys.detach(), values.detach()
+        length = self._length + keys.shape[2]
         if self._pages is None:
-            attended = ops.attention(package, self.layer, query, keys, values, *arguments)
+            attended = ops.attention(package, self.layer, operands)
             self._pages = Pages(self._block_size, keys, values)
             wanted = None if self.record_past else self._live(length)
             self._pages.write(first, new_keys, new_values, wanted)
         else:
             self._pages.write(first, new_keys, new_values)
-            slots = self._pages.keys, self._pages.values, self._pages.table
-            attended = ops.attention_paged(package, self.layer, query, slots, *arguments)
+            operands = operands._replace(k=self._pages.keys, v=self._pages.values)
+            attended = ops.attention_paged(package, self.layer, operands, self._pages.table)
         self._length = length
         if not self.record_past:
             self._drop()

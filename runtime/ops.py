@@ -8,6 +8,7 @@ import torch
 
 from surgeon.runtime.backward import Gradients
 from surgeon.runtime.errors import PackageError, PatchError
+from surgeon.runtime.operands import Operands
 
 if TYPE_CHECKING:
     from surgeon.runtime.loading import Package
@@ -60,39 +61,23 @@ def find(package: str) -> "Package":
     return found
 
 
-def attention(
-    package: "Package",
-    layer: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: torch.Tensor | None,
-    first_key: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
+def attention(package: "Package", layer: int, operands: Operands) -> torch.Tensor:
     """The op `surgeon::attention`, or in plain inference what it comes to.
 
     Torch's dispatcher takes some 50 µs to reach Python code that is no longer in the cache, once a layer and token.
     """
-    if _is_plain_inference(q, k, v):
-        return package.run(layer, q, k, v, position, first_key, scale)
-    result: torch.Tensor = torch.ops.surgeon.attention(q, k, v, position, first_key, scale, package.id, layer)
+    if _is_plain_inference(operands.q, operands.k, operands.v):
+        return package.run(layer, operands)
+    result: torch.Tensor = torch.ops.surgeon.attention(*operands, package.id, layer)
     return result
 
 
-def attention_paged(
-    package: "Package",
-    layer: int,
-    q: torch.Tensor,
-    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    position: torch.Tensor,
-    first_key: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """As `attention`, the op `surgeon::attention_paged` on k, v and pages."""
-    if _is_plain_inference(q, *slots):
-        return package.run_paged(layer, q, *slots, position, first_key, scale)
-    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, *slots, position, first_key, scale, package.id, layer)
+def attention_paged(package: "Package", layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+    """As `attention`, the op `surgeon::attention_paged` on slots in place of k and v."""
+    q, k, v, *rest = operands
+    if _is_plain_inference(q, k, v, pages):
+        return package.run_paged(layer, operands, pages)
+    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, pages, *rest, package.id, layer)
     return result
 
 
@@ -111,59 +96,37 @@ def _is_plain_inference(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: torch.Tensor | None,
-    first_key: torch.Tensor | None,
-    scale: float,
-    package: str,
-    layer: int,
-) -> torch.Tensor:
-    return find(package).run(layer, q, k, v, position, first_key, scale)
+# What the ops come to takes its arguments as they are defined above.
 
 
-def _attention_with_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: torch.Tensor | None,
-    first_key: torch.Tensor | None,
-    scale: float,
-    package: str,
-    layer: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(*arguments: Any) -> torch.Tensor:
+    *operands, package, layer = arguments
+    return find(package).run(layer, Operands(*operands))
+
+
+def _attention_with_lse(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *operands, package, layer = arguments
     log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return find(package).run(layer, q, k, v, position, first_key, scale, log_sum_exp), log_sum_exp
+    return find(package).run(layer, Operands(q, *operands), log_sum_exp), log_sum_exp
 
 
 def _attention_paged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    position: torch.Tensor,
-    first_key: torch.Tensor | None,
-    scale: float,
-    package: str,
-    layer: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
-    return find(package).run_paged(layer, q, k, v, pages, position, first_key, scale)
+    *rest, package, layer = arguments
+    return find(package).run_paged(layer, Operands(q, k, v, *rest), pages)
 
 
 def _attention_rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    first_key: torch.Tensor | None,
-    scale: float,
-    package: str,
-    layer: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
-    return find(package).run_rotary(layer, q, k, v, cos, sin, first_key, scale)
+    *rest, package, layer = arguments
+    return find(package).run_rotary(layer, Operands(q, k, v, None, *rest), cos, sin)
+
+
+def _attention_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor | None, *arguments: Any) -> Gradients:
+    *operands, package, layer = arguments
+    return find(package).run_backward(layer, grad_out, grad_lse, Operands(*operands))
 
 
 def _fake_attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -173,21 +136,6 @@ def _fake_attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _fake_attention_with_lse(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _fake_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _attention_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position: torch.Tensor | None,
-    first_key: torch.Tensor | None,
-    scale: float,
-    package: str,
-    layer: int,
-) -> Gradients:
-    return find(package).run_backward(layer, grad_out, grad_lse, q, k, v, position, first_key, scale)
 
 
 def _fake_attention_backward(

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from surgeon.runtime import masks, ops
 from surgeon.runtime.errors import PatchError, shown
 from surgeon.runtime.loading import Package
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.paged_states import PagedStates
 
 IMPLEMENTATIONS = {"sdpa": "surgeon", "eager": "surgeon_eager"}
@@ -158,7 +159,7 @@ def attention(
     position, first_key = masks.unpack(attention_mask, key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if isinstance(key, PagedStates) and value is key:
-        output = key.layer.attend(query, key.new_keys, key.new_values, position, first_key, scale, site.package)
-    else:
-        output = ops.attention(site.package, site.layer, query, key, value, position, first_key, scale)
-    return output, None
+        operands = Operands(query, key.new_keys, key.new_values, position, first_key, scale)
+        return key.layer.attend(operands, site.package), None
+    operands = Operands(query, key, value, position, first_key, scale)
+    return ops.attention(site.package, site.layer, operands), None

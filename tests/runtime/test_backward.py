@@ -14,6 +14,7 @@ from surgeon.compiler import compile_package
 from surgeon.runtime import Package, load
 from surgeon.runtime.backward import gradients
 from surgeon.runtime.errors import PatchError
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.package import read_package
 from surgeon.runtime.schedules import read_schedules
 from topologies import random_topology
@@ -106,8 +107,8 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        places = ([2, 11], [0, 3])
-        return None, None, *gradients(ctx.schedule, 16, *grads, *ctx.saved_tensors, *places, scale=32**-0.5)
+        operands = Operands(*ctx.saved_tensors, torch.tensor([2, 11]), torch.tensor([0, 3]), 32**-0.5)
+        return None, None, *gradients(ctx.schedule, 16, *grads, operands)
 
 
 def test_gradcheck(folder: Path) -> None:
@@ -154,7 +155,7 @@ def test_second_derivatives_are_refused(package: Package) -> None:
 def test_tensors_of_a_gpu_are_refused(package: Package) -> None:
     tensors = [on_gpu(tensor.detach()) for tensor in inputs(40, 40, torch.float32)]
     with pytest.raises(PatchError, match="expected tensors on the CPU in a backward pass, got cuda:0"):
-        package.run_backward(0, tensors[0].transpose(1, 2), None, *tensors, None, None, 0.2)
+        package.run_backward(0, tensors[0].transpose(1, 2), None, Operands(*tensors, None, None, 0.2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

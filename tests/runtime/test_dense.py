@@ -10,6 +10,7 @@ from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.inspection import PackageReport, inspect
 from surgeon.runtime import Package, dense, load
 from surgeon.runtime.errors import PatchError, TopologyError
+from surgeon.runtime.operands import Operands
 from topologies import DENSE, balanced_tree, build, dense_topology, head, window_topology
 
 # Layer 0 is dense, layer 1 sees everything up to its smaller window and its sink.
@@ -35,9 +36,9 @@ def dense_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     calls: list[tuple[int, int]] = []
     attend = dense.attend
 
-    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int, scale: float) -> torch.Tensor:
-        calls.append((q.shape[2], end))
-        return attend(q, k, v, end, scale)
+    def counted(operands: Operands, end: int) -> torch.Tensor:
+        calls.append((operands.q.shape[2], end))
+        return attend(operands, end)
 
     monkeypatch.setattr(dense, "attend", counted)
     return calls

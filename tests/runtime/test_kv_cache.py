@@ -16,6 +16,7 @@ from surgeon.compiler import Topology, compile_package
 from surgeon.runtime import Package, SurgeonCache, load, patch, unpatch
 from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.kv_cache import PagedLayer
+from surgeon.runtime.operands import Operands
 from topologies import window_topology
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -283,7 +284,7 @@ def test_some_of_the_heads(packages: dict[str, Compiled]) -> None:
         q_, k_, v_ = q[:, 2 * head : 2 * head + 2], k[:, head : head + 1], v[:, head : head + 1]
         for begin, end in itertools.pairwise((0, 33, 34, 90, 91, 130)):
             new = (tensor[:, :, begin:end] for tensor in (q_, k_, v_))
-            found = layer.attend(*new, torch.tensor([begin]), torch.tensor([0]), 0.2, part)
+            found = layer.attend(Operands(*new, torch.tensor([begin]), torch.tensor([0]), 0.2), part)
             assert torch.equal(found, part.attention(2, q_[:, :, begin:end], k_[:, :, :end], v_[:, :, :end], 0.2))
         held.append(int((layer._pages.table >= 0).sum()))
     assert sum(held) == live_blocks(topology, 2, 130)
@@ -327,7 +328,7 @@ def test_keys_on_a_gpu(packages: dict[str, Compiled]) -> None:
 def attending(layer: PagedLayer, package: Package, length: int, position: list[int], first_key: list[int]) -> None:
     keys = torch.zeros(len(position), 2, length, 32)
     query = torch.zeros(len(position), 4, length, 32)
-    layer.attend(query, keys, keys, torch.tensor(position), torch.tensor(first_key), 0.2, package)
+    layer.attend(Operands(query, keys, keys, torch.tensor(position), torch.tensor(first_key), 0.2), package)
 
 
 def wrong_position(layer: PagedLayer, package: Package) -> None:
@@ -350,7 +351,7 @@ def other_batch(layer: PagedLayer, package: Package) -> None:
 
 def other_dtype(layer: PagedLayer, package: Package) -> None:
     keys = torch.zeros(2, 2, 1, 32, dtype=torch.bfloat16)
-    layer.attend(keys, keys, keys, torch.tensor([20, 20]), torch.tensor([0, 4]), 0.2, package)
+    layer.attend(Operands(keys, keys, keys, torch.tensor([20, 20]), torch.tensor([0, 4]), 0.2), package)
 
 
 @pytest.mark.parametrize(

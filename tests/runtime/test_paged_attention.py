@@ -9,6 +9,7 @@ import torch
 from surgeon.compiler import Topology, compile_package
 from surgeon.runtime import Package, load
 from surgeon.runtime.errors import PatchError, TopologyError
+from surgeon.runtime.operands import Operands
 from topologies import random_topology
 
 LENGTH = 420
@@ -106,22 +107,22 @@ def test_a_block_that_is_read_must_be_there(package: Package, slot: int) -> None
     slots_k, slots_v, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     pages[1, 0, (LENGTH - 1) // 64] = slot
     with pytest.raises(PatchError, match="expected a slot for every block that the queries read, got a block that"):
-        package.run_paged(0, q, slots_k, slots_v, pages, torch.tensor([LENGTH - 1] * 2), None, 0.125)
+        package.run_paged(0, Operands(q, slots_k, slots_v, torch.tensor([LENGTH - 1] * 2), None, 0.125), pages)
 
 
 def test_a_position_behind_the_pages(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
-    slots = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
-    assert slots[2].shape[2] * 64 == 448
+    *slots, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
+    assert pages.shape[2] * 64 == 448
     with pytest.raises(TopologyError, match="position"):
-        package.run_paged(0, q, *slots, torch.tensor([448, 0]), None, 0.125)
+        package.run_paged(0, Operands(q, *slots, torch.tensor([448, 0]), None, 0.125), pages)
 
 
 def test_what_does_not_fit(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
     slots_k, slots_v, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     place = torch.tensor([LENGTH - 1] * 2)
-    for changed, message in (
+    for (*tensors, table, position), message in (
         ((q[:, :2], slots_k, slots_v, pages, place), r"attention: q: expected \[batch, 6, length, 64\]"),
         ((q, k, slots_v, pages, place), r"attention: k: expected \[slots, 64, 64\]"),
         ((q, slots_k, slots_v[1:], pages, place), r"attention: v: expected \[slots, 64, 64\], k and v alike"),
@@ -131,7 +132,7 @@ def test_what_does_not_fit(package: Package) -> None:
         ((q, slots_k, slots_v, pages, place[:1]), "attention: position: expected an int or an integer tensor"),
     ):
         with pytest.raises(PatchError, match=message):
-            package.run_paged(0, *changed, None, 0.125)
+            package.run_paged(0, Operands(*tensors, position, None, 0.125), table)
 
 
 def test_a_gradient_is_refused(package: Package) -> None:

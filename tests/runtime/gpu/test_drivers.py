@@ -14,6 +14,7 @@ from gpu_standin import Standin
 from surgeon.runtime.drivers import Driver
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.gpu import PHASES
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.package import PackageFiles
 
 pytest.importorskip("triton")
@@ -28,7 +29,7 @@ def test_code_is_loaded_once_a_kernel_into_the_device_that_launches_it(
     assert [call["bytes"] for call in loads] == sizes * 2
     q, k, v = tensors(2, 300)
     for gpu in (first, second, first):
-        gpu.attend(0, q, k, v, None, None, 1.0, None)
+        gpu.attend(0, Operands(q, k, v, None, None, 1.0))
     found = launches(standin)
     assert [launch["place"] for launch in found] == ([100, 101, 100] if backend == "cuda" else [0, 1, 0])
     assert found[0]["function"] == found[2]["function"] != found[1]["function"]
@@ -85,7 +86,7 @@ def test_a_launch_that_the_driver_refuses(
     call = LAUNCHES[way]
     standin.fail(call, 1)
     with pytest.raises(TargetError, match=r"launch of attention_000: expected a launch, got .*ERROR_INVALID_VALUE"):
-        gpu.attend(0, *tensors(2, 300), None, None, 1.0, None)
+        gpu.attend(0, Operands(*tensors(2, 300), None, None, 1.0))
     standin.fail(call, 0)
 
 
@@ -115,17 +116,18 @@ torch.cuda.current_stream = lambda device: FakeStream(77)
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 from surgeon.runtime import load
+from surgeon.runtime.operands import Operands
 begin = time.perf_counter()
 package = load(sys.argv[1], strict=True, device="cuda")
 print(f"loaded in {time.perf_counter() - begin:.3f} s", file=sys.stderr)
 q = torch.zeros((1, 4, 200, 128), dtype=torch.bfloat16)
 k, v = torch.zeros((2, 1, 2, 200, 128), dtype=torch.bfloat16)
-package.run(0, on_gpu(q), on_gpu(k), on_gpu(v), None, None, 0.5)
+package.run(0, Operands(on_gpu(q), on_gpu(k), on_gpu(v), None, None, 0.5))
 assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
 library = ctypes.CDLL("libcuda.so.1")
 library.standin_log.restype = ctypes.c_char_p
 launch = json.loads(library.standin_log().decode().splitlines()[-1])
-print(json.dumps({"driver": package._on(torch.device("cuda", 0)).driver, "q": q.data_ptr(), "launch": launch}))
+print(json.dumps({"driver": package._devices.on(torch.device("cuda", 0)).driver, "q": q.data_ptr(), "launch": launch}))
 """
 
 

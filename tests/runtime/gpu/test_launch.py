@@ -31,6 +31,7 @@ from surgeon.compiler.decode_table import decode_table
 from surgeon.compiler.schedule import schedule_layers
 from surgeon.runtime.drivers import Driver
 from surgeon.runtime.errors import PatchError, TopologyError
+from surgeon.runtime.operands import Operands
 from surgeon.runtime.package import PackageFiles, read_package
 
 pytest.importorskip("triton")
@@ -44,7 +45,7 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
     position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
     lse = torch.empty((2, HEADS, 150))
     standin.log()
-    out = gpu.attend(1, q, k, v, position, first_key, 0.125, lse)
+    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
     (launch,) = launches(standin)
     assert arguments(entry_of(files, backend), launch) == {
         "q": q.data_ptr(),
@@ -90,7 +91,7 @@ def test_positions_that_are_not_given_follow_from_the_lengths(
     )
     gpu = kernels(files, backend, driver)
     standin.log()
-    gpu.attend(0, *tensors(3, 300), None, None, 1.0, None)
+    gpu.attend(0, Operands(*tensors(3, 300), None, None, 1.0))
     position, first_key = made
     assert (position.tolist(), first_key.tolist()) == ([297, 297], [0, 0])
     (launch,) = launches(standin)
@@ -107,7 +108,7 @@ def test_32_bit_positions_are_widened(files: PackageFiles, backend: str, driver:
     to = torch.Tensor.to
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda *args, **options: keep.append(to(*args, **options)) or keep[-1])
-        gpu.attend(0, *tensors(2, 300), position, None, 1.0, None)
+        gpu.attend(0, Operands(*tensors(2, 300), position, None, 1.0))
     (launch,) = launches(standin)
     address = arguments(entry_of(files, backend), launch)["position"]
     assert list((ctypes.c_int64 * 2).from_address(int(address))) == [5, 6]
@@ -121,7 +122,7 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     q, k, v = tensors(q_length=1, k_length=700)
     position, first_key = torch.tensor([600, 650]), torch.tensor([0, 7])
     lse = torch.empty((2, HEADS, 1))
-    out = gpu.attend(1, q, k, v, position, first_key, 0.125, lse)
+    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
     decode, reduce = launches(standin)
     splits = 2 * PROCESSORS // (2 * KV_HEADS)
     assert decode["grid"] == [KV_HEADS, 2, splits]
@@ -154,7 +155,7 @@ def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
     gpu = kernels(files, backend, driver)
     standin.log()
     q, k, v = second_kv_head(q_length=150)
-    out = gpu.attend(1, q, k, v, None, None, 1.0, None, first_kv_head=1)
+    out = gpu.attend(1, Operands(q, k, v, None, None, 1.0), first_kv_head=1)
     (launch,) = launches(standin)
     assert launch["grid"][:2] == [HEADS // KV_HEADS, 2]
     found = arguments(entry_of(files, backend), launch)
@@ -162,7 +163,7 @@ def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
     assert (found["first_kv_head"], found["num_kv_heads"], found["k_batch_stride"]) == (1, 1, k.stride(0))
     assert out.shape == (2, 150, HEADS // KV_HEADS, HEAD_DIM)
 
-    gpu.attend(1, *second_kv_head(q_length=1), None, None, 1.0, None, first_kv_head=1)
+    gpu.attend(1, Operands(*second_kv_head(q_length=1), None, None, 1.0), first_kv_head=1)
     decode, reduce = launches(standin)
     splits = 2 * PROCESSORS // 2  # fewer heads leave each more of the device
     assert decode["grid"] == [1, 2, splits]
@@ -186,13 +187,13 @@ def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
     assert [entry.heads for entry in entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     gpu = kernels(split, backend, driver)
     standin.log()
-    out = gpu.attend(1, *tensors(5, 300), None, None, 1.0, None)
+    out = gpu.attend(1, Operands(*tensors(5, 300), None, None, 1.0))
     found = launches(standin)
     assert [launch["grid"][:2] for launch in found] == [[1, 2]] * 4
     assert len({launch["function"] for launch in found}) == 4
     assert {arguments(entry_of(split, backend), launch)["out"] for launch in found} == {out.data_ptr()}
 
-    gpu.attend(1, *second_kv_head(q_length=5), None, None, 1.0, None, first_kv_head=1)
+    gpu.attend(1, Operands(*second_kv_head(q_length=5), None, None, 1.0), first_kv_head=1)
     part = launches(standin)
     assert [launch["function"] for launch in part] == [launch["function"] for launch in found[2:]]
     assert [launch["grid"][:2] for launch in part] == [[1, 2]] * 2
@@ -205,7 +206,7 @@ def test_short_sequences_are_cut_into_fewer_splits(
 ) -> None:
     gpu = kernels(files, backend, driver)
     standin.log()
-    gpu.attend(0, *tensors(1, k_length, batch=1), None, None, 1.0, None)
+    gpu.attend(0, Operands(*tensors(1, k_length, batch=1), None, None, 1.0))
     assert launches(standin)[0]["grid"] == [KV_HEADS, 1, splits]
 
 
@@ -218,7 +219,7 @@ def test_a_launch_never_waits_for_the_device(
     position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
     standin.log()
     with NoWaiting():
-        gpu.attend(1, *tensors(q_length, 300), position, first_key, 1.0, None)
+        gpu.attend(1, Operands(*tensors(q_length, 300), position, first_key, 1.0))
     assert launches(standin)
 
 
@@ -255,7 +256,7 @@ def test_tensors_that_do_not_fit_are_copied_or_refused(
     k = unfit()[fault]
     strict = kernels(files, backend, driver)
     with pytest.raises(PatchError, match=r"attention: k: expected an address that is a multiple of 16"):
-        strict.attend(0, q, k, v, None, None, 1.0, None)
+        strict.attend(0, Operands(q, k, v, None, None, 1.0))
 
     copies: list[torch.Tensor] = []
     clone = torch.Tensor.clone
@@ -264,8 +265,8 @@ def test_tensors_that_do_not_fit_are_copied_or_refused(
     )
     lenient = kernels(files, backend, driver, strict=False)
     standin.log()
-    lenient.attend(0, q, k, v, None, None, 1.0, None)
-    lenient.attend(0, q, k, v, None, None, 1.0, None)
+    lenient.attend(0, Operands(q, k, v, None, None, 1.0))
+    lenient.attend(0, Operands(q, k, v, None, None, 1.0))
     copy = copies[0]
     assert torch.equal(copy, k)
     found = arguments(entry_of(files, backend), launches(standin)[0])
@@ -284,7 +285,7 @@ def test_the_stride_of_an_axis_of_one_does_not_matter(
     standin.log()
     q, k, v = tensors(2, 300, batch=1)
     odd = k.as_strided(k.shape, (7, *k.stride()[1:]))
-    gpu.attend(0, q, odd, v, None, None, 1.0, None)
+    gpu.attend(0, Operands(q, odd, v, None, None, 1.0))
     found = arguments(entry_of(files, backend), launches(standin)[0])
     assert (found["k"], found["k_batch_stride"]) == (k.data_ptr(), 0)
 
@@ -293,15 +294,15 @@ def test_the_stride_of_an_axis_of_one_does_not_matter(
 def test_nothing_is_launched_for_nothing(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
     gpu = kernels(files, backend, driver)
     standin.log()
-    assert gpu.attend(0, *tensors(0, 300), None, None, 1.0, None).shape == (2, 0, HEADS, HEAD_DIM)
-    assert gpu.attend(0, *tensors(5, 300, batch=0), None, None, 1.0, None).shape == (0, 5, HEADS, HEAD_DIM)
+    assert gpu.attend(0, Operands(*tensors(0, 300), None, None, 1.0)).shape == (2, 0, HEADS, HEAD_DIM)
+    assert gpu.attend(0, Operands(*tensors(5, 300, batch=0), None, None, 1.0)).shape == (0, 5, HEADS, HEAD_DIM)
     assert standin.log() == []
 
 
 @by_any_way
 def test_fewer_keys_than_queries(files: PackageFiles, backend: str, driver: Driver) -> None:
     with pytest.raises(TopologyError, match=r"expected at most 3 queries, as keys, got 5"):
-        kernels(files, backend, driver).attend(0, *tensors(5, 3), None, None, 1.0, None)
+        kernels(files, backend, driver).attend(0, Operands(*tensors(5, 3), None, None, 1.0))
 
 
 @by_any_way
@@ -310,6 +311,6 @@ def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: S
     gpu = kernels(read_package(out), backend, driver)
     limit = 8 * BLOCK
     with pytest.raises(TopologyError, match=rf"expected at most {limit} tokens.*got {limit + 1}"):
-        gpu.attend(0, *tensors(4, limit + 1), None, None, 1.0, None)
-    left = gpu.attend(0, *tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0, None)
+        gpu.attend(0, Operands(*tensors(4, limit + 1), None, None, 1.0))
+    left = gpu.attend(0, Operands(*tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0))
     assert left.isnan().all()  # the kernel, which does not run here, fills in what the topology covers
