@@ -1,4 +1,4 @@
-"""What all tests share: golden files, the flag that rewrites them, and a cache of compiled parts."""
+"""What all tests share: golden files, the flag that rewrites them, a cache of compiled parts, and one thread."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +28,17 @@ def _compiled_parts(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURGEON_CACHE", str(request.config.cache.mkdir("surgeon")))
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, which wait for each other long where other work has the cores."""
+    import torch  # slow to import, so only who wants this needs it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -11,6 +11,17 @@ from surgeon.compiler.topology import Topology
 
 DENSE = {"dense": True}
 HUGE_CUT = 1e9
+NUM_BLOCKS = 8
+
+
+class Shape(TypedDict, total=False):
+    """What all heads of a topology share. `document` says what each is where it is left out."""
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    num_blocks: int
+    beyond: str
 
 
 def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def document(
     num_kv_heads: int = 1,
     head_dim: int = 32,
     block_size: int = 64,
-    num_blocks: int = 8,
+    num_blocks: int = NUM_BLOCKS,
     beyond: str = "window",
 ) -> dict[str, Any]:
     """The object of a topology.json whose `layers` are lists of heads, without any where a layer is not covered."""
@@ -90,7 +101,7 @@ def document(
 
 
 def build(
-    layers: Sequence[Sequence[dict[str, Any]]], dendrograms: Sequence[dict[str, Any]] = (), **shape: Any
+    layers: Sequence[Sequence[dict[str, Any]]], dendrograms: Sequence[dict[str, Any]] = (), **shape: Unpack[Shape]
 ) -> Topology:
     """The checked topology of `document`, which takes the same arguments."""
     return parse_topology(json.dumps(document(layers, dendrograms, **shape)))
@@ -111,11 +122,8 @@ def random_topology(
     *,
     num_layers: int,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
     num_blocks: int,
-    beyond: str = "window",
+    **shape: Unpack[Shape],
 ) -> Topology:
     """Mixes all that a head can be: dense, singletons, one cluster, windows, cuts of contiguous and scattered, binary
     and p-ary trees, with several sinks and windows. Every kind turns up once before one turns up again.
@@ -143,15 +151,7 @@ def random_topology(
         else:
             heads.append(head(kind, _random_cut(trees[kind], rng), sink, window))
     layers = [heads[begin : begin + num_heads] for begin in range(0, len(heads), num_heads)]
-    return build(
-        layers,
-        trees,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        beyond=beyond,
-    )
+    return build(layers, trees, num_blocks=num_blocks, **shape)
 
 
 def _random_cut(tree: dict[str, Any], rng: np.random.Generator) -> float:
@@ -161,68 +161,22 @@ def _random_cut(tree: dict[str, Any], rng: np.random.Generator) -> float:
     return float(min(rng.choice([0.0, *(row[2] for row in tree["linkage"])], size=2)))
 
 
-def window_topology(
-    windows: Sequence[int],
-    *,
-    sink: int = 1,
-    num_layers: int = 1,
-    num_kv_heads: int = 1,
-    head_dim: int = 32,
-    block_size: int = 64,
-    num_blocks: int = 8,
-    beyond: str = "window",
-) -> Topology:
+def window_topology(windows: Sequence[int], *, sink: int = 1, num_layers: int = 1, **shape: Unpack[Shape]) -> Topology:
     """Sink and window heads without clusters, one for each entry of `windows`, equal in all layers."""
-    heads = [head(0, 0.0, sink, window) for window in windows]
-    return build(
-        [heads] * num_layers,
-        [{"linkage": balanced_tree(num_blocks)}],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        beyond=beyond,
-    )
+    return _equal_layers([head(0, 0.0, sink, window) for window in windows], num_layers, shape)
 
 
-def dense_topology(
-    *,
-    num_layers: int = 1,
-    num_heads: int = 1,
-    num_kv_heads: int = 1,
-    head_dim: int = 32,
-    block_size: int = 64,
-    num_blocks: int = 8,
-    beyond: str = "window",
-) -> Topology:
+def dense_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
     """Every head dense: the model itself."""
-    return build(
-        [[DENSE] * num_heads] * num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        beyond=beyond,
-    )
+    return build([[DENSE] * num_heads] * num_layers, **shape)
 
 
-def one_cluster_topology(
-    *,
-    num_layers: int = 1,
-    num_heads: int = 1,
-    num_kv_heads: int = 1,
-    head_dim: int = 32,
-    block_size: int = 64,
-    num_blocks: int = 8,
-    beyond: str = "dense",
-) -> Topology:
+def one_cluster_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
     """Every head's cut above the root: dense up to num_blocks by way of the tree, and beyond it by way of `beyond`."""
-    return build(
-        [[head(0, HUGE_CUT)] * num_heads] * num_layers,
-        [{"linkage": balanced_tree(num_blocks)}],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        beyond=beyond,
-    )
+    return _equal_layers([head(0, HUGE_CUT)] * num_heads, num_layers, Shape(beyond="dense") | shape)
+
+
+def _equal_layers(heads: Sequence[dict[str, Any]], num_layers: int, shape: Shape) -> Topology:
+    """The same heads in all layers, over one balanced tree."""
+    linkage = balanced_tree(shape.get("num_blocks", NUM_BLOCKS))
+    return build([heads] * num_layers, [{"linkage": linkage}], **shape)

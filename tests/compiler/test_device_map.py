@@ -4,7 +4,6 @@ A machine without a GPU has nothing else to spread a model over; the hooks that 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +38,7 @@ REQUEST = Request(density=0.5, length=128, block_size=16, cuts=True)
 DESCENT = Request(density=0.5, length=128, block_size=16, method="ultrametric", schedule=Schedule(steps=6))
 EFFORT = Effort(calibrate=1, validate=1, refine=(1,), cuts=1)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def on_disk(model: torch.nn.Module) -> set[str]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +18,12 @@ from surgeon.runtime.errors import ModelError
 from surgeon.runtime.pilot_results import read_pilot
 from topologies import dense_topology, random_topology, window_topology
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_package(sparse_topology(), tmp_path_factory.mktemp("pilot") / "kernels", dtypes=("fp32",))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def command(folder: Path, package: Path, out: Path, *more: str) -> list[str]:

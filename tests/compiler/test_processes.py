@@ -1,12 +1,10 @@
 """`surgeon learn`, `assess` and `pilot` under torchrun: two processes find what one does, and one of them speaks."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from models import sparse_topology
 from processes import TESTS, torchrun
@@ -15,18 +13,10 @@ from surgeon.compiler.cli import main
 from surgeon.compiler.read import read_topology
 from surgeon.runtime.pilot_results import read_pilot
 
-pytestmark = pytest.mark.slow
+# One thread, as torchrun sets it for each process, so that results are equal to the bit.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = TESTS / "compiler" / "command_process.py"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As torchrun sets it for each process, so that results are equal to the bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measuring(command: str, folder: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Learning on a tiny random model, from texts to a topology: repeatable, resumable, and better than equal windows."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,7 @@ LENGTH, SIZE = 128, 16
 REQUEST = Request(density=0.5, length=LENGTH, block_size=SIZE)
 EFFORT = Effort(calibrate=2, validate=2, refine=(1, 1))
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts() -> list[TokenText]:

@@ -1,7 +1,6 @@
 """Trees by gradient descent: dense at the first step, ultrametric, finite gradients, the density that is asked for."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,7 @@ ALWAYS = window_patterns(BLOCKS, 1)[1]
 REQUEST = Request(0.6, BLOCKS * SIZE, SIZE, method="ultrametric", schedule=Schedule(steps=12))
 EFFORT = Effort(calibrate=2, validate=1, refine=())
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts() -> list[TokenText]:
