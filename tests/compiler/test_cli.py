@@ -191,7 +191,8 @@ def imported_by(*arguments: str | Path, status: int = 0) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [(["--help"], 0), (["compile", "--help"], 0), ([], 2), (["compile", "t", "--out", ""], 2)]
+    ("arguments", "status"),
+    [(["--help"], 0), (["--version"], 0), (["compile", "--help"], 0), ([], 2), (["compile", "t", "--out", ""], 2)],
 )
 def test_help_and_wrong_usage_import_only_the_standard_library(arguments: list[str], status: int) -> None:
     assert not imported_by(*arguments, status=status) & (HEAVY | {"numpy", "safetensors"})
