@@ -47,13 +47,17 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Case:
-    """A topology to learn: visible share of the block pairs, tokens a sequence, tokens a block, and where measured."""
+    """A topology to learn: visible share of the block pairs, tokens a sequence, tokens a block, and where measured.
+
+    `way` is what else `surgeon learn` is told, the default's alternatives.
+    """
 
     name: str
     density: float
     length: int
     block: int
     measured_length: int
+    way: tuple[str, ...] = ()
 
 
 CASES = (
@@ -63,6 +67,8 @@ CASES = (
     Case("smollm2-135m-15", 0.15, 2048, 32, 2048),
     Case("smollm2-135m-25-4096", 0.25, 4096, 64, 2048),
     Case("smollm2-135m-25-8192", 0.25, 8192, 64, 2048),
+    Case("smollm2-135m-25-cuts", 0.25, 2048, 64, 2048, ("--cuts",)),
+    Case("smollm2-135m-25-ultrametric", 0.25, 2048, 64, 2048, ("--method", "ultrametric")),
 )
 
 
@@ -108,6 +114,7 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
     shape = ["--density", str(case.density), "--length", str(case.length), "--block", str(case.block)]
     if case.measured_length != case.length:
         shape += ["--measured-length", str(case.measured_length)]
+    shape += case.way
     out = FOLDER / "topologies" / f"{case.name}.json"
     names = [f"{name}.txt" for name in ("handbook", "old", "perl")]
     if again or not out.exists():
@@ -183,6 +190,8 @@ def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> N
     row: dict[str, Any] = {
         "topology": case.name,
         "command": command,
+        "method": topology.provenance["method"],
+        "heads_with_a_cut": topology.provenance["heads_with_a_cut"],
         "density": mean_density(topology),
         "length": case.length,
         "block_size": topology.block_size,

@@ -51,7 +51,7 @@ def _lines() -> Iterator[str]:
         )
     for row in json.loads((FOLDER / "results" / "learn.json").read_text(encoding="utf-8"))["rows"]:
         yield (
-            f"| windows learned for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, two "
+            f"| {_learned(row)} for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, two "
             f"texts held out | perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of equal "
             "windows' |"
         )
@@ -79,6 +79,12 @@ def _lines() -> Iterator[str]:
     for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
         rows = [row for row in long if row["density"] == density]
         yield f"| decoding {how}, 8,192 and 32,768 keys, beside SDPA | {_range(rows, 'times_sdpa')} |"
+
+
+def _learned(row: Row) -> str:
+    if row["method"] == "ultrametric":
+        return "p-adic paths learned by descent"
+    return "windows and clusters learned" if row["heads_with_a_cut"] else "windows learned"
 
 
 def _result(suite: str) -> Row:
