@@ -41,7 +41,7 @@ def test_a_committed_row_meets_its_bar_and_is_of_the_topology_that_lies_here(row
     assert row["relative"] <= bar.relative
     assert row["worst_relative"] <= bar.worst
     assert len(row["texts"]) == 2
-    assert all(text["sequences"] * row["length"] == learn.TOKENS_SCORED for text in row["texts"])
+    assert all(text["sequences"] == learn.TOKENS_SCORED // row["length"] for text in row["texts"])
     topology = read_topology(learn.FOLDER / "topologies" / f"{row['topology']}.json")
     assert row["density"] == pytest.approx(mean_density(topology), abs=1e-9)
     assert topology.block_size * topology.num_blocks == row["length"]
