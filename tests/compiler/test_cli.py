@@ -157,7 +157,8 @@ def test_a_full_disk_under_standard_output_is_one_line(topology_file: Path) -> N
 
 def test_interrupting_a_process_leaves_one_line(topology_file: Path) -> None:
     program = (
-        "import sys, time, surgeon.compiler.pipeline as pipeline\n"
+        "import signal, sys, time, surgeon.compiler.pipeline as pipeline\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "def compile_package(*_, **__):\n    print('started', flush=True)\n    time.sleep(300)\n"
         "pipeline.compile_package = compile_package\n" + RUN
     )
