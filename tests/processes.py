@@ -26,12 +26,11 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2, fails: bo
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = started.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # the processes too, which outlive their parent otherwise
+        started.send_signal(signal.SIGTERM)  # it ends those that it started, which SIGKILL would leave running
         output, _ = started.communicate()
         raise AssertionError(f"{script.name} waits for ever; so far it said:\n{output[-8000:]}") from None
     assert (started.returncode != 0) == fails, output[-8000:]

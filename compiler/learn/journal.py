@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from surgeon.compiler.folders import write_file
 from surgeon.runtime.errors import ModelError
 
 Tensors = dict[str, torch.Tensor]
@@ -72,21 +71,14 @@ class Journal:
         about = {"step": _spelled(step), "cpu_seconds": str(cpu_seconds)}
         file = self._folder / _file_name(step)
         self._seen.add(file)
-        handle, scratch = tempfile.mkstemp(dir=self._folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(safetensors.torch.save(tensors, about))
-            Path(scratch).replace(file)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        write_file(file, safetensors.torch.save(tensors, about))
         return tensors
 
     def _read(self, file: Path) -> tuple[Tensors, float]:
         try:
             with safetensors.safe_open(file, "pt") as kept:
-                return {name: kept.get_tensor(name) for name in sorted(kept.keys())}, float(
-                    kept.metadata()["cpu_seconds"]
-                )
+                seconds = float(kept.metadata()["cpu_seconds"])
+                return {name: kept.get_tensor(name) for name in sorted(kept.keys())}, seconds
         except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise ModelError(
                 str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
