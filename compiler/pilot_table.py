@@ -4,6 +4,15 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from surgeon.compiler.beside_dense import (
+    AGREEMENT,
+    DECODE_SPEEDUP,
+    DIVERGENCE,
+    FIRST_TOKEN_SPEEDUP,
+    LATE_DIVERGENCE,
+    PERPLEXITY_RATIO,
+    BesideDense,
+)
 from surgeon.compiler.listing import can_show
 from surgeon.runtime.estimates import Estimate
 from surgeon.runtime.pilot_results import Column, Pilot
@@ -85,10 +94,6 @@ def _shown(estimate: Estimate, pattern: str) -> str:
     return pattern.format(estimate.value) + error
 
 
-def _beside(name: str, pattern: str) -> Callable[[Column], str]:
-    return lambda column: "–" if column.against_dense is None else _shown(getattr(column.against_dense, name), pattern)
-
-
 def _passkeys(column: Column) -> str:
     if column.passkeys_found is None:
         return "–"
@@ -109,18 +114,26 @@ class _Figure:
     by_density: bool = True
 
 
+def _beside(figure: BesideDense, pattern: str, by_density: bool = True) -> _Figure:
+    def cell(column: Column) -> str:
+        estimate = figure.of(column)
+        return "–" if estimate is None else _shown(estimate, pattern)
+
+    return _Figure(figure.name, cell, by_density)
+
+
 _FIGURES = (
     _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
     _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
-    _Figure("perplexity, times dense", _beside("perplexity_ratio", "{:.4f}")),
-    _Figure("KL from dense, nats a token", _beside("divergence", "{:.5f}")),
-    _Figure("KL in the last quarter", _beside("late_divergence", "{:.5f}"), by_density=False),
-    _Figure("same first token", _beside("agreement", "{:.2%}")),
+    _beside(PERPLEXITY_RATIO, "{:.4f}"),
+    _beside(DIVERGENCE, "{:.5f}"),
+    _beside(LATE_DIVERGENCE, "{:.5f}", by_density=False),
+    _beside(AGREEMENT, "{:.2%}"),
     _Figure("passkeys found", _passkeys),
     _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
-    _Figure("first token, times as fast", _beside("first_token_speedup", "{:.2f}")),
+    _beside(FIRST_TOKEN_SPEEDUP, "{:.2f}"),
     _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
-    _Figure("decoding, times as fast", _beside("decode_speedup", "{:.2f}")),
+    _beside(DECODE_SPEEDUP, "{:.2f}"),
     _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
     _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
 )

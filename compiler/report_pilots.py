@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgeon.compiler import beside_dense
 from surgeon.compiler.report_svg import Figure, figure
 from surgeon.runtime.estimates import Estimate
 from surgeon.runtime.pilot_results import Column, PasskeyCell, Pilot
@@ -13,15 +14,6 @@ if TYPE_CHECKING:
 
 _STYLES = (("#6b7280", "D"), ("#1d4ed8", "o"), ("#d97706", "s"), ("#15803d", "^"))
 """Colour and marker of the columns, the dense model first."""
-_BESIDE = (
-    ("Perplexity, times dense", "perplexity_ratio", 1.0),
-    ("KL from dense, nats a token", "divergence", 0.0),
-    ("KL from dense, last quarter", "late_divergence", 0.0),
-    ("Same first token as dense", "agreement", 1.0),
-    ("First token, times as fast as dense", "first_token_speedup", 1.0),
-    ("Decoding, times as fast as dense", "decode_speedup", 1.0),
-)
-"""A title, the figure of AgainstDense, and what it is for the dense model itself."""
 _INCHES = (3.2, 2.4)
 Limits = tuple[float, float]
 _SHARE: Limits = (-0.05, 1.05)
@@ -39,7 +31,8 @@ def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
     """Quality and speed of all pilots against density, relative to the dense model, which every pilot ran too."""
     dense = pilots[0].columns[0]
     figures = [
-        _against_density(pilots, title, _beside(name), Estimate(of_dense, None)) for title, name, of_dense in _BESIDE
+        _against_density(pilots, _title(beside.name), beside.of, Estimate(beside.of_dense, None))
+        for beside in beside_dense.ALL
     ]
     found = dense.passkeys_found
     if found is not None:
@@ -72,8 +65,8 @@ def curves(
     return {name: (*sorted(points, key=lambda point: point.place), last) for name, points in found.items()}
 
 
-def _beside(name: str) -> Callable[[Column], Estimate | None]:
-    return lambda column: None if column.against_dense is None else getattr(column.against_dense, name)
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _against_density(

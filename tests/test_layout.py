@@ -16,6 +16,7 @@ FOLDERS = ("compiler", "runtime", "templates")
 LEAVES = {"surgeon.runtime.errors", "surgeon.runtime.manifest", "surgeon.runtime.target"}
 # What else a module of the compiler may take from the runtime: `surgeon inspect` shows packages through their readers.
 MORE = {
+    "beside_dense.py": {"surgeon.runtime.estimates", "surgeon.runtime.pilot_results"},
     "hf_kernels.py": {"surgeon.runtime.package"},
     "inspection.py": {"surgeon.runtime.dense_rows", "surgeon.runtime.package", "surgeon.runtime.schedules"},
     "learn/assess.py": {"surgeon.runtime.fingerprints"},
