@@ -5,6 +5,7 @@ import dataclasses
 import math
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -15,7 +16,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.cache import cache_folder
 from surgeon.compiler.first import is_first
 from surgeon.compiler.folders import write_file
 from surgeon.compiler.learn.models import read_checkpoint
@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> tuple[Iterable[str], bool]:
     if not out.parent.is_dir():  # said now, not after minutes
         raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
     quiet_unless_watched()
-    with joined(), progress_bar() as progress:
-        pilot = _pilot(arguments, progress)
+    # The baseline's package lies in the first process's folder, until all have long loaded it.
+    with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+        pilot = _pilot(arguments, Path(scratch), progress)
     if is_first():
         write_file(out, pilot.to_json())
     if arguments.json:
@@ -119,7 +120,7 @@ def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
     return [text.tokens[start : start + length][None] for start in starts]
 
 
-def _pilot(arguments: argparse.Namespace, progress: Progress | None) -> Pilot:
+def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | None) -> Pilot:
     started = time.perf_counter()
     topology = packaged_topology(read_package(arguments.package))
     package = load(arguments.package)
@@ -141,12 +142,12 @@ def _pilot(arguments: argparse.Namespace, progress: Progress | None) -> Pilot:
         Candidate("patched", patched, package, density_at(topology, length)),
     ]
     if not arguments.no_window:
-        candidates.append(_window_candidate(dense, topology, length, package, dtype, progress))
+        candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
     weights = fingerprint(dense)
     columns = run_pilot(candidates, sequences, tasks, arguments.rounds, progress)
     beside: dict[str, AgainstDense] = {each.name: each.against_dense for each in columns if each.against_dense}
     return Pilot(
-        model=Path(arguments.model).name,
+        model=Path(arguments.model).absolute().name,  # of a name on a hub, its end
         weights_sha256=weights,
         package_id=package.id,
         length=length,
@@ -159,13 +160,18 @@ def _pilot(arguments: argparse.Namespace, progress: Progress | None) -> Pilot:
 
 
 def _window_candidate(
-    dense: PreTrainedModel, topology: Topology, length: int, package: Package, dtype: str, progress: Progress | None
+    dense: PreTrainedModel,
+    topology: Topology,
+    length: int,
+    package: Package,
+    dtype: str,
+    scratch: Path,
+    progress: Progress | None,
 ) -> Candidate:
     baseline = window_baseline(topology, length)
     targets = package.manifest.targets
     chosen = ("cpu",) if "cpu" in targets else targets
-    folder = cache_folder() / "kernels" / f"window-{baseline.sha256[:16]}-{dtype}"
-    made = partial(compile_package, baseline, folder, targets=chosen, dtypes=(dtype,), progress=progress)
+    made = partial(compile_package, baseline, scratch / "window", targets=chosen, dtypes=(dtype,), progress=progress)
     model = twin(dense)
     compiled = load(processes_of(dense).first(made))
     patch(model, compiled)
