@@ -50,14 +50,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """The pattern that came of it, the divergence of every step (nats a token), and the density it ended with.
-
-    `trimmed` heads lost their clusters at the end, because the density was still above what was asked for.
-    """
+    """The pattern that came of it, which may see more than was asked for, and the divergence of every step, in nats
+    a token."""
 
     pattern: Pattern
     divergences: tuple[float, ...]
-    trimmed: int
 
 
 def train_digits(
@@ -104,8 +101,7 @@ def train_digits(
             (seconds,) = processes.totals((time.process_time() - started,))
             found = processes.first(partial(journal.keep, named, reached, seconds))
         state = found
-    pattern, trimmed = _pattern(state["logits"], state["cuts"], window, grid)
-    return Trained(pattern, tuple(state["divergences"].tolist()), trimmed)
+    return Trained(_pattern(state["logits"], state["cuts"], window), tuple(state["divergences"].tolist()))
 
 
 def masks_at(state: Tensors, schedule: Schedule, step: int, seed: int, always: torch.Tensor) -> list[Sample]:
@@ -172,24 +168,14 @@ def _pull(
     return pull_masks(model, batch[item], dense_states(model, batch[item]), masks)
 
 
-def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int, grid: Grid) -> tuple[Pattern, int]:
-    """Hard paths and cuts; where they see too much, the heads that see most lose their clusters first."""
-    layers, heads = cuts.shape
+def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int) -> Pattern:
+    """What the hard digits and the rounded cuts let every head see."""
     paths = hard_digits(logits).argmax(dim=-1)
-    found: dict[tuple[int, int], Cut] = {}
-    for layer in range(layers):
-        for head in range(heads):
-            tree = Dendrogram.from_paths(paths[layer, head].tolist(), logits.shape[-1], f"head {layer}.{head}")
-            found[layer, head] = Cut(tree, float(cuts[layer, head].round()))
-    windows = np.full((layers, heads), window, dtype=np.int64)
-    masks = Pattern(windows, found).masks(grid)
-    pairs = {place: int(masks[place[0]][place[1]].sum()) for place in found}
-    bare = int(window_patterns(grid.blocks, grid.sink)[window - 1].sum())
-    budget, trimmed = grid.density * causal_pairs(grid.blocks) * len(found), 0
-    for place in sorted(pairs, key=lambda place: (-pairs[place], place)):
-        if sum(pairs.values()) <= budget:
-            break
-        pairs[place] = bare
-        del found[place]
-        trimmed += 1
-    return Pattern(windows, found), trimmed
+    found = {
+        place: Cut(
+            Dendrogram.from_paths(paths[place].tolist(), logits.shape[-1], f"head {place[0]}.{place[1]}"),
+            float(cuts[place].round()),
+        )
+        for place in np.ndindex(cuts.shape)
+    }
+    return Pattern(np.full(cuts.shape, window, dtype=np.int64), found)

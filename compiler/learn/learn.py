@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from surgeon.compiler.learn.budget import Learned, learn_pattern
 from surgeon.compiler.learn.descent import Schedule, Trained, train_digits
 from surgeon.compiler.learn.emit import mean_density, pattern_topology, scaled
 from surgeon.compiler.learn.journal import Journal
+from surgeon.compiler.learn.lower import lowered
 from surgeon.compiler.learn.models import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.pattern import Grid, Pattern
 from surgeon.compiler.learn.runs import Runs
@@ -120,7 +122,9 @@ def learn(
             trained = train_digits(
                 model, fresh, grid, size, request.schedule, request.seed, journal, identity, progress
             )
-            pattern, figures = trained.pattern, _trained_figures(trained, runs, sequences, grid, size)
+            changes_of = partial(runs.mask_changes, sequences=sequences.calibrate, what="lowering cuts")
+            pattern = lowered(trained.pattern, grid, changes_of)
+            figures = _trained_figures(trained, pattern, runs, sequences, grid, size)
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
@@ -173,16 +177,17 @@ def _figures(learned: Learned) -> dict[str, Any]:
 
 
 def _trained_figures(
-    trained: Trained, runs: Runs, sequences: Sequences, grid: Grid, size: tuple[int, int]
+    trained: Trained, pattern: Pattern, runs: Runs, sequences: Sequences, grid: Grid, size: tuple[int, int]
 ) -> dict[str, Any]:
     equal = Pattern(uniform_windows(*size, grid.blocks, grid.sink, grid.density))
-    divergence = runs.validate(trained.pattern, sequences.validate, "the learned trees")
+    divergence = runs.validate(pattern, sequences.validate, "the learned trees")
+    before = trained.pattern.cuts
     return {
         "validation": _validation(divergence, runs.validate(equal, sequences.validate, "equal windows")),
         "steps_descended": len(trained.divergences),
         "last_divergence": trained.divergences[-1],
-        "heads_with_a_cut": len(trained.pattern.cuts),
-        "heads_trimmed": trained.trimmed,
+        "heads_with_a_cut": len(pattern.cuts),
+        "cuts_lowered": sum(place not in pattern.cuts or pattern.cuts[place] != before[place] for place in before),
     }
 
 

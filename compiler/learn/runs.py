@@ -1,5 +1,6 @@
 """Runs of the frozen model over sequences: what is measured, each step kept in the journal."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +132,20 @@ class Runs:
             added += found["cuts"].numpy()
         return CutChanges(windows, added)
 
+    def mask_changes(
+        self, pattern: Pattern, candidates: torch.Tensor, sequences: Sequence[torch.Tensor], what: str
+    ) -> Table:
+        """The same for whole masks in place of the pattern's, as many for every head: `[layers, heads, candidates]`.
+
+        `candidates` is bool `[layers, heads, candidates, blocks, blocks]`.
+        """
+        digest = hashlib.sha256(candidates.numpy().tobytes()).hexdigest()
+        find = self._under(pattern, "masks", partial(self._mask_changes, candidates), candidates=digest)
+        total = np.zeros(candidates.shape[:3])
+        for found in self._each(what, sequences, find):
+            total += found["changes"].numpy()
+        return total
+
     def _each(
         self, what: str, sequences: Sequence[torch.Tensor], find: Callable[[torch.Tensor], Tensors]
     ) -> Iterator[Tensors]:
@@ -202,6 +217,17 @@ class Runs:
             changes[layer.layer] = block_responses(layer, masks[layer.layer])
 
         observe_sparse(self._model, tokens, dense, masks, observe)
+        return {"changes": changes}
+
+    def _mask_changes(
+        self, candidates: torch.Tensor, pattern: Pattern, tokens: torch.Tensor, dense: torch.Tensor
+    ) -> Tensors:
+        changes = torch.zeros(candidates.shape[:3], dtype=torch.float64)
+
+        def observe(layer: Observation) -> None:
+            changes[layer.layer] = responses(layer, candidates[layer.layer])[0]
+
+        observe_sparse(self._model, tokens, dense, pattern.masks(self._grid), observe)
         return {"changes": changes}
 
     def _cut_changes(
