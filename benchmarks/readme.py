@@ -1,6 +1,6 @@
 """Puts the measured figures into the README, between its two marks.
 
-Run it after `make bench` and `benchmarks/demo.py --save benchmarks/results/demo-native.json`.
+Run it after `make bench`, `make pilot` and `benchmarks/demo.py --save benchmarks/results/demo-native.json`.
 """
 
 import json
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from surgeon.compiler.pilot_table import passkeys
+from surgeon.runtime.pilot_results import Pilot, read_pilot
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -55,6 +58,8 @@ def _lines() -> Iterator[str]:
             f"texts held out | perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of equal "
             "windows' |"
         )
+    pilots = map(read_pilot, (FOLDER / "results").glob("pilot-*.json"))
+    yield from map(_hidden_numbers, sorted(pilots, key=lambda pilot: -pilot.columns[1].density))
     for row in _result("model-decode")["rows"]:
         yield (
             f"| SmolLM2-135M, decoding behind {row['length']:,} tokens | {row['patched_tokens_s']:.1f} tokens/s, dense "
@@ -85,6 +90,15 @@ def _learned(row: Row) -> str:
     if row["method"] == "ultrametric":
         return "p-adic paths learned by descent"
     return "windows and clusters learned" if row["heads_with_a_cut"] else "windows learned"
+
+
+def _hidden_numbers(pilot: Pilot) -> str:
+    dense, patched, window = map(passkeys, pilot.columns)
+    lengths = " and ".join(f"{length:,}" for length in sorted({cell.length for cell in pilot.columns[0].passkeys}))
+    return (
+        f"| SmolLM2-135M, numbers hidden in {lengths} tokens and found again, {pilot.columns[1].density:.0%} of the "
+        f"blocks | {patched}, dense {dense}, equal windows {window} |"
+    )
 
 
 def _result(suite: str) -> Row:

@@ -54,6 +54,14 @@ def density_table(pilots: Sequence[Pilot]) -> Table:
     return Table(tuple(figure.name for figure in figures), tuple(rows))
 
 
+def passkeys(column: Column) -> str:
+    """How many hidden numbers a model found, of how many: a dash where none was hidden."""
+    if column.passkeys_found is None:
+        return "–"
+    found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
+    return f"{found} of {tried}"
+
+
 def verdict(pilot: Pilot) -> tuple[str, ...]:
     """A sentence for every threshold and for the weights, if they changed."""
     sentences = [
@@ -94,13 +102,6 @@ def _shown(estimate: Estimate, pattern: str) -> str:
     return pattern.format(estimate.value) + error
 
 
-def _passkeys(column: Column) -> str:
-    if column.passkeys_found is None:
-        return "–"
-    found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
-    return f"{found} of {tried}"
-
-
 def _megabytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
@@ -129,7 +130,7 @@ _FIGURES = (
     _beside(DIVERGENCE, "{:.5f}"),
     _beside(LATE_DIVERGENCE, "{:.5f}", by_density=False),
     _beside(AGREEMENT, "{:.2%}"),
-    _Figure("passkeys found", _passkeys),
+    _Figure("passkeys found", passkeys),
     _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
     _beside(FIRST_TOKEN_SPEEDUP, "{:.2f}"),
     _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
