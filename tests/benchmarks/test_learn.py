@@ -30,7 +30,6 @@ BARS = {
     "smollm2-135m-25": Bar(1.12, 0.50, 0.85),
     "smollm2-135m-15": Bar(1.20, 0.60, 0.95),
     "smollm2-135m-25-4096": Bar(math.inf, 0.75, math.inf),
-    "smollm2-135m-25-ultrametric": Bar(math.inf, math.inf, math.inf),  # reported whatever it is
 }
 
 
