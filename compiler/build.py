@@ -2,7 +2,11 @@
 
 import dataclasses
 import multiprocessing
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from types import ModuleType
 
 from surgeon.compiler.build_cpu import build_cpu
 from surgeon.compiler.build_triton import build_triton
@@ -38,7 +42,8 @@ def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: P
         # Triton's compiler holds the interpreter lock and keeps state in its process: fresh processes, one a job.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
-            pending = {pool.submit(build_triton, *work[index]): index for index in missing}
+            with _no_main_module():
+                pending = {pool.submit(build_triton, *work[index]): index for index in missing}
             try:
                 for future in as_completed(pending):
                     index = pending[future]
@@ -49,6 +54,20 @@ def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: P
                 pool.shutdown(cancel_futures=True)
                 raise
     return tuple(binaries[index] for index in range(len(work)))
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keeps the processes that are started meanwhile from running the user's script again before their work.
+
+    Spawned processes do that with whatever is `__main__`, and a script without a guard would compile in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _key(source: Source, dtype: str) -> str:

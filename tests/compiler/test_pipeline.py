@@ -1,5 +1,8 @@
 """The whole compiler: one package from several targets, the same every time, and each stage's product on request."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import safetensors.numpy
 
 from surgeon.compiler import compile_package, parse_topology
 from surgeon.compiler.decode_table import decode_table
+from surgeon.compiler.learn.emit import spelled
 from surgeon.compiler.schedule import HeadSchedule, Piece, Run, schedule_layers
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.package import read_package
@@ -40,6 +44,21 @@ def test_targets_stand_side_by_side(tmp_path: Path) -> None:
         ),
     }
     assert {tool.name for tool in manifest.tools} > {"triton"}
+
+
+def test_a_script_without_a_guard_compiles_for_gpus_and_runs_once(tmp_path: Path) -> None:
+    (tmp_path / "topology.json").write_text(spelled(TOPOLOGY), encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from surgeon.compiler import compile_package, read_topology\n"
+        "print('started')\n"
+        "compile_package(read_topology('topology.json'), 'kernels', targets=['cuda:90'], dtypes=['bf16'], jobs=2)\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "SURGEON_CACHE": str(tmp_path / "cache")}
+    ran = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "started\n", "")
+    assert read_package(tmp_path / "kernels").manifest.targets == ("cuda:90",)
 
 
 def test_the_package_holds_the_topology(tmp_path: Path) -> None:
