@@ -181,13 +181,12 @@ def _trained_figures(
 ) -> dict[str, Any]:
     equal = Pattern(uniform_windows(*size, grid.blocks, grid.sink, grid.density))
     divergence = runs.validate(pattern, sequences.validate, "the learned trees")
-    before = trained.pattern.cuts
     return {
         "validation": _validation(divergence, runs.validate(equal, sequences.validate, "equal windows")),
         "steps_descended": len(trained.divergences),
         "last_divergence": trained.divergences[-1],
         "heads_with_a_cut": len(pattern.cuts),
-        "cuts_lowered": sum(place not in pattern.cuts or pattern.cuts[place] != before[place] for place in before),
+        "cuts_lowered": sum(pattern.cuts.get(place) != cut for place, cut in trained.pattern.cuts.items()),
     }
 
 
