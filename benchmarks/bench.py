@@ -42,12 +42,8 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
     import transformers
     from rich.console import Console
 
-    import compile_gpu
-    import decode
-    import growth
-    import prefill
-    import whole_model
-    from measure import machine
+    from measure.timing import machine
+    from suites import compile_gpu, decode, growth, prefill, whole_model
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

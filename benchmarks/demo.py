@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from measure import interleaved, machine
-from quality import explicit_mask
-from smollm2 import load_model, load_tokenizer, model_folder
+from inputs.smollm2 import load_model, load_tokenizer, model_folder
+from inputs.texts import Text, real_text, windows
+from measure.quality import explicit_mask
+from measure.timing import interleaved, machine
 from surgeon.compiler import Topology, compile_package, read_topology
-from surgeon.compiler.cache import cache_folder
-from surgeon.compiler.progress import progress_bar
+from surgeon.compiler.system.cache import cache_folder
+from surgeon.compiler.system.terminal import progress_bar
 from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
 from surgeon.runtime.errors import SurgeonError
-from surgeon.runtime.evaluation import perplexity
-from texts import Text, real_text, windows
+from surgeon.runtime.evaluate.comparison import perplexity
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096"}

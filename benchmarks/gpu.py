@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-import patterns
-from patterns import Shape
+from inputs import topologies as patterns
+from inputs.topologies import Shape
 from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.tune.clock import timed
 from surgeon.compiler.tune.exact import sampled_error

@@ -23,19 +23,19 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from measure import machine
-from smollm2 import load_model, load_tokenizer, model_folder
+from inputs.smollm2 import load_model, load_tokenizer, model_folder
+from inputs.texts import held_out_texts, learning_texts, windows
+from measure.timing import machine
 from surgeon.compiler import Topology, compile_package, read_topology
-from surgeon.compiler.cache import cache_folder
-from surgeon.compiler.cli import main as surgeon
-from surgeon.compiler.learn.emit import mean_density, pattern_topology
-from surgeon.compiler.learn.models import model_shape
-from surgeon.compiler.learn.pattern import Grid, Pattern
-from surgeon.compiler.learn.windows import uniform_windows
+from surgeon.compiler.cli.main import main as surgeon
+from surgeon.compiler.learn.measure.checkpoint import model_shape
+from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology
+from surgeon.compiler.learn.patterns.windows import uniform_windows
+from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
-from surgeon.runtime.evaluation import Comparison, compare
-from texts import held_out_texts, learning_texts, windows
+from surgeon.runtime.evaluate.comparison import Comparison, compare
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "learn.json"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from smollm2 import model_folder
+from inputs.smollm2 import model_folder
+from inputs.texts import held_out_texts
 from surgeon.compiler import compile_package, read_topology
-from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime.errors import SurgeonError
-from texts import held_out_texts
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -26,7 +26,7 @@ TOPOLOGIES = ("smollm2-135m-25", "smollm2-135m-35", "smollm2-135m-50")
 """The sparsest first: the page is about it."""
 MEASURED = ("--sequences", "6", "--passkeys", "4", "--rounds", "6")
 THRESHOLDS = ("--max-ppl-ratio", "1.05", "--min-speedup", "1")
-SURGEON = "import sys; from surgeon.compiler.cli import main; sys.exit(main())"
+SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
 
 console = Console(highlight=False)
 

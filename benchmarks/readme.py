@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from surgeon.compiler.pilot_table import passkeys
-from surgeon.runtime.pilot_results import Pilot, read_pilot
+from surgeon.compiler.pilot.table import passkeys
+from surgeon.runtime.evaluate.pilot_file import Pilot, read_pilot
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"

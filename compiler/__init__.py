@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgeon.compiler.pipeline import compile_package
-    from surgeon.compiler.read import parse_topology, read_topology
-    from surgeon.compiler.topology import Topology
+    from surgeon.compiler.topology.read import parse_topology, read_topology
+    from surgeon.compiler.topology.topology import Topology
 
 __all__ = ["Topology", "compile_package", "parse_topology", "read_topology"]
 
 _HOMES = {
-    "Topology": "topology",
+    "Topology": "topology.topology",
     "compile_package": "pipeline",
-    "parse_topology": "read",
-    "read_topology": "read",
+    "parse_topology": "topology.read",
+    "read_topology": "topology.read",
 }
 
 

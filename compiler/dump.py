@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from surgeon.compiler.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
-from surgeon.compiler.stages import Binary, KernelSpec, Source
-from surgeon.compiler.topology import Topology
-from surgeon.runtime.target import Target
+from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
+from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.target import Target
 
 
 class Dump:

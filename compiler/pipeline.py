@@ -5,18 +5,18 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from surgeon.compiler.build import build
-from surgeon.compiler.cache import Cache
 from surgeon.compiler.dump import Dump
-from surgeon.compiler.package import check_replaceable, write_package
-from surgeon.compiler.progress import Progress
-from surgeon.compiler.render import render
-from surgeon.compiler.schedule import schedule_layers
-from surgeon.compiler.specialize import specialize
-from surgeon.compiler.stages import Binary, Source
-from surgeon.compiler.tiles import TargetTiles
-from surgeon.compiler.topology import Topology
-from surgeon.runtime.target import Target
+from surgeon.compiler.kernels.build import build
+from surgeon.compiler.kernels.render import render
+from surgeon.compiler.package.write import check_replaceable, write_package
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.tiles import TargetTiles
+from surgeon.compiler.system.cache import Cache
+from surgeon.compiler.system.terminal import Progress
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.target import Target
 
 
 def compile_package(

@@ -7,24 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgeon.runtime.fingerprints import fingerprint
-    from surgeon.runtime.kv_cache import SurgeonCache
     from surgeon.runtime.loading import Package, load
-    from surgeon.runtime.patching import patch, unpatch
-    from surgeon.runtime.serving import serving_program
-    from surgeon.runtime.tracing import trace
+    from surgeon.runtime.transformers.cache import SurgeonCache
+    from surgeon.runtime.transformers.fingerprint import fingerprint
+    from surgeon.runtime.transformers.graph.serving import serving_program
+    from surgeon.runtime.transformers.graph.tracing import trace
+    from surgeon.runtime.transformers.patching import patch, unpatch
 
 __all__ = ["Package", "SurgeonCache", "fingerprint", "load", "patch", "serving_program", "trace", "unpatch"]
 
 _HOMES = {
     "Package": "loading",
-    "SurgeonCache": "kv_cache",
-    "fingerprint": "fingerprints",
+    "SurgeonCache": "transformers.cache",
+    "fingerprint": "transformers.fingerprint",
     "load": "loading",
-    "patch": "patching",
-    "serving_program": "serving",
-    "trace": "tracing",
-    "unpatch": "patching",
+    "patch": "transformers.patching",
+    "serving_program": "transformers.graph.serving",
+    "trace": "transformers.graph.tracing",
+    "unpatch": "transformers.patching",
 }
 
 

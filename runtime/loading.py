@@ -10,14 +10,16 @@ from typing import cast
 
 import torch
 
-from surgeon.runtime import backward, inputs, ops  # noqa: F401 - graphs that are loaded hold the ops of inputs
-from surgeon.runtime.devices import DeviceKernels, placed
+from surgeon.runtime.cache.liveness import Liveness, read_liveness
 from surgeon.runtime.errors import PatchError, shown
-from surgeon.runtime.liveness import Liveness, read_liveness
-from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.kernels import backward
+from surgeon.runtime.kernels.devices import DeviceKernels, placed
 from surgeon.runtime.operands import Operands, check, check_paged, check_rotary
-from surgeon.runtime.package import PackageFiles, read_package
-from surgeon.runtime.schedules import HeadSchedule, read_schedules
+from surgeon.runtime.ops import attention as ops
+from surgeon.runtime.ops import input_checks as inputs  # noqa: F401 - graphs that are loaded hold the ops of inputs
+from surgeon.runtime.package.manifest import Manifest
+from surgeon.runtime.package.reader import PackageFiles, read_package
+from surgeon.runtime.package.schedule import HeadSchedule, read_schedules
 
 _LOG = logging.getLogger("surgeon")
 _PART = ":kv_heads="

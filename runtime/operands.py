@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.manifest import ModelShape
+from surgeon.runtime.package.manifest import ModelShape
 
 
 class Operands(NamedTuple):

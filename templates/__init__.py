@@ -1,1 +1,1 @@
-"""The Jinja templates that the compiler renders: `triton/` for GPUs, `cpu/` for CPUs, `hf_kernels/` for an export."""
+"""The Jinja templates that the compiler renders, in a folder for each backend and each kind of output."""

@@ -13,16 +13,16 @@ import pytest
 
 import topologies
 from surgeon.runtime import load
-from surgeon.runtime.package import read_package
+from surgeon.runtime.package.reader import read_package
 
-COMPILE = "import sys; from surgeon.compiler.cli import main_compile; sys.exit(main_compile())"
+COMPILE = "import sys; from surgeon.compiler.cli.main import main_compile; sys.exit(main_compile())"
 
 # Reads numbers. For each n, forks a compile that kills itself just before the n-th time that it changes something
 # below a folder, and prints how that ended. The swap of the two folders is a call through ctypes, of which only the
 # look-up of the library is seen; the removal of the old package, which follows it, is seen again.
 COMPILES_CUT_SHORT = """
 import os, signal, sys
-from surgeon.compiler.cli import main_compile
+from surgeon.compiler.cli.main import main_compile
 folder, arguments = sys.argv[1], sys.argv[2:]
 
 def changes(event, details):

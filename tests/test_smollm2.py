@@ -13,12 +13,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import demo
+from inputs.smollm2 import UnreachableError, load_model, load_tokenizer, model_folder
+from inputs.texts import SHIPPED, Text
 from models import masked_model
-from smollm2 import UnreachableError, load_model, load_tokenizer, model_folder
 from surgeon.compiler import Topology, compile_package, read_topology
-from surgeon.compiler.cache import cache_folder
+from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
-from texts import SHIPPED, Text
 from topologies import dense_topology, one_cluster_topology
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

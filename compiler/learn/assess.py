@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.budget import cheapest_windows, objective
-from surgeon.compiler.learn.journal import Journal
-from surgeon.compiler.learn.models import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.pattern import Grid, Pattern
-from surgeon.compiler.learn.runs import Costs, Runs, Table
-from surgeon.compiler.learn.text import TokenText, divide
-from surgeon.compiler.learn.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
-from surgeon.compiler.progress import Progress
-from surgeon.runtime.fingerprints import fingerprint
+from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
+from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
+from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
+from surgeon.compiler.learn.measure.text import TokenText, divide
+from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.system.terminal import Progress
+from surgeon.runtime.transformers.fingerprint import fingerprint
 
 _DENSITIES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
 

@@ -10,21 +10,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.budget import Learned, learn_pattern
-from surgeon.compiler.learn.descent import Schedule, Trained, train_digits
-from surgeon.compiler.learn.emit import mean_density, pattern_topology, scaled
-from surgeon.compiler.learn.journal import Journal
-from surgeon.compiler.learn.lower import lowered
-from surgeon.compiler.learn.models import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.pattern import Grid, Pattern
-from surgeon.compiler.learn.runs import Runs
-from surgeon.compiler.learn.text import Sequences, TokenText, divide
-from surgeon.compiler.learn.windows import uniform_windows
-from surgeon.compiler.progress import Progress
-from surgeon.compiler.topology import Topology
+from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
+from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
+from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.runs import Runs
+from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
+from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology, scaled
+from surgeon.compiler.learn.patterns.windows import uniform_windows
+from surgeon.compiler.learn.ultrametric.descent import Schedule, Trained, train_digits
+from surgeon.compiler.learn.ultrametric.lower import lowered
+from surgeon.compiler.system.terminal import Progress
+from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import TopologyError
-from surgeon.runtime.fingerprints import fingerprint
-from surgeon.runtime.processes import processes_of
+from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.transformers.fingerprint import fingerprint
 
 METHODS = ("budget", "ultrametric", "window")
 

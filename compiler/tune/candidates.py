@@ -2,7 +2,7 @@
 
 import itertools
 
-from surgeon.compiler.tiles import TargetTiles, Tile, padded
+from surgeon.compiler.specs.tiles import TargetTiles, Tile, padded
 
 _QUERIES = (64, 128)
 _KEYS = (32, 64, 128)

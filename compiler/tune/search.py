@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.tiles import TargetTiles, Tile
+from surgeon.compiler.specs.tiles import TargetTiles, Tile
 from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
 from surgeon.runtime.errors import SurgeonError, TargetError
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from surgeon.compiler.pipeline import compile_package
-from surgeon.compiler.tiles import TargetTiles
-from surgeon.compiler.topology import Topology
+from surgeon.compiler.specs.tiles import TargetTiles
+from surgeon.compiler.topology.topology import Topology
 from surgeon.compiler.tune.exact import sampled_error
 from surgeon.runtime.errors import PackageError, TargetError
-from surgeon.runtime.gpu import target_of
+from surgeon.runtime.kernels.gpu.kernels import target_of
 from surgeon.runtime.loading import load
-from surgeon.runtime.target import Target
+from surgeon.runtime.package.target import Target
 
 Clock = Callable[[Callable[[], object], bool], float]
 """Milliseconds of a call; the second argument says whether the time of the host must not count."""

@@ -26,7 +26,7 @@ def from_source(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[
 
 def test_surgeon_is_that_of_the_tree(tmp_path: Path) -> None:
     script = (
-        "import surgeon.compiler, surgeon.runtime, surgeon.compiler.templates as templates\n"
+        "import surgeon.compiler, surgeon.runtime, surgeon.compiler.system.jinja as templates\n"
         "print(surgeon.compiler.__file__, surgeon.runtime.__file__)\n"
         "templates.render_template('cpu/visible.h.jinja', chunk=1)\n"
     )
@@ -43,7 +43,7 @@ def test_the_gpu_suite_and_the_benchmark_run_as_far_as_they_can(tmp_path: Path) 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "gpu.py: expected a GPU that torch can use, got none; pass --compile to prepare for one\n"
 
-    suite = "tests/runtime/test_gpu_device.py"
+    suite = "tests/runtime/kernels/gpu/test_on_a_gpu.py"
     done = from_source("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", suite, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" in done.stdout.splitlines()[-1]

@@ -4,13 +4,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import gpu
 import pytest
 import torch
 
-import patterns
+import gpu
 import reference
-from surgeon.runtime.package import read_package
+from inputs import topologies as patterns
+from surgeon.runtime.package.reader import read_package
 
 SHAPE = patterns.Shape(heads=4, kv_heads=2, head_dim=64, block_size=128)
 LENGTH = 1024

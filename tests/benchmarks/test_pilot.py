@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import pilot
-from surgeon.compiler.learn.emit import mean_density
-from surgeon.compiler.read import read_topology
-from surgeon.runtime.pilot_results import read_pilot
+from surgeon.compiler.learn.patterns.to_topology import mean_density
+from surgeon.compiler.topology.read import read_topology
+from surgeon.runtime.evaluate.pilot_file import read_pilot
 
 
 def test_the_page_is_about_the_sparsest_topology() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from surgeon.compiler.read import read_topology
-from surgeon.compiler.schedule import schedule_layers
-from surgeon.compiler.topology import DenseHead, SparseHead
-from surgeon.runtime.manifest import ModelShape
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.topology.read import read_topology
+from surgeon.compiler.topology.topology import DenseHead, SparseHead
+from surgeon.runtime.package.manifest import ModelShape
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -21,7 +21,7 @@ TREES = FOLDER / "smollm2-135m-trees.json"
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_shipped_topology_is_valid_and_of_the_models_shape(file: Path) -> None:
-    schema = importlib.resources.files("surgeon.compiler").joinpath("topology.schema.json").read_text("utf-8")
+    schema = importlib.resources.files("surgeon.compiler.topology").joinpath("topology.schema.json").read_text("utf-8")
     Draft202012Validator(json.loads(schema)).validate(json.loads(file.read_text()))
     topology = read_topology(file)
     assert topology.model == ModelShape("llama", 30, 9, 3, 64, None)

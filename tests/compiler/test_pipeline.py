@@ -10,11 +10,11 @@ import pytest
 import safetensors.numpy
 
 from surgeon.compiler import compile_package, parse_topology
-from surgeon.compiler.decode_table import decode_table
-from surgeon.compiler.learn.emit import spelled
-from surgeon.compiler.schedule import HeadSchedule, Piece, Run, schedule_layers
+from surgeon.compiler.learn.patterns.to_topology import spelled
+from surgeon.compiler.schedule.decode_table import decode_table
+from surgeon.compiler.schedule.schedule import HeadSchedule, Piece, Run, schedule_layers
 from surgeon.runtime.errors import PackageError, TargetError
-from surgeon.runtime.package import read_package
+from surgeon.runtime.package.reader import read_package
 from topologies import build, head, tree, window_topology
 
 TOPOLOGY = window_topology([1, 2], head_dim=32, num_layers=2)
@@ -110,7 +110,7 @@ def test_a_failed_compile_leaves_the_old_package(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("surgeon.compiler.folders._write_durably", fail)
+    monkeypatch.setattr("surgeon.compiler.system.atomic_files._write_durably", fail)
     with pytest.raises(OSError, match="No space left"):
         compile_package(window_topology([5], head_dim=32), folder)
     assert contents(folder) == before
@@ -121,7 +121,7 @@ def test_without_an_atomic_exchange_the_package_is_still_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = compile_package(TOPOLOGY, tmp_path / "kernels")
-    monkeypatch.setattr("surgeon.compiler.folders.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("surgeon.compiler.system.atomic_files.ctypes.CDLL", lambda *_, **__: object())
     other = window_topology([5], head_dim=32)
     compile_package(other, folder)
     assert read_package(folder).manifest.topology_sha256 == other.sha256

@@ -12,7 +12,7 @@ import torch
 from surgeon.compiler import compile_package
 from surgeon.runtime import load
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError
-from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.package.manifest import Manifest
 from topologies import window_topology
 
 TOPOLOGY = window_topology([1, 2], head_dim=32, num_layers=2)

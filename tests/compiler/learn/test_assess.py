@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from models import tiny_llama, tokens
-from surgeon.compiler.cli import main
+from surgeon.compiler.cli.assess import picture
+from surgeon.compiler.cli.main import main
 from surgeon.compiler.learn.assess import assess, expected_curve, stability, summarize
-from surgeon.compiler.learn.assess_command import picture
-from surgeon.compiler.learn.pattern import Grid
-from surgeon.compiler.learn.runs import Costs
-from surgeon.compiler.learn.text import TokenText
-from surgeon.compiler.learn.windows import uniform_windows
+from surgeon.compiler.learn.measure.runs import Costs
+from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.learn.patterns.pattern import Grid
+from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.runtime.errors import TopologyError
 
 GRID = Grid(16, 32, 1, 0.25)

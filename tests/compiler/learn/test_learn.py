@@ -9,13 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import tiny_llama, tokens
-from surgeon.compiler.learn import runs
-from surgeon.compiler.learn.emit import spelled
 from surgeon.compiler.learn.learn import Effort, Request, learn
-from surgeon.compiler.learn.models import check_decoder
-from surgeon.compiler.learn.text import TokenText
-from surgeon.compiler.read import parse_topology
-from surgeon.compiler.topology import SparseHead, Topology
+from surgeon.compiler.learn.measure import runs
+from surgeon.compiler.learn.measure.checkpoint import check_decoder
+from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.learn.patterns.to_topology import spelled
+from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.topology import SparseHead, Topology
 from surgeon.runtime import fingerprint
 from surgeon.runtime.errors import ModelError, TopologyError
 

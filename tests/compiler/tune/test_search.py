@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from surgeon.compiler.tiles import TargetTiles, Tile, parse_tiles, tiles_json, tiles_of
+from surgeon.compiler.specs.tiles import TargetTiles, Tile, parse_tiles, tiles_json, tiles_of
 from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
 from surgeon.compiler.tune.search import Trial, tune
 from surgeon.runtime.errors import BuildError, TargetError
-from surgeon.runtime.target import Target
+from surgeon.runtime.package.target import Target
 
 HOPPER = tiles_of(Target.parse("cuda:90"))
 

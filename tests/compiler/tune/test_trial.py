@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import reference
-from surgeon.compiler.tiles import tiles_of
+from surgeon.compiler.specs.tiles import tiles_of
 from surgeon.compiler.tune.exact import sampled_error
 from surgeon.compiler.tune.trial import Bench
 from surgeon.runtime import Package
 from surgeon.runtime.errors import PackageError
-from surgeon.runtime.target import Target
+from surgeon.runtime.package.target import Target
 from topologies import random_topology
 
 TILES = tiles_of(Target.parse("cuda:90"))

@@ -1,0 +1,112 @@
+"""One decoding step of one layer: our kernel beside SDPA in three spellings, and the memory's own speed."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from inputs import topologies as patterns
+from inputs.topologies import Shape
+from measure.timing import interleaved, repeats_for, seconds_of
+
+Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of k and v
+
+
+def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
+    """Dense and sparse decoding at several cache lengths.
+
+    `folded` is SDPA with the group of a KV head folded into the query length, its best spelling; `gather` picks the
+    visible keys first, which works where all heads of the layer see the same ones. `bandwidth` is the visible bytes of
+    k and v over the time, beside that of summing 64 MiB of floats. Each call reads another copy of k and v, of so many
+    that a copy is in memory and not in the cache when its turn comes, as behind a model's weights.
+    """
+    block = 64
+    large = torch.randn(64 * 2**20 // 4)
+    for (heads, kv_heads, head_dim), length, density in itertools.product(
+        ((8, 8, 128), (32, 8, 128), (9, 3, 64)), (2048, 8192, 32768), (1.0, 0.25)
+    ):
+        shape = Shape(heads, kv_heads, head_dim, block)
+        topology = patterns.windows(shape, length, density)
+        package = patterns.compiled(topology, variant)
+        q, k, v = patterns.inputs(shape, 1, length, torch.float32)
+        mask = topology.block_mask(0, length // block)
+        row_mask = mask[:, -1:]
+        reference = _masked(q, k, v, torch.from_numpy(row_mask).repeat_interleave(block, dim=-1)[None])
+        out = package.attention(0, q, k, v)
+        error = float((out.double() - reference).norm() / reference.norm())
+        if not error < 2e-6:
+            raise ArithmeticError(f"decoding is wrong: relative error {error:.1e}")
+
+        seen = torch.from_numpy(np.any(row_mask[:, 0], axis=0)).repeat_interleave(block).nonzero()[:, 0]
+        folded_q = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
+        copies = 1 + 128 * 2**20 // (2 * k.numel() * 4)
+        cache = itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
+        attentions: dict[str, Attention] = {
+            "ours": partial(package.attention, 0, q),
+            "sdpa": partial(scaled_dot_product_attention, q, enable_gqa=True),
+            "folded": partial(scaled_dot_product_attention, folded_q),
+            "gather": partial(_gathered, folded_q, seen),
+        }
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(_of_next, attention, cache) for name, attention in attentions.items()
+        }
+        calls["read"] = large.sum
+        times = interleaved(calls, repeats_for(sum(seconds_of(call) for call in calls.values()), budget=3.0, least=9))
+        share = float(row_mask.mean())
+        group = heads // kv_heads
+        union = row_mask[:, 0].reshape(kv_heads, group, -1).any(axis=1).mean()
+        visible_bytes = float(union) * k.numel() * 2 * 4
+        ours = times["ours"].median
+        yield {
+            "heads": f"{heads}/{kv_heads}",
+            "head_dim": head_dim,
+            "length": length,
+            "density": density,
+            "share_of_blocks": round(share, 4),
+            "ours_us": ours * 1e6,
+            "ours_min_us": times["ours"].minimum * 1e6,
+            "times_sdpa": times["sdpa"].median / ours,
+            "times_folded": times["folded"].median / ours,
+            "times_gather": times["gather"].median / ours,
+            "times_sdpa_x_share": times["sdpa"].median / ours * share,
+            "bandwidth_gb_s": visible_bytes / ours / 1e9,
+            "of_read": visible_bytes / ours / (large.numel() * 4 / times["read"].median),
+        }
+
+
+def overhead(variant: str | None) -> Iterator[dict[str, object]]:
+    """What a call costs when there is next to nothing to do: one query on 64 keys, in the cache.
+
+    In plain inference a call goes straight to the kernel; elsewhere torch's dispatcher takes it to the op.
+    """
+    shape = Shape(9, 3, 64, 64)
+    package = patterns.compiled(patterns.windows(shape, 256, 1.0), variant)
+    q, k, v = patterns.inputs(shape, 1, 64, torch.float32)
+    op = partial(torch.ops.surgeon.attention, q, k, v, None, None, 64**-0.5, package.id, 0)
+    calls: dict[str, Callable[[], object]] = {
+        "ours": partial(package.attention, 0, q, k, v),
+        "op": op,
+        "sdpa": partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
+    }
+    with torch.inference_mode():
+        times = interleaved(calls, 2000)
+    yield {f"{name}_us": times[name].median * 1e6 for name in calls}
+
+
+def _of_next(attention: Attention, cache: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return attention(*next(cache))
+
+
+def _gathered(q: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(q, k.index_select(2, seen), v.index_select(2, seen))
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The reference in fp64, `[batch, 1, heads, head_dim]`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (tensor.double().repeat_interleave(group, dim=1) for tensor in (k, v))
+    scores = (q.double() @ k.transpose(-1, -2) * q.shape[3] ** -0.5).masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)

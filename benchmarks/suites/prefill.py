@@ -1,0 +1,127 @@
+"""Prefill of one layer: our kernel beside torch's matrix product, SDPA and FlexAttention on the same pattern."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from inputs import topologies as patterns
+from inputs.topologies import Shape
+from measure.timing import GEMM_OPERATIONS, gemm_flops, interleaved, repeats_for, seconds_of
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def against_gemm(variant: str | None) -> Iterator[dict[str, object]]:
+    """The rate on active blocks over the rate of torch's fp32 1024^3 product, at a quarter of the blocks."""
+    for head_dim, block, (heads, kv_heads), length in itertools.product(
+        (64, 128), (32, 64, 128), ((4, 4), (3, 1), (8, 2)), (4096, 16384)
+    ):
+        shape = Shape(heads, kv_heads, head_dim, block)
+        topology = patterns.windows(shape, length, 0.25)
+        yield _row(shape, topology, variant, length, torch.float32, {})
+
+
+def against_dtypes(variant: str | None) -> Iterator[dict[str, object]]:
+    """16-bit storage beside fp32 on one pattern."""
+    for head_dim, dtype in itertools.product((64, 128), TOLERANCE):
+        shape = Shape(9, 3, head_dim, 64)
+        yield _row(shape, patterns.windows(shape, 8192, 0.25), variant, 8192, dtype, {})
+
+
+def against_peers(variant: str | None) -> Iterator[dict[str, object]]:
+    """SDPA (dense, causal) and compiled FlexAttention (the same blocks) on a few shapes."""
+    for shape, length, density in (
+        (Shape(9, 3, 64, 128), 4096, 0.25),
+        (Shape(8, 2, 128, 128), 4096, 0.25),
+        (Shape(9, 3, 64, 128), 8192, 0.25),
+        (Shape(9, 3, 64, 128), 8192, 0.5),
+        (Shape(9, 3, 64, 64), 4096, 1.0),
+        (Shape(8, 2, 128, 128), 4096, 1.0),
+    ):
+        topology = patterns.windows(shape, length, density)
+        mask = topology.block_mask(0, length // shape.block_size)
+        q, k, v = tensors = patterns.inputs(shape, length, length, torch.float32)
+        peers: dict[str, Callable[[], object]] = {
+            "sdpa": partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+        }
+        if shape.block_size >= 128 and density < 1.0:
+            flex = _flex(mask, shape.block_size, tensors)
+            found = flex().transpose(1, 2)
+            _check("flex", topology, mask, tensors, found)
+            peers["flex"] = flex
+        yield _row(shape, topology, variant, length, torch.float32, peers, tensors)
+
+
+def _row(
+    shape: Shape,
+    topology: Any,
+    variant: str | None,
+    length: int,
+    dtype: torch.dtype,
+    peers: dict[str, Callable[[], object]],
+    tensors: tuple[torch.Tensor, ...] | None = None,
+) -> dict[str, object]:
+    package = patterns.compiled(topology, variant)
+    mask = topology.block_mask(0, length // shape.block_size)
+    q, k, v = tensors = tensors or patterns.inputs(shape, length, length, dtype)
+
+    def ours() -> torch.Tensor:
+        return package.attention(0, q, k, v)
+
+    _check("ours", topology, mask, tensors, ours())
+    calls = {"ours": ours, "gemm": gemm_flops(), **peers}
+    times = interleaved(calls, repeats_for(sum(seconds_of(call) for call in calls.values()), budget=4.0))
+    density = float(mask.sum() / (len(mask) * mask.shape[1] * (mask.shape[1] + 1) / 2))
+    work = patterns.operations(topology, mask)
+    row: dict[str, object] = {
+        "heads": f"{shape.heads}/{shape.kv_heads}",
+        "head_dim": shape.head_dim,
+        "block": shape.block_size,
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "density": round(density, 4),
+        "ours_ms": times["ours"].median * 1e3,
+        "ours_min_ms": times["ours"].minimum * 1e3,
+        "ours_cpu_ms": times["ours"].cpu * 1e3,
+        "of_gemm": work / times["ours"].median / (GEMM_OPERATIONS / times["gemm"].median),
+        "of_gemm_cpu": work / times["ours"].cpu / (GEMM_OPERATIONS / times["gemm"].cpu),
+        "gemm_gflops": GEMM_OPERATIONS / times["gemm"].median / 1e9,
+    }
+    for name in peers:
+        row[f"{name}_ms"] = times[name].median * 1e3
+        row[f"times_{name}"] = times[name].median / times["ours"].median
+    if "sdpa" in peers:
+        row["times_sdpa_x_density"] = times["sdpa"].median / times["ours"].median * density
+    return row
+
+
+def _check(name: str, topology: Any, mask: np.ndarray, tensors: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    error = patterns.error(topology, mask, tensors, out)
+    if not error < TOLERANCE[tensors[0].dtype]:
+        raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
+
+
+def _flex(mask: np.ndarray, block: int, tensors: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+    """FlexAttention, compiled, with the diagonal blocks partial and all others full."""
+    q, k, v = tensors
+    blocks = torch.from_numpy(mask)[None]
+    diagonal = torch.eye(mask.shape[1], dtype=torch.bool).expand_as(blocks)
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        return chosen.sum(dim=-1, dtype=torch.int32), order
+
+    block_mask = BlockMask.from_kv_blocks(
+        *listed(blocks & diagonal),
+        *listed(blocks & ~diagonal),
+        BLOCK_SIZE=block,
+        mask_mod=lambda _b, _h, query, key: query >= key,
+    )
+    compiled: Any = torch.compile(flex_attention)
+    return partial(compiled, q, k, v, block_mask=block_mask, enable_gqa=True)

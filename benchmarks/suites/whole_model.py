@@ -1,0 +1,142 @@
+"""SmolLM2-135M-Instruct, patched and not: time to first token, decoding speed, and the worst case at short lengths."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from inputs.smollm2 import load_model, model_folder
+from measure.peak_memory import peak_bytes
+from measure.timing import interleaved, repeats_for, seconds_of
+from surgeon.compiler import compile_package, read_topology
+from surgeon.compiler.system.cache import cache_folder
+from surgeon.runtime import Package, SurgeonCache, load, patch
+from surgeon.runtime.errors import ModelError
+
+TOPOLOGIES = Path(__file__).parents[1] / "topologies"
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096", 8192: "smollm2-135m-25-8192"}
+
+
+def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
+    """A prefill with the cache filled and the last token's logits, each length with the topology learned for it."""
+    for length, name in LEARNED.items():
+        dense, patched, package = _models(name, variant)
+        yield _prefill_row(dense, patched, length) | {"topology": name, "variant": package.cpu_variant}
+
+
+def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
+    """Where there is little to gain: prompts of 64 to 2,048 tokens.
+
+    Many calls, since what is looked for is a few hundredths, and a call of a third of a second differs by more.
+    """
+    dense, patched, _ = _models("smollm2-135m-25", variant)
+    for length in (64, 128, 256, 512, 1024, 2048):
+        yield _prefill_row(dense, patched, length, budget=45.0, most=60)
+
+
+def decoding(variant: str | None) -> Iterator[dict[str, object]]:
+    """Tokens a second with a filled dynamic cache, one token a step."""
+    for length, name in LEARNED.items():
+        dense, patched, _ = _models(name, variant)
+        steps = 8
+        calls = {"dense": _decoder(dense, length, steps), "patched": _decoder(patched, length, steps)}
+        times = interleaved(calls, 5)
+        yield {
+            "length": length,
+            "dense_tokens_s": steps / times["dense"].median,
+            "patched_tokens_s": steps / times["patched"].median,
+            "times": times["dense"].median / times["patched"].median,
+        }
+
+
+def caching(variant: str | None, length: int = 8192, steps: int = 8) -> Iterator[dict[str, object]]:
+    """Decoding with a DynamicCache and with one that drops what no head reads: speed, bytes kept, memory at its peak.
+
+    The peak is that of a process of its own which reads the prompt and then decodes, over what it holds before.
+    """
+    name = LEARNED[max(known for known in LEARNED if known <= max(length, min(LEARNED)))]
+    dense, patched, package = _models(name, variant)
+    cache = SurgeonCache(package)
+    calls = {
+        "dense": _decoder(dense, length, steps),
+        "patched": _decoder(patched, length, steps),
+        "surgeon_cache": _decoder(patched, length, steps, cache),
+    }
+    _check_equal(patched, package, length)
+    times = interleaved(calls, 5)
+    row: dict[str, object] = {
+        "length": length,
+        "topology": name,
+        "variant": package.cpu_variant,
+        "full_cache_mb": cache.full_bytes() / 1e6,
+        "kept_cache_mb": cache.kept_bytes() / 1e6,
+    }
+    for key, timing in times.items():
+        row[f"{key}_tokens_s"] = steps / timing.median
+    for key in times:
+        row[f"{key}_peak_mb"] = peak_bytes(key, name, length, steps, variant) / 1e6
+    yield row
+
+
+def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> None:
+    """That both caches give the patched model's next tokens the same logits."""
+    tokens = torch.randint(1000, 40000, (1, min(length, 512) + 1), generator=torch.Generator().manual_seed(0))
+    found = []
+    for cache in (DynamicCache(config=patched.config), SurgeonCache(package)):
+        with torch.inference_mode():
+            patched(input_ids=tokens[:, :-1], past_key_values=cache)
+            found.append(patched(input_ids=tokens[:, -1:], past_key_values=cache).logits)
+    if not torch.equal(*found):
+        raise ModelError("model-cache", "the same logits with both caches", "others", "report this as a fault")
+
+
+def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
+    """Two models over the same files, each with a config of its own, one of them patched."""
+    folder = model_folder(cache_folder())
+    dense, patched = load_model(folder), load_model(folder)
+    out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
+    package = load(out, strict=True, cpu_variant=variant)
+    patch(patched, package)
+    return dense, patched, package
+
+
+def _prefill_row(
+    dense: PreTrainedModel, patched: PreTrainedModel, length: int, budget: float = 15.0, most: int = 15
+) -> dict[str, object]:
+    tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
+
+    def prefill(model: PreTrainedModel) -> Callable[[], object]:
+        @torch.inference_mode()
+        def run() -> object:
+            return model(input_ids=tokens, logits_to_keep=1)
+
+        return run
+
+    calls = {"dense": prefill(dense), "patched": prefill(patched)}
+    repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=budget, least=3, most=most)
+    times = interleaved(calls, repeats)
+    return {
+        "length": length,
+        "dense_s": times["dense"].median,
+        "patched_s": times["patched"].median,
+        "times": times["dense"].median / times["patched"].median,
+        "times_minimum": times["dense"].minimum / times["patched"].minimum,
+        "times_cpu": times["dense"].cpu / times["patched"].cpu,
+    }
+
+
+def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
+    """Takes `steps` tokens in turn behind a cache of `length`, which is cut back afterwards."""
+    tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        cache = model(input_ids=tokens[:, :length], logits_to_keep=1, past_key_values=cache).past_key_values
+
+    @torch.inference_mode()
+    def run() -> None:
+        for step in range(length, length + steps):
+            model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
+        cache.crop(-steps)
+
+    return run

@@ -1,0 +1,145 @@
+"""The command line: `surgeon COMMAND …`, and `surgeon-compile …` for its first command.
+
+What holds for every command is here once: errors, the exit status, safe printing. commands.py has the commands.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from surgeon.compiler.cli.commands import COMMANDS, COMPILE, Command, Outcome
+from surgeon.compiler.system.main_process import is_first, let_the_first_speak
+from surgeon.runtime.errors import BuildError, SurgeonError
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+THRESHOLD_MISSED = 3
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+READER_LEFT = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `surgeon` with the arguments given, or the process's, and returns the exit status."""
+    summary = "Compiles a learned topology into block-sparse attention kernels."
+    parser = _Parser(prog="surgeon", description=summary, allow_abbrev=False)
+    _add_version(parser)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary, allow_abbrev=False
+        )
+        _configure(subparser, command)
+    return _status(parser, argv)
+
+
+def main_compile(argv: Sequence[str] | None = None) -> int:
+    """Runs `surgeon-compile`, which is `surgeon compile`, and returns the exit status."""
+    parser = _Parser(prog="surgeon-compile", description=COMPILE.summary, allow_abbrev=False)
+    _add_version(parser)
+    _configure(parser, COMPILE)
+    return _status(parser, argv)
+
+
+class _UsageError(Exception):
+    pass
+
+
+class _ShowVersion(argparse.Action):
+    """As argparse's own, which wants to know the version before anybody has asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from surgeon.compiler.system.versions import version_of
+
+        print(f"surgeon {version_of('surgeon') or 'of a source tree that is not installed'}")
+        parser.exit()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as an exception, so that it is printed like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+
+
+def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
+    command.configure(parser)
+    parser.set_defaults(run=command.run)
+
+
+def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    try:
+        outcome = _outcome(parser, argv)
+        status = _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
+        if status != DONE:
+            let_the_first_speak()
+        return status
+    except KeyboardInterrupt:
+        return _report("interrupted", INTERRUPTED)
+    except BuildError as error:
+        return _report(str(error), FAILED)
+    except (SurgeonError, _UsageError) as error:
+        return _report(str(error), BAD_INPUT)
+    except OSError as error:
+        return _report(_os_error(error), FAILED)
+
+
+def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Outcome:
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit:  # --help and --version have printed
+        return Outcome(())
+    run: Callable[[argparse.Namespace], Iterable[str] | Outcome] = arguments.run
+    outcome = run(arguments)
+    return outcome if isinstance(outcome, Outcome) else Outcome(outcome)
+
+
+def _show(lines: Iterable[str]) -> int:
+    if not is_first():
+        return DONE
+    text = "".join(f"{_printable(line)}\n" for line in lines)
+    if sys.stdout is None:  # started with standard output closed
+        return DONE
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    except BrokenPipeError:
+        _abandon_stdout()
+        return READER_LEFT
+    except OSError as error:
+        _abandon_stdout()
+        return _report(f"standard output: {error.strerror or error}", FAILED)
+    return DONE
+
+
+def _abandon_stdout() -> None:
+    # The interpreter flushes once more at exit, and would complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(message: str, status: int) -> int:
+    let_the_first_speak()
+    with contextlib.suppress(OSError):  # nobody listens: the status still tells
+        if sys.stderr is not None:
+            print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _printable(text: str) -> str:
+    """The text on one line, with control, direction and other unprintable characters spelled out."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _os_error(error: OSError) -> str:
+    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place}: {reason}" if place else reason

@@ -1,0 +1,1 @@
+"""Kernel specifications ─▶ sources ─▶ binaries; a folder for each backend."""

@@ -1,0 +1,1 @@
+"""The CPU backend: C++ rendered, compiled and linked into one library."""

@@ -1,0 +1,155 @@
+"""From the rendered C++ to one shared object: a C++ compiler run for each source file that changed, and a link."""
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from surgeon.compiler.kernels.cpu.render import symbol_of, variants_for
+from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.system.cache import Cache
+from surgeon.compiler.system.terminal import Progress
+from surgeon.runtime.errors import BuildError
+from surgeon.runtime.package.manifest import Argument, KernelEntry, Tool
+
+LIBRARY = "cpu/attention.so"
+# No -ffast-math: it breaks exp2 silently. No paths, dates or build ids: equal sources give equal bytes.
+_COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+)
+_LINK_FLAGS = ("-shared", "-s", "-Wl,--as-needed", "-Wl,--build-id=none")
+_LIBRARIES = ("-lgomp",)  # whatever the compiler: see templates/cpu/driver.cpp.jinja
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command that runs it and the first line of its version."""
+
+    command: str
+    version: str
+
+
+def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None = None) -> Binary:
+    """Compiles and links the library of a CPU target.
+
+    `jobs` is how many compilers run at once; `progress` is called as (what, done, total).
+
+    Raises:
+        BuildError: no C++ compiler is found, or it fails.
+    """
+    compiler = find_compiler(os.environ.get("CXX"))
+    report = progress or (lambda _what, _done, _total: None)
+    headers = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".h")}
+    units = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".cpp")}
+    flags = {f"{variant.name}.cpp": variant.flags for variant in variants_for(platform.machine())}
+
+    def compile_unit(name: str) -> bytes:
+        arguments = (*_COMPILE_FLAGS, *flags.get(name, ()))
+        key = cache.key((compiler.version, *arguments, name, units[name], *headers, *headers.values()))
+        return cache.get(key) or _store(cache, key, _run(compiler, arguments, headers | {name: units[name]}, [name]))
+
+    objects: dict[str, bytes] = {}
+    report("compiling for cpu", 0, len(units) + 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(compile_unit, name): name for name in units}
+        try:
+            for future in as_completed(pending):
+                objects[pending[future]] = future.result()
+                report("compiling for cpu", len(objects), len(units) + 1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    ordered = {f"{name}.o": objects[name] for name in sorted(objects)}
+    key = cache.key((compiler.version, *_LINK_FLAGS, *_LIBRARIES, *ordered.values()))
+    library = cache.get(key) or _store(cache, key, _run(compiler, _LINK_FLAGS, ordered, [*ordered, *_LIBRARIES]))
+    report("compiling for cpu", len(units) + 1, len(units) + 1)
+    return Binary(
+        path=LIBRARY,
+        data=library,
+        kernels=tuple(
+            KernelEntry(
+                target=str(spec.target),
+                dtype=dtype,
+                layers=spec.layers,
+                schedule=spec.name,
+                file=LIBRARY,
+                symbol=symbol_of(spec),
+                arguments=(Argument("call", "struct"),),
+                launch=None,
+                scratch_bytes=0,
+                preconditions=(),
+            )
+            for spec in source.specs
+            for dtype in spec.dtypes
+        ),
+        tools=(Tool(Path(compiler.command).name, compiler.version),),
+    )
+
+
+@cache
+def find_compiler(wanted: str | None) -> Compiler:
+    """The C++ compiler to use: `wanted`, or the first of g++, clang++ and c++ on PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for candidate in (wanted,) if wanted else ("g++", "clang++", "c++"):
+        command = shutil.which(candidate)
+        if command is None:
+            continue
+        result = subprocess.run([command, "--version"], capture_output=True, text=True, errors="replace", check=False)
+        if result.returncode == 0 and result.stdout:
+            return Compiler(command, result.stdout.splitlines()[0])
+    raise BuildError(
+        "target cpu",
+        f"the C++ compiler {wanted} (from $CXX)" if wanted else "a C++ compiler (g++ or clang++) on PATH",
+        "none",
+        "install one, for instance Debian's g++, or set CXX",
+    )
+
+
+def _store(cache: Cache, key: str, data: bytes) -> bytes:
+    cache.put(key, data)
+    return data
+
+
+def _run(
+    compiler: Compiler, flags: tuple[str, ...], files: dict[str, bytes] | dict[str, str], inputs: list[str]
+) -> bytes:
+    """Runs the compiler in a folder of its own, with relative names, and gives what it made."""
+    with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        mode = () if "-shared" in flags else ("-c",)
+        command = [compiler.command, *flags, *mode, *inputs, "-o", "out"]
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+        if result.returncode != 0:
+            lines = result.stderr.splitlines()
+            fault = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+            raise BuildError(
+                f"{compiler.version}: {inputs[0]}",
+                "the rendered source to compile",
+                f"exit status {result.returncode}: {fault[:300]}",
+                "write the sources with --dump and compile them by hand to see all messages",
+            )
+        return (Path(folder) / "out").read_bytes()

@@ -1,0 +1,166 @@
+"""Source ─▶ Binary for GPU targets: Triton ahead of time, on a machine that needs no GPU."""
+
+import contextlib
+import importlib.util
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.tiles import Device, Tile
+from surgeon.runtime.errors import BuildError, TargetError
+from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
+
+_SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
+_EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
+_POINTEES = (
+    dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
+    | dict.fromkeys(("first_key", "position"), "i64")
+    | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
+)
+
+
+def build_triton(source: Source, dtype: str) -> Binary:
+    """Compiles one rendered kernel for one dtype; the file is `<target>/<name>.<dtype>.cubin`, or `.hsaco` for hip.
+
+    Nothing of the machine gets into the file: equal sources make equal bytes with one version of Triton.
+
+    Raises:
+        TargetError: Triton is missing or has no code generator for the target, or the kernel needs more shared memory
+            than the target has.
+        BuildError: the compilation failed.
+    """
+    assert source.tile is not None
+    interface = source.interface
+    device = source.specs[0].gpu_tiles.device
+    extension = _EXTENSIONS[source.target.backend]
+    compiled, version = _compile(source, source.tile, dtype, device)
+    metadata = compiled.metadata
+    symbol = _symbol(source)
+    if metadata.shared > device.shared_bytes:
+        raise TargetError(
+            f"{symbol} for {source.target}",
+            f"at most {device.shared_bytes} bytes of shared memory",
+            f"{metadata.shared} bytes",
+            "no tile of this head size fits the target; leave the target out",
+        )
+    if metadata.global_scratch_size:
+        raise BuildError(
+            f"{symbol} for {source.target}",
+            "a kernel without scratch memory",
+            f"{metadata.global_scratch_size} bytes",
+            "report it with the topology and Triton's version",
+        )
+    path = f"{source.target.folder}/{symbol}.{dtype}.{extension}"
+    entry = KernelEntry(
+        target=str(source.target),
+        dtype=dtype,
+        layers=tuple(sorted(layer for spec in source.specs for layer in spec.layers)),
+        schedule="",
+        file=path,
+        symbol=metadata.name,
+        arguments=interface.arguments + _SCRATCH,
+        launch=Launch(
+            grid=interface.grid,
+            tile_rows=source.tile.queries,
+            threads=metadata.num_warps * device.warp_size,
+            shared_bytes=metadata.shared,
+        ),
+        scratch_bytes=0,
+        preconditions=interface.preconditions,
+        phase=source.phase,
+        heads=source.heads,
+        table=source.table.name if source.table else "",
+    )
+    by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
+    entries = (
+        tuple(by_schedule) if source.phase == "prefill" else (entry,)
+    )  # one for each schedule that shares the code
+    return Binary(path, compiled.asm[extension], entries, (Tool("triton", f"{version}, fp fusion on"),))
+
+
+def _symbol(source: Source) -> str:
+    (file,) = source.files
+    return Path(file.path).stem
+
+
+def _compile(source: Source, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
+    """Triton's CompiledKernel and Triton's version."""
+    try:
+        import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise TargetError(
+            f"target {source.target}",
+            "the Python package triton",
+            str(error),
+            "pip install triton, or leave the target out",
+        ) from None
+    if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
+        raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
+    interface = source.interface
+    arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
+    signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
+    divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in interface.preconditions]
+    with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
+        try:
+            kernel = getattr(_load(source, Path(folder)), _symbol(source))
+            compiled = triton.compile(
+                ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", 16]] for index in divisible}),
+                target=GPUTarget(source.target.backend, arch, device.warp_size),
+                options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
+            )
+        except Exception as error:  # Triton, LLVM's binding and ptxas raise types of their own, up to bare RuntimeError
+            raise BuildError(
+                f"{_symbol(source)} for {source.target}, {dtype}",
+                "a kernel that Triton compiles",
+                _innermost(error),
+                "report it with the topology and Triton's version",
+            ) from error
+    return compiled, triton.__version__
+
+
+def _innermost(error: BaseException) -> str:
+    """One line on what went wrong: Triton wraps the cause once for every function that a kernel calls."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+@contextlib.contextmanager
+def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
+    """Triton without what the environment or an earlier run could change, and silent: errors go to BuildError."""
+    with (
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+        knobs.language.scope(),
+        knobs.runtime.scope(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        knobs.cache.dir = cache
+        knobs.compilation.disable_line_info = True  # keeps the source's path out of the binary
+        knobs.language.force_disable_fp_fusion = False
+        knobs.runtime.override_arch = None
+        yield
+
+
+def _load(source: Source, folder: Path) -> ModuleType:
+    """The rendered module. Triton reads a kernel's text back from its file, so there must be one."""
+    (file,) = source.files
+    path = folder / Path(file.path).name
+    path.write_text(file.text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _triton_type(argument: Argument, dtype: str) -> str:
+    return "*" + _POINTEES.get(argument.name, dtype) if argument.type == "pointer" else argument.type

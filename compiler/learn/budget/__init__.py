@@ -1,0 +1,1 @@
+"""The budget of blocks, shared by measured costs."""

@@ -1,0 +1,77 @@
+"""Clusters for the heads that have use for them: proposed on one text, admitted on another.
+
+Clusters fitted to positions fit the text that they were fitted on. So a tree is made from one part of the text, and a
+head may have a cut of it only where, on another part, the cut does better than as many blocks spent on its window do.
+Trees of intervals and of residues, which are fitted to nothing, compete in the same way.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from surgeon.compiler.learn.budget.knapsack import allocate
+from surgeon.compiler.learn.budget.refine import Trust
+from surgeon.compiler.learn.measure.runs import CutChanges, Table
+from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
+from surgeon.compiler.learn.patterns.trees import cuts_of, interval_tree, learned_tree, residue_tree
+from surgeon.compiler.learn.patterns.windows import visible_pairs
+
+_PRIMES = (2, 3)
+_LEARNED = 4
+
+
+def proposed_cuts(changes: Table, grid: Grid) -> tuple[tuple[tuple[Cut, ...], ...], ...]:
+    """Each head's candidates, as many for every head: its own tree's cuts, and those of the fixed trees.
+
+    `changes` are the linear changes of the divergence for each pair of blocks, `[layers, heads, blocks, blocks]`.
+    """
+    trees = [interval_tree(grid.blocks), *(residue_tree(grid.blocks, prime) for prime in _PRIMES)]
+    fixed = tuple(Cut(tree, height) for tree in trees for height in cuts_of(tree, grid.blocks))
+
+    def own(gains: Table) -> tuple[Cut, ...]:
+        tree = learned_tree(gains)
+        cuts = [Cut(tree, height) for height in cuts_of(tree, _LEARNED)]
+        return tuple(cuts + [Cut(tree, 0.0)] * (_LEARNED - len(cuts)))
+
+    return tuple(tuple(own(-head) + fixed for head in layer) for layer in changes)
+
+
+def with_cuts(
+    pattern: Pattern,
+    cuts: Sequence[Sequence[Sequence[Cut]]],
+    changes: CutChanges,
+    grid: Grid,
+    budget: float,
+    floor: int,
+    trust: Trust,
+) -> Pattern:
+    """The windows within the trust region and the admitted cuts whose changes add up to the least, within the budget.
+
+    A cut comes on top of its head's present window. It is admitted where it changes the divergence by less (more
+    downward) than the window does that sees as many pairs, between windows linearly.
+    """
+    pairs = visible_pairs(grid.blocks, grid.sink)
+    masks = pattern.masks(grid)
+    places = [(layer, head) for layer in range(len(cuts)) for head in range(len(cuts[0]))]
+    blocks: list[Table] = []
+    costs: list[Table] = []
+    choices: list[list[tuple[int, Cut | None]]] = []
+    for layer, head in places:
+        window, row = int(pattern.windows[layer, head]), changes.windows[layer, head]
+        options: list[tuple[int, Cut | None]] = [(w, None) for w in trust.bounds(window, floor, grid.blocks)]
+        sizes = [float(pairs[w - 1]) for w, _ in options]
+        values = [float(row[w - 1]) for w, _ in options]
+        for index, cut in enumerate(cuts[layer][head]):
+            size = float((masks[layer][head] | cut.mask()).sum())
+            value = float(changes.cuts[layer, head, index])
+            if size > pairs[window - 1] and value < min(0.0, float(np.interp(size, pairs, row))):
+                options.append((window, cut))
+                sizes.append(size)
+                values.append(value)
+        choices.append(options)
+        blocks.append(np.array(sizes))
+        costs.append(np.array(values))
+    chosen = [options[index] for options, index in zip(choices, allocate(blocks, costs, budget), strict=True)]
+    windows = np.array([window for window, _ in chosen], dtype=np.int64).reshape(pattern.windows.shape)
+    admitted = {place: cut for place, (_, cut) in zip(places, chosen, strict=True) if cut is not None}
+    return Pattern(windows, admitted)

@@ -1,0 +1,136 @@
+"""The model that a topology is learned on: read, checked, and frozen."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from surgeon.compiler.learn.measure.decoder import attention_modules
+from surgeon.runtime.errors import ModelError, shown
+from surgeon.runtime.evaluate.processes import all_processes
+from surgeon.runtime.package.manifest import ModelShape
+
+DeviceMap = str | Mapping[str, str | int]
+"""A device for the whole model, a way to spread it, or a device for each of its modules, "disk" among them."""
+
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+_REMEDY = "use a Llama or another decoder with full attention"
+
+
+def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An fp32 model that a topology can be learned for, and its tokenizer; arguments as of `read_checkpoint`.
+
+    Raises:
+        ModelError: it cannot be read, or is no decoder that a topology can be for.
+    """
+    model, tokenizer = read_checkpoint(name, torch.float32, device_map)
+    check_decoder(model)
+    return model, tokenizer
+
+
+def read_checkpoint(
+    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers knows.
+
+    Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
+
+    Raises:
+        ModelError: it cannot be read, or does not go where it should.
+    """
+    processes = all_processes().count
+    if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
+        raise ModelError(
+            "--device-map",
+            "one device for the model of each process",
+            f"{shown(device_map)} in {processes} processes",
+            "start one process, or name a device",
+        )
+    where: str | Path = name
+    options: dict[str, Any] = {}
+    if Path(name).suffix == ".gguf":
+        where, options = Path(name).parent, {"gguf_file": Path(name).name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            name, "a causal language model with its tokenizer", shown(reason, 200), "check the path or the name"
+        ) from None
+    except (AssertionError, RuntimeError) as error:  # as torch and accelerate say it of a device that is not there
+        if device_map is None:
+            raise
+        raise ModelError(
+            "--device-map", "devices that there are", shown(f"{device_map}: {error}", 200), "name others, or none"
+        ) from None
+    return model, tokenizer
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode and without gradients to its weights; what was set before is set again after."""
+    training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def check_decoder(model: torch.nn.Module) -> None:
+    """Checks that every layer is full causal attention through Transformers' interface, with weights in memory.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    if not isinstance(model, PreTrainedModel) or not getattr(type(model), "_supports_attention_backend", False):
+        raise ModelError(
+            type(model).__name__, "a model whose attention goes through AttentionInterface", "another", _REMEDY
+        )
+    for name in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"):
+        value = getattr(model.config, name, None)
+        if value is not None:
+            raise ModelError(f"config.{name}", "full causal attention, so None", shown(value), _REMEDY)
+    for layer, kind in enumerate(getattr(model.config, "layer_types", None) or ()):
+        if kind != "full_attention":
+            raise ModelError(f"config.layer_types[{layer}]", "'full_attention'", shown(kind), _REMEDY)
+    modules = attention_modules(model)
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if [module.layer_idx for module in modules] != list(range(layers or 0)) or not modules:
+        raise ModelError(
+            type(model).__name__,
+            f"one attention module in each of {layers} layers",
+            f"those of layers {shown([module.layer_idx for module in modules])}",
+            _REMEDY,
+        )
+    for module in modules:
+        if not module.is_causal or not isinstance(getattr(module, "o_proj", None), torch.nn.Linear):
+            raise ModelError(
+                f"attention of layer {module.layer_idx}",
+                "causal attention with an output projection o_proj",
+                "another",
+                _REMEDY,
+            )
+    if model.get_output_embeddings() is None:
+        raise ModelError(type(model).__name__, "a model with a language-model head", "one without", _REMEDY)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The model's shape as a topology states it, for any weights."""
+    config = model.config
+    heads = config.num_attention_heads
+    return ModelShape(
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        weights_sha256=None,
+    )

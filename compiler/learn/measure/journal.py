@@ -1,0 +1,93 @@
+"""The steps of a long run, each done once: what makes learning resumable."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from surgeon.compiler.system.atomic_files import write_file
+from surgeon.runtime.errors import ModelError
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Journal:
+    """Keeps the results of steps in a folder, by what they depend on; with no folder, in memory.
+
+    A result is written beside its place and renamed into it, so a step that is interrupted leaves nothing. `computed`
+    and `found` count the steps that this run did, and those that had been done before; `found_seconds` is the CPU time
+    that the latter took when they were done.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._seen: set[Path] = set()
+        self._memory: dict[str, Tensors] = {}
+        self.computed = self.found = 0
+        self.found_seconds = 0.0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def once(self, step: Mapping[str, object], compute: Callable[[], Tensors]) -> Tensors:
+        """The result of a step: found, or computed and kept; errors as of `find`."""
+        kept = self.find(step)
+        if kept is not None:
+            return kept
+        started = time.process_time()
+        return self.keep(step, compute(), time.process_time() - started)
+
+    def find(self, step: Mapping[str, object]) -> Tensors | None:
+        """The result of a step, if it has been done before.
+
+        `step` names all that the result depends on, as JSON holds it; a step that differs in anything is another one.
+
+        Raises:
+            ModelError: a kept result is damaged.
+        """
+        if self._folder is None:
+            return self._memory.get(_spelled(step))
+        file = self._folder / _file_name(step)
+        if not file.exists():
+            return None
+        tensors, seconds = self._read(file)
+        if file not in self._seen:
+            self.found += 1
+            self.found_seconds += seconds
+        self._seen.add(file)
+        return tensors
+
+    def keep(self, step: Mapping[str, object], result: Tensors, cpu_seconds: float) -> Tensors:
+        """Keeps the result of a step, with the CPU time that it took, and returns it."""
+        self.computed += 1
+        if self._folder is None:
+            self._memory[_spelled(step)] = result
+            return result
+        tensors = {name: tensor.contiguous() for name, tensor in result.items()}
+        about = {"step": _spelled(step), "cpu_seconds": str(cpu_seconds)}
+        file = self._folder / _file_name(step)
+        self._seen.add(file)
+        write_file(file, safetensors.torch.save(tensors, about))
+        return tensors
+
+    def _read(self, file: Path) -> tuple[Tensors, float]:
+        try:
+            with safetensors.safe_open(file, "pt") as kept:
+                seconds = float(kept.metadata()["cpu_seconds"])
+                return {name: kept.get_tensor(name) for name in sorted(kept.keys())}, seconds
+        except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
+            ) from None
+
+
+def _spelled(step: Mapping[str, object]) -> str:
+    return json.dumps(step, sort_keys=True)
+
+
+def _file_name(step: Mapping[str, object]) -> str:
+    return f"{hashlib.sha256(_spelled(step).encode()).hexdigest()[:32]}.safetensors"

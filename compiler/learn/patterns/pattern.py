@@ -1,0 +1,56 @@
+"""What every head sees while it is being learned: a window, and a cut where one was admitted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgeon.compiler.learn.patterns.windows import Windows, window_patterns
+from surgeon.compiler.topology.dendrogram import Dendrogram
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is learned for: tokens a block, blocks a sequence, blocks of sink, and the share of pairs to be visible."""
+
+    block_size: int
+    blocks: int
+    sink: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Clusters of a head: a tree, and the height up to which its blocks see each other."""
+
+    tree: Dendrogram
+    height: float
+
+    def mask(self) -> torch.Tensor:
+        """The pairs of blocks in one cluster, up to the diagonal: bool `[blocks, blocks]`."""
+        return torch.from_numpy(self.tree.distances() <= self.height).tril()
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The windows of all heads, `[layers, heads]`, and the cuts of some, by layer and head."""
+
+    windows: Windows
+    cuts: Mapping[tuple[int, int], Cut] = field(default_factory=dict)
+
+    def masks(self, grid: Grid) -> Sequence[torch.Tensor]:
+        """What the heads of each layer see: bool `[heads, blocks, blocks]` a layer."""
+        windows = window_patterns(grid.blocks, grid.sink)
+        masks = [windows[torch.from_numpy(layer) - 1] for layer in self.windows]
+        for (layer, head), cut in self.cuts.items():
+            masks[layer][head] |= cut.mask()
+        return masks
+
+    def plain(self) -> Any:
+        """The pattern as JSON holds it."""
+        cuts = [
+            [*place, self.cuts[place].height, [list(row) for row in self.cuts[place].tree.linkage]]
+            for place in sorted(self.cuts)
+        ]
+        return {"windows": self.windows.tolist()} | ({"cuts": cuts} if cuts else {})

@@ -1,0 +1,101 @@
+"""Topologies made by learning: built, scaled to other lengths, and written."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.trees import interval_tree
+from surgeon.compiler.system.atomic_files import write_file
+from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.package.manifest import ModelShape
+
+
+def pattern_topology(model: ModelShape, grid: Grid, pattern: Pattern, provenance: Mapping[str, Any]) -> Topology:
+    """A topology of a learned pattern. Equal trees are shared; a head without a cut names the first one, uncut."""
+    trees = {interval_tree(grid.blocks): 0}
+
+    def head(layer: int, index: int) -> SparseHead:
+        cut = pattern.cuts.get((layer, index))
+        tree = 0 if cut is None else trees.setdefault(cut.tree, len(trees))
+        return SparseHead(tree, 0.0 if cut is None else cut.height, grid.sink, int(pattern.windows[layer, index]))
+
+    layers = tuple(tuple(head(layer, index) for index in range(len(row))) for layer, row in enumerate(pattern.windows))
+    return Topology(model, grid.block_size, grid.blocks, tuple(trees), layers, "window", provenance)
+
+
+def scaled(topology: Topology, blocks: int) -> Topology:
+    """The topology for sequences of `blocks` blocks: windows grow or shrink with the length, sinks stay as they are.
+
+    Measured: windows that were learned at one length keep their gain over equal windows at other lengths.
+
+    Raises:
+        TopologyError: a head has clusters, which belong to the positions that they were learned on.
+    """
+    factor = blocks / topology.num_blocks
+
+    def head(present: Head, where: str) -> Head:
+        if isinstance(present, DenseHead):
+            return present
+        if len(topology.dendrograms[present.dendrogram].clusters(present.cut)) < topology.num_blocks:
+            raise TopologyError(
+                f"{where}.cut",
+                "clusters of single blocks, so that the topology can be scaled",
+                str(present.cut),
+                "learn for this length",
+            )
+        window = max(1, min(blocks, round(present.window * factor)))
+        return dataclasses.replace(present, dendrogram=0, cut=0.0, window=window)
+
+    layers = tuple(
+        tuple(head(present, f"layers[{layer}].heads[{index}]") for index, present in enumerate(heads))
+        for layer, heads in enumerate(topology.layers)
+    )
+    return dataclasses.replace(topology, num_blocks=blocks, dendrograms=(interval_tree(blocks),), layers=layers)
+
+
+def mean_density(topology: Topology) -> float:
+    """Visible pairs over causal pairs of blocks, over the heads of all layers that are covered."""
+    densities = [topology.density(layer).mean() for layer in topology.covered]
+    return float(sum(densities) / len(densities))
+
+
+def spelled(topology: Topology) -> str:
+    """The text of topology.json, with a line for each head and each merge."""
+    plain = json.loads(topology.canonical())
+    trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
+    layers = [layer and _listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
+    parts = {
+        "format": json.dumps(plain["format"]),
+        "version": json.dumps(plain["version"]),
+        "model": json.dumps(plain["model"]),
+        "block_size": json.dumps(plain["block_size"]),
+        "num_blocks": json.dumps(plain["num_blocks"]),
+        "dendrograms": _listed([f'{{"linkage": {tree}}}' for tree in trees], 2),
+        "layers": _listed([f'{{"heads": {layer}}}' if layer else "null" for layer in layers], 2),
+        "beyond": json.dumps(plain["beyond"]),
+        "provenance": json.dumps(dict(topology.provenance), indent=1).replace("\n", "\n "),
+    }
+    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+
+
+def write_topology(topology: Topology, file: Path) -> None:
+    """Checks a topology as its reader will, and writes it beside its place and renames it into it.
+
+    Raises:
+        TopologyError: it breaks the format.
+    """
+    text = spelled(topology)
+    parse_topology(text)
+    write_file(file, text)
+
+
+def _listed(items: list[str], indent: int) -> str:
+    if not items:
+        return "[]"
+    space = " " * indent
+    return "[\n" + ",\n".join(space + item for item in items) + "\n" + " " * (indent - 1) + "]"

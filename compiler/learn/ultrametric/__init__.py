@@ -1,0 +1,1 @@
+"""Trees learned by gradient descent on p-adic digits."""

@@ -1,0 +1,1 @@
+"""Binaries ─▶ a package, written; and packages shown and exported."""

@@ -1,0 +1,122 @@
+"""A kernel package in the layout of Hugging Face's `kernels`, which finds and imports it there.
+
+Below build/ stands one folder for each backend of torch that the package has kernels for, each with the whole package
+as it is. The module in it verifies and loads that package through `surgeon.runtime`, which must be installed.
+
+Source: `kernels` 0.17, resolver.py, variants.py and importer.py: variants without an architecture, "torch-<backend>".
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgeon.compiler.system import atomic_files
+from surgeon.compiler.system.jinja import render_template
+from surgeon.runtime.errors import PackageError
+from surgeon.runtime.package.reader import MANIFEST, PackageFiles, read_package
+from surgeon.runtime.package.target import Target
+
+NAME = "surgeon-attention"
+"""What the kernel calls itself."""
+
+_PACKAGE = "package"
+_BACKENDS = {"cpu": "cpu", "cuda": "cuda", "hip": "rocm"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A folder below build/: the backend of torch that it is for, and the architectures, none for a CPU."""
+
+    backend: str
+    archs: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Its name."""
+        return f"torch-{self.backend}"
+
+
+def variants(targets: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants for a package's targets, in the order of the backends' names."""
+    archs: dict[str, list[str]] = {}
+    for target in map(Target.parse, targets):
+        found = archs.setdefault(_BACKENDS[target.backend], [])
+        if target.backend != "cpu":
+            found.append(_arch(target))
+    return tuple(Variant(backend, tuple(found)) for backend, found in sorted(archs.items()))
+
+
+def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Writes a package to the folder `out` for `kernels.get_local_kernel(out)`; it appears whole or not at all.
+
+    Raises:
+        PackageError: the package is damaged, or something else stands at `out`.
+    """
+    out = Path(out)
+    atomic_files.check_replaceable(out, "an export for Hugging Face's kernels", _is_export)
+    files = read_package(package)
+    manifest = (files.folder / MANIFEST).read_bytes()
+    if hashlib.sha256(manifest).hexdigest() != files.id:
+        raise PackageError(str(files.folder), "a package that stays as it is", "one that changes", "export it again")
+    packaged = {f"{_PACKAGE}/{path}": data for path, data in files.files.items()} | {f"{_PACKAGE}/{MANIFEST}": manifest}
+    chosen = variants(files.manifest.targets)
+    written = {"README.md": _readme(files, chosen)}
+    for variant in chosen:
+        contents = {"__init__.py": _module(files)} | packaged
+        contents["metadata.json"] = _metadata(variant, files.id, contents)
+        written |= {f"build/{variant.folder}/{path}": data for path, data in contents.items()}
+    atomic_files.write(out, written)
+    return out
+
+
+def _arch(target: Target) -> str:
+    """As `kernels` writes it: code for compute capability 9.0 and later runs on that one alone, which an "a" says."""
+    if target.backend == "hip":
+        return target.arch
+    capability = f"{target.arch[:-1]}.{target.arch[-1]}"
+    return capability if target.arch.startswith("8") else f"{capability}a"
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds nothing but an export: a repository with a history of its own is not replaced."""
+    build = folder / "build"
+    names = {entry.name for entry in folder.iterdir()}
+    return (
+        names <= {"build", "README.md"}
+        and build.is_dir()
+        and all((variant / _PACKAGE / MANIFEST).is_file() for variant in build.iterdir())
+    )
+
+
+def _module(files: PackageFiles) -> bytes:
+    return render_template("hf_kernels/module.py.jinja", package=_PACKAGE, **_description(files)).encode()
+
+
+def _readme(files: PackageFiles, chosen: Sequence[Variant]) -> bytes:
+    return render_template(
+        "hf_kernels/README.md.jinja", name=NAME, variants=chosen, id=files.id, **_description(files)
+    ).encode()
+
+
+def _description(files: PackageFiles) -> Mapping[str, object]:
+    manifest = files.manifest
+    return {"model": manifest.model, "block_size": manifest.block_size, "num_blocks": manifest.num_blocks}
+
+
+def _metadata(variant: Variant, package_id: str, contents: Mapping[str, bytes]) -> bytes:
+    """metadata.json: `id` is the name that Python knows the module by, the digest covers every other file."""
+    digests = {path: base64.b64encode(hashlib.sha256(data).digest()).decode() for path, data in contents.items()}
+    metadata = {
+        "name": NAME,
+        "id": f"_{NAME.replace('-', '_')}_{variant.backend}_{package_id[:12]}",
+        "version": 1,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": variant.backend} | ({"archs": variant.archs} if variant.archs else {}),
+        "digest": {"algorithm": "sha256", "files": digests},
+    }
+    return (json.dumps(metadata, indent=1, sort_keys=True) + "\n").encode()

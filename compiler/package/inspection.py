@@ -1,0 +1,198 @@
+"""What stands in a topology file or a package: its shape, its layers' schedules and density, targets, files, hashes."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from surgeon.compiler.package.contents import packaged_layers, packaged_topology
+from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers, visible_blocks
+from surgeon.compiler.topology.read import read_topology
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.kernels.cpu.dense_rows import RATES, DenseRows, dense_tokens
+from surgeon.runtime.package.manifest import Manifest, ModelShape
+from surgeon.runtime.package.reader import read_package
+from surgeon.runtime.package.schedule import read_schedules
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer's schedule.
+
+    `kernel` numbers the distinct schedules in the order of their first layers: layers with one number share kernels.
+    `pieces` are those of its distinct heads together; `density` is the mean over its heads.
+    """
+
+    kernel: int
+    distinct_heads: int
+    pieces: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a topology makes its heads see.
+
+    `density[l][h]` is head h's visible pairs over causal pairs of blocks at the topology's own length; equal layers and
+    heads are those with one schedule. A layer that is not covered has no summary and no densities.
+    """
+
+    topology_sha256: str
+    model: ModelShape
+    block_size: int
+    num_blocks: int
+    beyond: str
+    dendrograms: int
+    distinct_layers: int
+    distinct_heads: int
+    layers: tuple[LayerSummary | None, ...]
+    density: tuple[tuple[float, ...], ...]
+
+    @property
+    def mean_density(self) -> float:
+        """The mean over all heads of all covered layers."""
+        return math.fsum(map(math.fsum, self.density)) / sum(map(len, self.density))
+
+
+@dataclass(frozen=True)
+class TopologyReport:
+    """A topology file; `size` is in bytes."""
+
+    path: str
+    size: int
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """How a layer's prefill runs on a GPU target: in so many kernels, each for some of its heads.
+
+    With `by_table` its schedule has too many pieces to be code, and they read it from the package's tables.
+    """
+
+    target: str
+    kernels: int
+    by_table: bool
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """A verified package; `id` is the SHA-256 of its manifest, `size` is that of all its files in bytes.
+
+    `on_cpu` has, for each instruction set of the CPU library, what the runtime decides by: how many tokens from the
+    start each layer sees whole, and whether torch's dense attention is faster there.
+    """
+
+    path: str
+    id: str
+    size: int
+    pattern: Pattern
+    manifest: Manifest
+    on_cpu: tuple[DenseRows, ...]
+
+    def runs(self, layer: int) -> tuple[LayerRun, ...]:
+        """How a layer's prefill runs on each of the package's GPU targets."""
+        found = []
+        for target in self.manifest.targets:
+            kernels = [
+                kernel
+                for kernel in self.manifest.kernels
+                if kernel.target == target and kernel.phase == "prefill" and layer in kernel.layers
+            ]
+            if kernels:
+                count = sum(kernel.dtype == kernels[0].dtype for kernel in kernels)
+                found.append(LayerRun(target, count, by_table=any(kernel.table for kernel in kernels)))
+        return tuple(found)
+
+
+def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
+    """Reads a topology file, or verifies the package in a folder.
+
+    Raises:
+        TopologyError: the file is missing or no topology.
+        PackageError: the folder holds no package, or a damaged one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _inspect_package(path)
+    topology = read_topology(path)
+    return TopologyReport(str(path), path.stat().st_size, pattern_of(topology, schedule_layers(topology)))
+
+
+def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
+    """Measures the schedules of a topology's layers without expanding any; equal ones are one object."""
+    causal = topology.num_blocks * (topology.num_blocks + 1) / 2
+    heads = {id(head): head for layer in layers for head in layer.heads}
+    densities = {key: visible_blocks(head, topology.num_blocks) / causal for key, head in heads.items()}
+    density = tuple(tuple(densities[id(head)] for head in layer.heads) for layer in layers)
+    numbers: dict[int, int] = {}
+    for layer in layers:
+        if layer.heads:
+            numbers.setdefault(id(layer), len(numbers))
+    return Pattern(
+        topology_sha256=topology.sha256,
+        model=topology.model,
+        block_size=topology.block_size,
+        num_blocks=topology.num_blocks,
+        beyond=topology.beyond,
+        dendrograms=len(topology.dendrograms),
+        distinct_layers=len(numbers),
+        distinct_heads=len(heads),
+        layers=tuple(
+            _summary(layer, numbers[id(layer)], found) if layer.heads else None
+            for layer, found in zip(layers, density, strict=True)
+        ),
+        density=density,
+    )
+
+
+def report_json(report: TopologyReport | PackageReport) -> str:
+    """The report as one JSON object; `kind` is "topology" or "package"."""
+    pattern = asdict(report.pattern) | {"mean_density": report.pattern.mean_density}
+    if isinstance(report, TopologyReport):
+        return json.dumps({"kind": "topology", "path": report.path, "bytes": report.size} | pattern)
+    manifest = report.manifest
+    package = {
+        "kind": "package",
+        "path": report.path,
+        "id": report.id,
+        "bytes": report.size,
+        "targets": manifest.targets,
+        "kernels": [asdict(kernel) for kernel in manifest.kernels],
+        "files": [asdict(file) for file in manifest.files],
+        "tools": [asdict(tool) for tool in manifest.tools],
+        "runs": [
+            {
+                "on_gpu": [asdict(run) for run in report.runs(layer)],
+                "on_cpu": {rows.variant: rows.explain(layer, rows.tokens[layer]) for rows in report.on_cpu},
+            }
+            if layer in manifest.layers
+            else None
+            for layer in range(manifest.model.num_hidden_layers)
+        ],
+    }
+    return json.dumps(package | pattern)
+
+
+def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> LayerSummary:
+    heads = {id(head): head for head in layer.heads}
+    return LayerSummary(
+        kernel=number,
+        distinct_heads=len(heads),
+        pieces=sum(len(head.pieces) for head in heads.values()),
+        density=math.fsum(density) / len(density),
+    )
+
+
+def _inspect_package(folder: Path) -> PackageReport:
+    package = read_package(folder)
+    topology = packaged_topology(package)
+    # The schedules that its kernels were made from: to make them again would take most of the time.
+    schedules = read_schedules(package)
+    pattern = pattern_of(topology, packaged_layers(package.manifest, schedules))
+    size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
+    tokens = dense_tokens(package.manifest, schedules)
+    on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
+    return PackageReport(str(folder), package.id, size, pattern, package.manifest, on_cpu)

@@ -1,0 +1,132 @@
+"""What `surgeon inspect` found, as lines for people, with a picture of the densities."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from surgeon.compiler.package.inspection import LayerRun, PackageReport, Pattern, TopologyReport
+from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
+from surgeon.runtime.package.manifest import KernelEntry
+
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = ".:-=+*%@"
+_LONGEST = 2**31 - 1  # tokens of a sequence
+
+
+def report_lines(report: TopologyReport | PackageReport, width: int, encoding: str) -> tuple[str, ...]:
+    """The report for people, ending in a picture of the densities.
+
+    The picture fits into `width` columns, several heads to a cell where it must, and is drawn in ASCII where `encoding`
+    has no bars. Names out of files stand in the lines as they are: the caller makes them safe to print.
+    """
+    head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
+    layers = _layer_lines(report)
+    return (*head, *_pattern_lines(report.pattern), "", *layers, "", *_picture(report.pattern, width, encoding))
+
+
+def can_show(encoding: str, characters: str) -> bool:
+    """Whether an encoding has all these characters."""
+    try:
+        characters.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _topology_lines(report: TopologyReport) -> Iterator[str]:
+    yield f"topology   {report.path}, {report.size:,} bytes"
+    yield f"sha256     {report.pattern.topology_sha256}"
+
+
+def _package_lines(report: PackageReport) -> Iterator[str]:
+    manifest = report.manifest
+    yield f"package    {report.path}"
+    yield f"id         {report.id}"
+    yield f"topology   {manifest.topology_sha256}"
+    for target in manifest.targets:
+        kernels = [kernel for kernel in manifest.kernels if kernel.target == target]
+        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
+    for tool in manifest.tools:
+        yield f"tool       {tool.name}: {tool.version}"
+    yield f"files      {len(manifest.files)} and the manifest, {report.size:,} bytes"
+    for file in manifest.files:
+        yield f"{file.size:>13,}  {file.sha256[:12]}  {file.path}"
+
+
+def _pattern_lines(pattern: Pattern) -> Iterator[str]:
+    model = pattern.model
+    yield (
+        f"model      {model.model_type}: {_counted(model.num_hidden_layers, 'layer')}, "
+        f"{_counted(model.num_attention_heads, 'head')}, {_counted(model.num_key_value_heads, 'KV head')}, "
+        f"head size {model.head_dim}"
+    )
+    yield f"weights    {model.weights_sha256 or 'any'}"
+    yield (
+        f"blocks     {pattern.num_blocks} of {pattern.block_size} tokens ({pattern.num_blocks * pattern.block_size:,} "
+        f"tokens), beyond: {pattern.beyond}"
+    )
+    yield (
+        f"schedules  {_counted(pattern.distinct_layers, 'distinct layer')}, "
+        f"{_counted(pattern.distinct_heads, 'distinct head')}, from {_counted(pattern.dendrograms, 'dendrogram')}"
+    )
+
+
+def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
+    """A row a layer: its kernel, its heads and pieces, and how it runs on each GPU; then what decides on a CPU."""
+    package = report if isinstance(report, PackageReport) else None
+    yield "layers     kernel, which equal layers share; distinct heads; pieces of their schedules"
+    for index, layer in enumerate(report.pattern.layers):
+        if layer is None:
+            yield f"{index:>9}  not covered"
+            continue
+        cells = [
+            f"{index:>9}",
+            f"attention_{layer.kernel:03d}",
+            f"{layer.distinct_heads:>3} {'head' if layer.distinct_heads == 1 else 'heads'}",
+            f"{layer.pieces:>5} {'piece' if layer.pieces == 1 else 'pieces'}",
+        ]
+        if package is not None:
+            cells += map(_on_gpu, package.runs(index))
+            cells += [_seen_whole(rows, index) for rows in package.on_cpu[:1]]
+        yield "  ".join(cells)
+    for rows in package.on_cpu if package is not None else ():
+        runs = "sdpa for a call that sees every block, else kernels" if rows.torch_is_faster else "kernels"
+        yield f"on cpu     {rows.variant}: {runs}; {rows.reason}"
+
+
+def _on_gpu(run: LayerRun) -> str:
+    return f"{run.target}: {_counted(run.kernels, 'kernel')}{', by table' if run.by_table else ''}"
+
+
+def _seen_whole(rows: DenseRows, layer: int) -> str:
+    tokens = rows.tokens[layer]
+    return "cpu: every block seen" if tokens > _LONGEST else f"cpu: every block seen up to token {tokens}"
+
+
+def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
+    bars = _BARS if can_show(encoding, _BARS) else _ASCII_BARS
+    digits = len(str(len(pattern.density) - 1))
+    room = max(1, width - len("layer ") - digits - len("  ") - len("  0.000"))
+    heads_a_cell = math.ceil(pattern.model.num_attention_heads / room)
+    yield f"density    {pattern.mean_density:.3f} over all heads; a row is a layer, with its mean"
+    yield f"           {bars[0]} up to 1/8, {bars[3]} up to 1/2, {bars[-1]} above 7/8 of the causal pairs of blocks"
+    if heads_a_cell > 1:
+        yield f"           a cell is the mean of {heads_a_cell} heads"
+    for layer, heads in enumerate(pattern.density):
+        if not heads:
+            yield f"layer {layer:>{digits}}  not covered"
+            continue
+        groups = (heads[first : first + heads_a_cell] for first in range(0, len(heads), heads_a_cell))
+        cells = "".join(bars[max(0, math.ceil(_mean(group) * len(bars)) - 1)] for group in groups)
+        yield f"layer {layer:>{digits}}  {cells}  {_mean(heads):.3f}"
+
+
+def _dtypes(kernels: Sequence[KernelEntry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(kernel.dtype for kernel in kernels))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

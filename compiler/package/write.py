@@ -1,0 +1,103 @@
+"""Writes a kernel package: everything that was made, listed in a manifest, put in place in one step.
+
+Source: package format version 1; its reader is `surgeon.runtime.package.reader`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from surgeon.compiler.schedule.schedule import HeadSchedule, liveness_table
+from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source
+from surgeon.compiler.system import atomic_files
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.manifest import FileEntry, Manifest
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuses to put a package where something else stands, or where the process itself does.
+
+    Raises:
+        PackageError: `out` exists and is neither a kernel package nor an empty folder, or holds the current folder.
+    """
+    atomic_files.check_replaceable(out, "a kernel package", lambda there: (there / "manifest.json").is_file())
+
+
+def write_package(out: Path, topology: Topology, sources: Sequence[Source], binaries: Sequence[Binary]) -> Path:
+    """Writes the package to a folder beside `out` and renames it into place; what stood there before goes only then.
+
+    Raises:
+        PackageError: `out` exists and is not a kernel package.
+    """
+    check_replaceable(out)
+    specs = {spec.name: spec for source in sources for spec in source.specs}
+    files = {
+        "topology.json": (topology.canonical() + "\n").encode(),
+        "schedule.safetensors": _schedule_tables(list(specs.values())),
+    }
+    tables = _segment_tables(sources)
+    if tables:
+        files["tables.safetensors"] = safetensors.numpy.save(tables)
+    files |= {file.path: file.text.encode() for source in sources for file in source.files}
+    files |= {binary.path: binary.data for binary in binaries}
+    manifest = Manifest(
+        topology_sha256=topology.sha256,
+        model=topology.model,
+        block_size=topology.block_size,
+        num_blocks=topology.num_blocks,
+        beyond=topology.beyond,
+        layers=topology.covered,
+        kernels=tuple(kernel for binary in binaries for kernel in binary.kernels),
+        files=tuple(
+            FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
+        ),
+        tools=tuple(sorted({tool for binary in binaries for tool in binary.tools}, key=lambda tool: tool.name)),
+    )
+    files["manifest.json"] = manifest.to_json().encode()
+
+    atomic_files.write(out, files)
+    return out
+
+
+def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
+    """Every kernel's schedule as int32 tensors.
+
+    For a kernel named n: `n.pieces` [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], and `n.heads`
+    [heads, 3]: first piece, end piece, first run. A piece's run numbers count from its head's first run. And
+    `n.last_readers` [KV heads, blocks], see `liveness_table`.
+    """
+    tensors = {}
+    for spec in specs:
+        places: dict[HeadSchedule, tuple[int, int, int]] = {}
+        pieces: list[tuple[int, ...]] = []
+        runs: list[tuple[int, int]] = []
+        for head in spec.schedule.heads:
+            if head not in places:
+                places[head] = (len(pieces), len(pieces) + len(head.pieces), len(runs))
+                pieces += head.pieces
+                runs += head.runs
+        tensors[f"{spec.name}.pieces"] = np.array(pieces, dtype=np.int32).reshape(-1, 6)
+        tensors[f"{spec.name}.runs"] = np.array(runs, dtype=np.int32).reshape(-1, 2)
+        tensors[f"{spec.name}.heads"] = np.array([places[head] for head in spec.schedule.heads], dtype=np.int32)
+        tensors[f"{spec.name}.last_readers"] = liveness_table(spec.schedule).astype(np.int32)
+    return safetensors.numpy.save(tensors)
+
+
+def _segment_tables(sources: Sequence[Source]) -> dict[str, npt.NDArray[np.int32]]:
+    """What GPU kernels read of their schedules: `n.t.rows` and so on are the `SegmentTable` t of schedule n."""
+    wanted = {
+        f"{spec.name}.{source.table.name}": (spec.schedule, source.table)
+        for source in sources
+        if source.table
+        for spec in source.specs
+    }
+    tables = {name: shape.of(schedule) for name, (schedule, shape) in wanted.items()}
+    return {
+        f"{name}.{part}": getattr(table, part)
+        for name, table in tables.items()
+        for part in ("rows", "plans", "segments")
+    }

@@ -1,0 +1,125 @@
+"""The report's figures of pilots: quality and speed against density, and hidden numbers by depth."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgeon.compiler.pilot import figures
+from surgeon.compiler.pilot.svg import Figure, figure
+from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell, Pilot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLES = (("#6b7280", "D"), ("#1d4ed8", "o"), ("#d97706", "s"), ("#15803d", "^"))
+"""Colour and marker of the columns, the dense model first."""
+_INCHES = (3.2, 2.4)
+Limits = tuple[float, float]
+_SHARE: Limits = (-0.05, 1.05)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure at a density or depth, both of which are shares."""
+
+    place: float
+    figure: Estimate
+
+
+def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
+    """Quality and speed of all pilots against density, relative to the dense model, which every pilot ran too."""
+    dense = pilots[0].columns[0]
+    charts = [
+        _against_density(pilots, _title(beside.name), beside.of, Estimate(beside.of_dense, None))
+        for beside in figures.ALL
+    ]
+    found = dense.passkeys_found
+    if found is not None:
+        charts.append(_against_density(pilots, "Passkeys found", lambda column: column.passkeys_found, found, _SHARE))
+    return tuple(charts)
+
+
+def passkey_figures(pilot: Pilot) -> tuple[Figure, ...]:
+    """For each length, what every column found by depth, and how near it came; none where no number was hidden."""
+    charts: list[Figure] = []
+    for length in sorted({cell.length for cell in pilot.columns[0].passkeys}):
+        charts += [
+            _by_depth(pilot, length, "Found", lambda cell: cell.found / cell.tried, _SHARE),
+            _by_depth(pilot, length, "Log-probability, nats a token", lambda cell: cell.log_probability),
+        ]
+    return tuple(charts)
+
+
+def curves(
+    pilots: Sequence[Pilot], figure_of: Callable[[Column], Estimate | None], dense: Estimate
+) -> dict[str, tuple[Point, ...]]:
+    """For the models of each name but the dense one, their points by rising density, up to the dense model's own."""
+    found: dict[str, list[Point]] = {}
+    for pilot in pilots:
+        for column in pilot.columns[1:]:
+            estimate = figure_of(column)
+            if estimate is not None:
+                found.setdefault(column.name, []).append(Point(column.density, estimate))
+    last = Point(1.0, dense)
+    return {name: (*sorted(points, key=lambda point: point.place), last) for name, points in found.items()}
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def _against_density(
+    pilots: Sequence[Pilot],
+    title: str,
+    figure_of: Callable[[Column], Estimate | None],
+    dense: Estimate,
+    limits: Limits | None = None,
+) -> Figure:
+    drawn = curves(pilots, figure_of, dense)
+
+    def draw(axes: "Axes") -> None:
+        for index, (name, points) in enumerate(drawn.items(), start=1):
+            _line(axes, name, index, points)
+        _line(axes, "dense", 0, [Point(1.0, dense)])  # over where the others end
+        axes.set_xlim(0, 1.05)
+        _finish(axes, "density", limits)
+
+    return figure(title, draw, _INCHES)
+
+
+def _by_depth(
+    pilot: Pilot, length: int, what: str, value: Callable[[PasskeyCell], float], limits: Limits | None = None
+) -> Figure:
+    def draw(axes: "Axes") -> None:
+        for index, column in enumerate(pilot.columns):
+            cells = [cell for cell in column.passkeys if cell.length == length]
+            _line(axes, column.name, index, [Point(cell.depth, Estimate(value(cell), None)) for cell in cells])
+        _finish(axes, "depth", limits)
+
+    return figure(f"{what}, {length:,} tokens", draw, _INCHES)
+
+
+def _line(axes: "Axes", name: str, index: int, points: Sequence[Point]) -> None:
+    colour, marker = _STYLES[index % len(_STYLES)]
+    axes.errorbar(
+        [point.place for point in points],
+        [point.figure.value for point in points],
+        yerr=[point.figure.error or 0.0 for point in points],
+        label=name,
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=1,
+        capsize=3,
+        zorder=3 if index == 0 else 2,
+    )
+
+
+def _finish(axes: "Axes", across: str, limits: Limits | None) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(limits)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(across)
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,201 @@
+"""`surgeon pilot`: a package on its model, beside the dense model and equal windows, measured, judged and written."""
+
+import argparse
+import dataclasses
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.text import TokenText, read_text
+from surgeon.compiler.learn.patterns.trees import interval_tree
+from surgeon.compiler.learn.patterns.windows import causal_pairs, uniform_windows
+from surgeon.compiler.package.contents import packaged_topology
+from surgeon.compiler.pilot.table import pilot_lines
+from surgeon.compiler.pipeline import compile_package
+from surgeon.compiler.system.atomic_files import write_file
+from surgeon.compiler.system.main_process import is_first
+from surgeon.compiler.system.terminal import Progress, progress_bar, quiet_unless_watched
+from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.runtime.errors import ModelError, PilotError
+from surgeon.runtime.evaluate.passkeys import passkeys
+from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
+from surgeon.runtime.evaluate.pilot_file import AgainstDense, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.processes import joined, processes_of
+from surgeon.runtime.loading import Package, load
+from surgeon.runtime.package.reader import read_package
+from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.patching import patch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run(arguments: argparse.Namespace) -> tuple[Iterable[str], bool]:
+    """Runs the pilot and writes its file; returns the lines to print and whether it passed.
+
+    Raises:
+        PackageError: the package cannot be read.
+        ModelError: the model or a text cannot be used.
+        PatchError: the package does not fit the model.
+    """
+    out: Path = arguments.out
+    if not out.parent.is_dir():  # said now, not after minutes
+        raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
+    quiet_unless_watched()
+    # The baseline's package lies in the first process's folder, until all have long loaded it.
+    with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+        pilot = _pilot(arguments, Path(scratch), progress)
+    if is_first():
+        write_file(out, pilot.to_json())
+    if arguments.json:
+        return (" ".join(pilot.to_json().split("\n")),), pilot.passed
+    encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
+    return (*pilot_lines(pilot, encoding), f"{out}: written in {pilot.seconds:.0f} s"), pilot.passed
+
+
+def window_baseline(topology: Topology, length: int) -> Topology:
+    """Equal windows and a sink over the same layers, as dense as the topology is at so many tokens.
+
+    The density is met from below, to less than one head's next block. Where it leaves no room for a sink, there is
+    none.
+
+    Raises:
+        TopologyError: the length is beyond the topology's own, and the topology refuses that.
+    """
+    blocks = -(-length // topology.block_size)
+    pairs = causal_pairs(blocks)
+    # A sum of whole numbers of pairs: rounding must not cost the last of them.
+    visible = round(density_at(topology, length) * pairs * len(topology.covered) * topology.model.num_attention_heads)
+    density = visible / (pairs * len(topology.covered) * topology.model.num_attention_heads)
+    sink = 1 if density * pairs >= 2 * blocks - 1 else 0
+    windows = uniform_windows(len(topology.covered), topology.model.num_attention_heads, blocks, sink, density)
+    rows = iter(windows.tolist())
+    layers = tuple(
+        tuple(SparseHead(0, 0.0, sink, window) for window in next(rows)) if heads else () for heads in topology.layers
+    )
+    provenance = {"method": "window", "density_of": topology.sha256}
+    return dataclasses.replace(
+        topology,
+        num_blocks=blocks,
+        dendrograms=(interval_tree(blocks),),
+        layers=layers,
+        beyond="window",
+        provenance=provenance,
+    )
+
+
+def density_at(topology: Topology, length: int) -> float:
+    """Visible pairs over causal pairs of blocks at so many tokens, over the covered layers' heads."""
+    blocks = -(-length // topology.block_size)
+    densities = [float(value) for layer in topology.covered for value in topology.density(layer, blocks)]
+    return math.fsum(densities) / len(densities)
+
+
+def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
+    """At most `count` sequences `[1, length]` of a text, none overlapping, spread evenly over it.
+
+    Raises:
+        ModelError: the text is shorter than one sequence.
+    """
+    available = len(text.tokens) // length
+    if not available:
+        raise ModelError(
+            text.name,
+            f"at least {length} tokens, one sequence",
+            f"{len(text.tokens)} tokens",
+            "use a longer text, or a smaller --length",
+        )
+    taken = min(count, available)
+    starts = [index * available // taken * length for index in range(taken)]
+    return [text.tokens[start : start + length][None] for start in starts]
+
+
+def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | None) -> Pilot:
+    started = time.perf_counter()
+    topology = packaged_topology(read_package(arguments.package))
+    package = load(arguments.package)
+    device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
+    dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
+    length: int = arguments.length or topology.num_blocks * topology.block_size
+    dense, tokenizer = read_checkpoint(arguments.model, _DTYPES[dtype], arguments.device_map)
+    if arguments.device_map is None:
+        dense.eval().to(device)
+    _check_length(dense, length)
+    patched = twin(dense)
+    patch(patched, package)
+    texts = [read_text(path, tokenizer) for path in arguments.text]
+    by_text = [spread(text, length, arguments.sequences) for text in texts]
+    sequences = [sequence for taken in by_text for sequence in taken]
+    tasks = passkeys(tokenizer, sequences, (length // 2, length), arguments.passkeys) if arguments.passkeys else ()
+    candidates = [
+        Candidate("dense", dense, None, 1.0),
+        Candidate("patched", patched, package, density_at(topology, length)),
+    ]
+    if not arguments.no_window:
+        candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
+    weights = fingerprint(dense)
+    columns = run_pilot(candidates, sequences, tasks, arguments.rounds, progress)
+    beside: dict[str, AgainstDense] = {each.name: each.against_dense for each in columns if each.against_dense}
+    return Pilot(
+        model=Path(arguments.model).absolute().name,  # of a name on a hub, its end
+        weights_sha256=weights,
+        package_id=package.id,
+        length=length,
+        texts=tuple(PilotText(text.name, text.sha256, len(taken)) for text, taken in zip(texts, by_text, strict=True)),
+        machine=_machine(device, dtype),
+        columns=columns,
+        thresholds=judged(beside, arguments.max_ppl_ratio, arguments.min_speedup),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _window_candidate(
+    dense: PreTrainedModel,
+    topology: Topology,
+    length: int,
+    package: Package,
+    dtype: str,
+    scratch: Path,
+    progress: Progress | None,
+) -> Candidate:
+    baseline = window_baseline(topology, length)
+    targets = package.manifest.targets
+    chosen = ("cpu",) if "cpu" in targets else targets
+    made = partial(compile_package, baseline, scratch / "window", targets=chosen, dtypes=(dtype,), progress=progress)
+    model = twin(dense)
+    compiled = load(processes_of(dense).first(made))
+    patch(model, compiled)
+    return Candidate("window", model, compiled, density_at(baseline, length))
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length < 2 or (most is not None and length > most):
+        raise ModelError("--length", f"2 to {most} tokens, the model's context", str(length), "choose another --length")
+
+
+def _machine(device: torch.device, dtype: str) -> PilotMachine:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return PilotMachine(
+        processor=names[0] if names else platform.processor(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        transformers=str(transformers.__version__),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

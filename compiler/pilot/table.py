@@ -1,0 +1,140 @@
+"""A pilot as a table for people, in the terminal and in the report, and its verdict in words."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from surgeon.compiler.package.inspection_text import can_show
+from surgeon.compiler.pilot.figures import (
+    AGREEMENT,
+    DECODE_SPEEDUP,
+    DIVERGENCE,
+    FIRST_TOKEN_SPEEDUP,
+    LATE_DIVERGENCE,
+    PERPLEXITY_RATIO,
+    BesideDense,
+)
+from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.evaluate.pilot_file import Column, Pilot
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's name, a figure with its unit for instance, and its cell in each column."""
+
+    name: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What stands over the cells of every row, and the rows."""
+
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def pilot_table(pilot: Pilot) -> Table:
+    """All figures, a row each, of the pilot's models, a column each.
+
+    Figures have their standard errors, and a dash stands where there is nothing to say.
+    """
+    rows = [Row(figure.name, tuple(figure.cell(column) for column in pilot.columns)) for figure in _FIGURES]
+    weights = ["unchanged" if column.weights_sha256 == pilot.weights_sha256 else "CHANGED" for column in pilot.columns]
+    heads = tuple(column.name for column in pilot.columns)
+    return Table(heads, (*rows, Row("weights", tuple(weights))))
+
+
+def density_table(pilots: Sequence[Pilot]) -> Table:
+    """All pilots' models, a row each by falling density, and their figures beside dense; dense is the first pilot's."""
+    columns = [pilots[0].columns[0], *(column for pilot in pilots for column in pilot.columns[1:])]
+    columns.sort(key=lambda column: -column.density)
+    figures = [figure for figure in _FIGURES if figure.by_density]
+    rows = [Row(column.name, tuple(figure.cell(column) for figure in figures)) for column in columns]
+    return Table(tuple(figure.name for figure in figures), tuple(rows))
+
+
+def passkeys(column: Column) -> str:
+    """How many hidden numbers a model found, of how many: a dash where none was hidden."""
+    if column.passkeys_found is None:
+        return "–"
+    found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
+    return f"{found} of {tried}"
+
+
+def verdict(pilot: Pilot) -> tuple[str, ...]:
+    """A sentence for every threshold and for the weights, if they changed."""
+    sentences = [
+        f"{'met' if threshold.met else 'MISSED'}: {threshold.figure} {threshold.found:.4f}, "
+        f"to be {threshold.bound} {threshold.limit:g}"
+        for threshold in pilot.thresholds
+    ]
+    if not pilot.weights_unchanged:
+        sentences.append("MISSED: the weights are not what they were")
+    return tuple(sentences) or ("no threshold was given",)
+
+
+def pilot_lines(pilot: Pilot, encoding: str) -> tuple[str, ...]:
+    """The table and the verdict as lines, in ASCII where `encoding` has no more."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Grid
+
+    plain = not can_show(encoding, "─±–")
+    table = Grid(box=box.ASCII2 if plain else box.SIMPLE_HEAD, show_edge=False)
+    table.add_column(f"{escape(pilot.model)}, {pilot.length:,} tokens")
+    found = pilot_table(pilot)
+    for head in found.heads:
+        table.add_column(escape(head), justify="right")
+    for row in found.rows:
+        table.add_row(row.name, *row.cells)
+    text = io.StringIO()
+    Console(file=text, width=120, color_system=None).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    if plain:
+        lines = [line.replace("±", "+-").replace("–", "-") for line in lines]
+    return (*lines, *verdict(pilot))
+
+
+def _shown(estimate: Estimate, pattern: str) -> str:
+    error = "" if estimate.error is None else f" ± {pattern.format(estimate.error)}"
+    return pattern.format(estimate.value) + error
+
+
+def _megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:,.1f}"
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A figure with its unit, its cell for a model, and whether the table of several pilots has it."""
+
+    name: str
+    cell: Callable[[Column], str]
+    by_density: bool = True
+
+
+def _beside(figure: BesideDense, pattern: str, by_density: bool = True) -> _Figure:
+    def cell(column: Column) -> str:
+        estimate = figure.of(column)
+        return "–" if estimate is None else _shown(estimate, pattern)
+
+    return _Figure(figure.name, cell, by_density)
+
+
+_FIGURES = (
+    _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
+    _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
+    _beside(PERPLEXITY_RATIO, "{:.4f}"),
+    _beside(DIVERGENCE, "{:.5f}"),
+    _beside(LATE_DIVERGENCE, "{:.5f}", by_density=False),
+    _beside(AGREEMENT, "{:.2%}"),
+    _Figure("passkeys found", passkeys),
+    _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
+    _beside(FIRST_TOKEN_SPEEDUP, "{:.2f}"),
+    _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
+    _beside(DECODE_SPEEDUP, "{:.2f}"),
+    _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
+    _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
+)

@@ -1,0 +1,1 @@
+"""Topology ─▶ which blocks every row reads; analyses of it; tables of segments."""

@@ -1,0 +1,157 @@
+"""What several readers read together, row by row: segments of key blocks, each with the readers that see it.
+
+A kernel that serves several readers in one pass over the keys walks such a list. For decoding the readers are the query
+heads of a KV head; for a tile of queries they are the rows of blocks that lie in it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule
+
+Ints = npt.NDArray[np.int64]
+
+
+class Stretch(NamedTuple):
+    """How a reader reads before `end_row`: begins and ends of its runs, in no order, each run's two bounds alike.
+
+    A bound stands at `offsets`, or that far from the row's own place where `follows` is 1. `readers` has one bit set:
+    those with other bits are other readers, told together.
+    """
+
+    end_row: int
+    offsets: Ints
+    follows: Ints
+    readers: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTable:
+    """The segments of every row, as int32.
+
+    `rows` `[patterns, rows]` gives each row's plan, rows beyond the last one that of the last. `plans` `[plans, 3]` are
+    its first segment, the first that only some readers see, and the end. `segments` `[segments, 4]` are begin, end,
+    whether they follow the row (bit 0 for the begin, bit 1 for the end), and the readers that see it, one bit each;
+    none is empty, those of a plan are disjoint, both parts ascend, and the last ends with the diagonal.
+    """
+
+    rows: npt.NDArray[np.int32]
+    plans: npt.NDArray[np.int32]
+    segments: npt.NDArray[np.int32]
+
+    @property
+    def max_segments(self) -> int:
+        """The most segments that a plan has."""
+        return int((self.plans[:, 2] - self.plans[:, 0]).max())
+
+
+class Plan(NamedTuple):
+    """From `first_row` on: segments `[segments, 4]` as in a `SegmentTable`, the first `shared` seen by every reader."""
+
+    first_row: int
+    segments: Ints
+    shared: int
+
+
+def head_stretches(
+    head: HeadSchedule, rows: int, blocks: int, row: int = 0, first_reader: int = 0
+) -> tuple[Stretch, ...]:
+    """How row number `row` of a tile of `rows` rows reads, in units of `blocks` key blocks, which divide `rows`.
+
+    Tiles begin at multiples of their rows. The reader with bit `first_reader + c` sees block c of each unit. The last
+    run goes on to the end of the tile, where causality cuts it, and the last piece goes on for ever.
+    """
+    columns = np.arange(blocks)[:, None]
+    runs = np.array(head.runs, dtype=np.int64).reshape(-1)
+    stretches: list[Stretch] = []
+    for piece in head.pieces:
+        end_row = UNBOUNDED if piece is head.pieces[-1] else -((row - piece.end_row) // rows)
+        if end_row <= (stretches[-1].end_row if stretches else 0):
+            continue  # the tile's other rows are in this piece, or none
+        listed = runs[2 * piece.first_run : 2 * piece.end_run]
+        last_begin = piece.last_begin + row if piece.follows_row else piece.last_begin
+        bounds = np.concatenate((listed, (last_begin, rows)))
+        follows = np.concatenate((np.zeros_like(listed), (int(piece.follows_row), 1)))
+        stretches.append(
+            Stretch(
+                end_row,
+                -((columns - bounds) // blocks).reshape(-1),  # the first unit whose block c is not before the bound
+                np.tile(follows, blocks),
+                np.repeat(1 << np.arange(first_reader, first_reader + blocks), len(bounds)),
+            )
+        )
+    return tuple(stretches)
+
+
+def unions(readers: Sequence[Sequence[Stretch]], step: int) -> Iterator[tuple[int, Ints]]:
+    """The rows at which more changes than the place of the row itself, and the segments from there on, ascending.
+
+    Row r's own place is `step` · r. Neighbouring segments that the same readers see are one.
+    """
+    numbers = [0] * len(readers)
+    row = 0
+    before: Ints | None = None
+    while True:
+        current = [reader[number] for reader, number in zip(readers, numbers, strict=True)]
+        end = min(stretch.end_row for stretch in current)
+        offsets, follows, bits = (np.concatenate([stretch[part] for stretch in current]) for part in (1, 2, 3))
+        for first_row in _crossings(offsets, follows, step, row, end):
+            segments = _union(offsets, follows, bits, step * first_row)
+            if before is None or not np.array_equal(segments, before):
+                yield first_row, segments
+            before = segments
+        if end == UNBOUNDED:
+            return
+        row = end
+        numbers = [number + (stretch.end_row == end) for number, stretch in zip(numbers, current, strict=True)]
+
+
+def make_table(patterns: Iterable[Sequence[Plan]], num_rows: int) -> SegmentTable:
+    """The table of several patterns for at most `num_rows` rows; equal plans are one."""
+    patterns = list(patterns)
+    rows = np.zeros((len(patterns), min(num_rows, 1 + max(plans[-1].first_row for plans in patterns))), dtype=np.int32)
+    places: dict[tuple[bytes, int], int] = {}
+    distinct: list[Plan] = []
+    for pattern, plans in zip(rows, patterns, strict=True):
+        for plan in plans:
+            place = places.setdefault((plan.segments.tobytes(), plan.shared), len(places))
+            if place == len(distinct):
+                distinct.append(plan)
+            pattern[plan.first_row :] = place
+    ends = np.cumsum([0, *(len(plan.segments) for plan in distinct)])
+    middles = ends[:-1] + [plan.shared for plan in distinct]
+    return SegmentTable(
+        rows,
+        np.stack((ends[:-1], middles, ends[1:]), axis=1).astype(np.int32),
+        np.concatenate([plan.segments for plan in distinct]).astype(np.int32),
+    )
+
+
+def _crossings(offsets: Ints, follows: Ints, step: int, row: int, end: int) -> list[int]:
+    """Where, from `row` to before `end`, the order of the bounds changes: rows in which two meet, and those after."""
+    if end - row == 1:
+        return [row]
+    fixed, moving = np.unique(offsets[follows == 0]), np.unique(offsets[follows == 1])
+    gaps = np.subtract.outer(fixed, moving).reshape(-1)
+    meetings = -(-gaps // step)
+    after = meetings[gaps % step == 0] + 1
+    changes = np.concatenate((meetings, after))
+    return [row, *np.unique(changes[(changes > row) & (changes < end)]).tolist()]
+
+
+def _union(offsets: Ints, follows: Ints, readers: Ints, own: int) -> Ints:
+    """The segments of a row whose own place is `own`."""
+    places = offsets + own * follows
+    order = np.argsort(places, kind="stable")
+    # Bounds that meet in this row count as one, which toggles the readers that an odd number of them belongs to.
+    first_at = np.flatnonzero(np.diff(places[order], prepend=-1))
+    toggles = np.bitwise_xor.reduceat(readers[order], first_at)
+    bounds, toggles = order[first_at[toggles != 0]], toggles[toggles != 0]
+    seen = np.bitwise_xor.accumulate(toggles)
+    begins = np.flatnonzero(seen)  # the last bound ends the last segment
+    begin, end = bounds[begins], bounds[begins + 1]
+    return np.stack((offsets[begin], offsets[end], follows[begin] + 2 * follows[end], seen[begins]), axis=1)

@@ -1,0 +1,243 @@
+"""How GPU kernels cut their work on each target: the table tiles.json, or a user's own, read and checked.
+
+Source: tiles.json version 1. Per target: threads a warp, shared memory a program, and for each phase a tile by padded
+head size. `surgeon tune` writes the same format.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon.runtime.errors import TargetError, shown
+from surgeon.runtime.package.target import Target
+
+MIN_BLOCK = 16
+"""The smallest block that a GPU kernel takes: the least that a matrix instruction sums over in 16 bits."""
+
+MAX_READERS = 32
+"""The most pairs of a row of blocks in a tile of queries and a block in a tile of keys: each has a bit in a mask."""
+
+PHASES = ("prefill", "decode")
+
+_ROOT = {"format": "surgeon.tiles", "version": 1}
+_MAX_FILE_BYTES = 2**20
+_LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
+_HEAD_SIZES = (16, 32, 64, 128, 256)
+_REMEDY = "write it as surgeon tune does"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a target's processors have: threads a warp, and bytes of shared memory that one program may have."""
+
+    warp_size: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys a tile in tokens, the warps that share it, and how many tiles of keys are under way at once."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class TargetTiles:
+    """One target's tiles, those of each phase by padded head size: a head of another size takes the next larger one."""
+
+    target: Target
+    device: Device
+    prefill: Mapping[int, Tile]
+    decode: Mapping[int, Tile]
+
+    def prefill_tile(self, head_dim: int, block_size: int) -> Tile:
+        """The tile of a kernel for many queries: inside one block, or over several whole blocks where they are smaller.
+
+        Raises:
+            TargetError: no tile of this head size or these blocks fits the target.
+        """
+        tile = self.listed("prefill", head_dim)
+        if block_size < MIN_BLOCK:
+            raise TargetError(
+                "block_size",
+                f"at least {MIN_BLOCK} tokens for {self.target}, which its matrix instructions take at once",
+                str(block_size),
+                "learn the topology with blocks of 32, 64 or 128",
+            )
+        queries, warps = tile.queries, tile.warps
+        keys = min(tile.keys, queries)  # the keys before a tile of queries are whole tiles
+        while max(1, queries // block_size) * max(1, keys // block_size) > MAX_READERS:
+            queries, warps = queries // 2, max(1, warps // 2)
+            keys = min(keys, queries)
+        return Tile(queries, keys, warps, tile.stages)
+
+    def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
+        """The tile of a kernel for one query a sequence: its rows are the query heads of a KV head.
+
+        Raises:
+            TargetError: no tile of this head size fits the target.
+        """
+        tile = self.listed("decode", head_dim)
+        return Tile(max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size), tile.warps, tile.stages)
+
+    def listed(self, phase: str, head_dim: int) -> Tile:
+        """The tile that the table has for a head size, whatever the blocks are.
+
+        Raises:
+            TargetError: there is none.
+        """
+        tiles = self._of(phase)
+        fitting = [size for size in tiles if size >= padded(head_dim)]
+        if not fitting:
+            raise TargetError(
+                f"target {self.target}", f"a head size of at most {max(tiles)}", str(head_dim), "leave the target out"
+            )
+        return tiles[min(fitting)]
+
+    def with_tile(self, phase: str, head_dim: int, tile: Tile) -> "TargetTiles":
+        """The same with another tile for a head size."""
+        tiles = dict(sorted((dict(self._of(phase)) | {padded(head_dim): tile}).items()))
+        prefill, decode = (tiles if name == phase else self._of(name) for name in PHASES)
+        return dataclasses.replace(self, prefill=prefill, decode=decode)
+
+    def _of(self, phase: str) -> Mapping[int, Tile]:
+        return {"prefill": self.prefill, "decode": self.decode}[phase]
+
+
+def tiles_of(target: Target, own: Mapping[Target, TargetTiles] | None = None) -> TargetTiles:
+    """A target's tiles: those of a user's own table where it has the target, else those that come with Surgeon.
+
+    Raises:
+        TargetError: neither table has it.
+    """
+    found = (own or {}).get(target) or _built_in().get(target)
+    if found is None:
+        known = [known.arch for known in _built_in() if known.backend == target.backend]
+        raise TargetError(
+            f"target {target}",
+            f"{target.backend}: with one of {', '.join(known)}",
+            target.arch,
+            "compile for the nearest lower one",
+        )
+    return found
+
+
+def padded(number: int) -> int:
+    """The power of two that holds a number, as all sizes inside a kernel are."""
+    return 1 << (number - 1).bit_length()
+
+
+def read_tiles(path: str | os.PathLike[str]) -> dict[Target, TargetTiles]:
+    """Reads a table of tiles.
+
+    Raises:
+        TargetError: the file is missing, no JSON, or holds what no kernel could have; the text says where.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            data = stream.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise TargetError(str(path), "a readable file", error.strerror or str(error), "check the path") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise TargetError(str(path), f"at most {_MAX_FILE_BYTES} bytes", "more", _REMEDY)
+    try:
+        return parse_tiles(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise TargetError(str(path), "UTF-8 text", "other bytes", _REMEDY) from None
+    except TargetError as error:
+        raise TargetError(f"{path}: {error.where}", error.expected, error.got, error.remedy) from None
+
+
+def parse_tiles(text: str) -> dict[Target, TargetTiles]:
+    """Reads the text of a table.
+
+    Raises:
+        TargetError: it is no JSON, or holds what no kernel could have.
+    """
+    try:
+        root = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TargetError("tiles", "JSON", shown(str(error)), _REMEDY) from None
+    root = _object(root, "tiles", {*_ROOT, "source", "targets"})
+    for key, constant in _ROOT.items():
+        if root[key] != constant:
+            raise TargetError(f"tiles.{key}", repr(constant), shown(root[key]), _REMEDY)
+    rows = root["targets"]
+    if not isinstance(rows, dict) or not rows:
+        raise TargetError("tiles.targets", "an object with a target", shown(rows), _REMEDY)
+    return {Target.parse(name): _parse(Target.parse(name), row, f"targets.{name}") for name, row in rows.items()}
+
+
+def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
+    """The text of a table; `source` says where its numbers come from."""
+    targets = []
+    for target, row in rows.items():
+        phases = (
+            f'"{phase}": {{\n'
+            + ",\n".join(f'   "{size}": {json.dumps(dataclasses.asdict(tile))}' for size, tile in tiles.items())
+            + "\n  }"
+            for phase, tiles in (("prefill", row.prefill), ("decode", row.decode))
+        )
+        device = json.dumps(dataclasses.asdict(row.device))[1:-1]
+        targets.append(f'  "{target}": {{{device}, {", ".join(phases)}}}')
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in (_ROOT | {"source": source}).items())
+    return "{\n" + head + ' "targets": {\n' + ",\n".join(targets) + "\n }\n}\n"
+
+
+@functools.cache
+def _built_in() -> dict[Target, TargetTiles]:
+    return parse_tiles(
+        importlib.resources.files("surgeon.compiler.specs").joinpath("tiles.json").read_text(encoding="utf-8")
+    )
+
+
+def _parse(target: Target, row: object, where: str) -> TargetTiles:
+    fields = _object(row, where, {"warp_size", "shared_bytes", *PHASES})
+    device = Device(
+        _number(fields["warp_size"], f"{where}.warp_size", 64),
+        _number(fields["shared_bytes"], f"{where}.shared_bytes", 2**20),
+    )
+    if device.warp_size not in (32, 64):
+        raise TargetError(f"{where}.warp_size", "32 or 64", str(device.warp_size), _REMEDY)
+    prefill, decode = (_tiles(fields[phase], f"{where}.{phase}") for phase in PHASES)
+    return TargetTiles(target, device, prefill, decode)
+
+
+def _tiles(rows: object, where: str) -> dict[int, Tile]:
+    names = {str(size): size for size in _HEAD_SIZES}
+    if not isinstance(rows, dict) or not rows or not set(rows) <= set(names):
+        raise TargetError(where, f"tiles by head size, any of {', '.join(names)}", shown(rows), _REMEDY)
+    return {names[size]: _tile(rows[size], f"{where}.{size}") for size in names if size in rows}
+
+
+def _tile(fields: object, where: str) -> Tile:
+    tile = _object(fields, where, set(_LIMITS))
+    for name, limit in _LIMITS.items():
+        number = _number(tile[name], f"{where}.{name}", limit)
+        if name != "stages" and number & (number - 1):
+            raise TargetError(f"{where}.{name}", "a power of two", str(number), _REMEDY)
+    for name in ("queries", "keys"):
+        if tile[name] < MIN_BLOCK:
+            raise TargetError(f"{where}.{name}", f"at least {MIN_BLOCK} tokens", str(tile[name]), _REMEDY)
+    return Tile(**tile)
+
+
+def _object(value: object, where: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) != keys:
+        raise TargetError(where, "an object of " + ", ".join(sorted(keys)), shown(value), _REMEDY)
+    return value
+
+
+def _number(value: object, where: str, limit: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise TargetError(where, f"a whole number in 1..{limit}", shown(value), _REMEDY)
+    return value

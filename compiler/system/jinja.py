@@ -1,0 +1,27 @@
+"""The one Jinja set-up that every renderer shares."""
+
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+@cache
+def environment() -> Environment:
+    """Jinja over the `surgeon.templates` package.
+
+    A name that a template uses and the renderer did not give is an error, a line that holds only a tag leaves no trace
+    in the text. Values are escaped in HTML, and nowhere else, since the output is source code.
+    """
+    return Environment(
+        loader=PackageLoader("surgeon.templates", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+    )
+
+
+def render_template(name: str, /, **values: object) -> str:
+    """The text of one template, for instance `gpu/attention.py.jinja`, with `values` filled in."""
+    return environment().get_template(name).render(**values)

@@ -1,0 +1,40 @@
+"""The progress bar of long work: on standard error, of one process, and only where that is a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from surgeon.compiler.system.main_process import is_first
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many of its parts are done, and how many there are."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """One bar that shows the step reported last and vanishes at the end; None where nobody would see it."""
+    if not _is_watched():
+        yield None
+        return
+    # Rich takes a tenth of a second to load, which a run without a terminal need not pay.
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+
+
+def quiet_unless_watched() -> None:
+    """Keeps Transformers' own progress bars out of files and pipes, and to one process."""
+    if not _is_watched():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _is_watched() -> bool:
+    return is_first() and sys.stderr is not None and sys.stderr.isatty()

@@ -1,0 +1,1 @@
+"""Trees, heads and topology.json, read and written."""

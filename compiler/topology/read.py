@@ -1,0 +1,260 @@
+"""Reads topology.json and trusts nothing in it.
+
+Source: topology.json version 1 (`topology.schema.json` beside this file holds the same format for editors).
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.runtime.errors import TopologyError, shown
+from surgeon.runtime.package.manifest import ModelShape
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_BLOCKS = 16_384
+MAX_LAYERS = 512
+MAX_HEADS = 512
+MAX_DEPTH = 64
+BLOCK_SIZES = range(16, 1025, 16)
+
+
+def read_topology(path: str | os.PathLike[str]) -> Topology:
+    """Reads and checks a topology file.
+
+    Raises:
+        TopologyError: the file is missing, too large, not JSON, or breaks the format; the text says where.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)  # not by its size, which a device or a pipe does not have
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TopologyError(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TopologyError(str(file), "a readable file", reason, "check the path") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise TopologyError(
+            str(file), f"at most {MAX_FILE_BYTES} bytes", "a larger file", "share dendrograms between heads"
+        )
+    try:
+        return parse_topology(text)
+    except TopologyError as error:
+        raise TopologyError(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+
+
+def parse_topology(text: str) -> Topology:
+    """Checks the text of a topology file.
+
+    Raises:
+        TopologyError: it breaks the format; the text says where.
+    """
+    root = _object(
+        _json(text),
+        "topology",
+        required=("format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"),
+        optional=("beyond", "provenance"),
+    )
+    _constant(root["format"], "format", "surgeon.topology")
+    _constant(root["version"], "version", 1)
+    model = _model(root["model"])
+    block_size = _integer(root["block_size"], "block_size", BLOCK_SIZES.start, BLOCK_SIZES[-1])
+    if block_size not in BLOCK_SIZES:
+        raise TopologyError("block_size", "a multiple of 16 tokens", str(block_size), "use 32, 64 or 128")
+    num_blocks = _integer(root["num_blocks"], "num_blocks", 1, MAX_BLOCKS)
+    beyond = _choice(root.get("beyond", "window"), "beyond", ("window", "dense", "error"))
+    trees = _list(root["dendrograms"], "dendrograms", 0, MAX_LAYERS * MAX_HEADS)
+    layers = _list(root["layers"], "layers", 1, MAX_LAYERS)
+    if len(layers) != model.num_hidden_layers:
+        raise TopologyError(
+            "layers",
+            f"{model.num_hidden_layers} layers, as model.num_hidden_layers says",
+            str(len(layers)),
+            "list every layer",
+        )
+    if all(layer is None for layer in layers):
+        raise TopologyError("layers", "heads for one layer at least", "null for all", "give a layer its heads")
+    return Topology(
+        model=model,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        dendrograms=tuple(_dendrogram(tree, f"dendrograms[{i}]", num_blocks) for i, tree in enumerate(trees)),
+        layers=tuple(
+            _layer(layer, f"layers[{i}]", model.num_attention_heads, len(trees)) for i, layer in enumerate(layers)
+        ),
+        beyond=beyond,
+        provenance=_mapping(root.get("provenance", {}), "provenance"),
+    )
+
+
+def _json(text: str) -> object:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in pairs:
+            if key in result:
+                raise TopologyError("topology", "every key once", f"{shown(key)} twice", "remove one of them")
+            result[key] = value
+        return result
+
+    try:
+        return cast(object, json.loads(text, object_pairs_hook=unique))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise TopologyError(place, "JSON", error.msg, "correct the syntax") from None
+    except RecursionError:
+        raise TopologyError(
+            "topology", "JSON of a few levels", "nesting too deep to read", "correct the file"
+        ) from None
+    except ValueError:  # Python's limit of digits
+        raise TopologyError("topology", "numbers of a few digits", "one of thousands", "correct the file") from None
+
+
+def _model(value: object) -> ModelShape:
+    fields = _object(
+        value,
+        "model",
+        required=("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        optional=("weights_sha256",),
+    )
+    model_type = fields["model_type"]
+    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", model_type):
+        raise TopologyError(
+            "model.model_type", "a Transformers model type", shown(model_type), 'use for instance "llama"'
+        )
+    heads = _integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
+    kv_heads = _integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
+    if heads % kv_heads:
+        raise TopologyError(
+            "model.num_attention_heads",
+            f"a multiple of num_key_value_heads ({kv_heads})",
+            str(heads),
+            "copy both from the model's config.json",
+        )
+    weights = fields.get("weights_sha256")
+    if weights is not None and not (isinstance(weights, str) and re.fullmatch(r"[0-9a-f]{64}", weights)):
+        raise TopologyError(
+            "model.weights_sha256",
+            "64 lower-case hexadecimal digits or null",
+            shown(weights),
+            "use surgeon.runtime.fingerprint",
+        )
+    return ModelShape(
+        model_type=model_type,
+        num_hidden_layers=_integer(fields["num_hidden_layers"], "model.num_hidden_layers", 1, MAX_LAYERS),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=_integer(fields["head_dim"], "model.head_dim", 1, 1024),
+        weights_sha256=weights,
+    )
+
+
+def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
+    fields = _mapping(value, where)
+    if "paths" not in fields:
+        rows = _list(_object(value, where, required=("linkage",))["linkage"], f"{where}.linkage", 0, MAX_BLOCKS)
+        return Dendrogram.from_linkage(cast(list[list[object]], rows), num_blocks, f"{where}.linkage")
+    _object(value, where, required=("paths", "arity"))
+    arity = _integer(fields["arity"], f"{where}.arity", 2, 1024)
+    place = f"{where}.paths"
+    paths = [
+        [
+            _integer(digit, f"{place}[{block}][{level}]", 0, 1023)
+            for level, digit in enumerate(_list(path, f"{place}[{block}]", 0, MAX_DEPTH))
+        ]
+        for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))
+    ]
+    if len(paths) != num_blocks:
+        raise TopologyError(place, f"{num_blocks} paths, one a block", str(len(paths)), "give every block its digits")
+    return Dendrogram.from_paths(paths, arity, place)
+
+
+def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[Head, ...]:
+    if value is None:  # not covered
+        return ()
+    heads = _list(_object(value, where, required=("heads",))["heads"], f"{where}.heads", 1, MAX_HEADS)
+    if len(heads) != num_heads:
+        raise TopologyError(
+            f"{where}.heads",
+            f"{num_heads} heads, as model.num_attention_heads says",
+            str(len(heads)),
+            'list every query head; {"dense": true} is one',
+        )
+    return tuple(_head(head, f"{where}.heads[{i}]", num_trees) for i, head in enumerate(heads))
+
+
+def _head(value: object, where: str, num_trees: int) -> Head:
+    if "dense" in _mapping(value, where):
+        _constant(_object(value, where, required=("dense",))["dense"], f"{where}.dense", True)
+        return DenseHead()
+    fields = _object(value, where, required=("dendrogram", "cut", "sink", "window"))
+    cut = fields["cut"]
+    if isinstance(cut, bool) or not isinstance(cut, int | float) or not 0 <= cut <= sys.float_info.max:
+        raise TopologyError(f"{where}.cut", "a finite height of at least 0", shown(cut), "use 0.0 for no clusters")
+    dendrogram = _integer(fields["dendrogram"], f"{where}.dendrogram", 0, MAX_LAYERS * MAX_HEADS)
+    if dendrogram >= num_trees:
+        raise TopologyError(
+            f"{where}.dendrogram",
+            f"an index below {num_trees}",
+            str(dendrogram),
+            "add the tree to dendrograms or correct the index",
+        )
+    return SparseHead(
+        dendrogram=dendrogram,
+        cut=abs(float(cut)),  # abs: −0.0 and 0.0 are one height
+        sink=_integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS),
+        window=_integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS),
+    )
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise TopologyError(where, "an object", shown(value), "write it in braces")
+    return value
+
+
+def _object(value: object, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    fields = _mapping(value, where)
+    for key in required:
+        if key not in fields:
+            raise TopologyError(where, f"the key {key!r}", "an object without it", "add it")
+    for key in fields:
+        if key not in required and key not in optional:
+            known = ", ".join((*required, *optional))
+            raise TopologyError(
+                where, f"the keys {known}", f"an unknown key {shown(key)}", "remove it or correct its spelling"
+            )
+    return fields
+
+
+def _list(value: object, where: str, low: int, high: int) -> list[Any]:
+    if not isinstance(value, list):
+        raise TopologyError(where, "a list", shown(value), "write it in brackets")
+    if not low <= len(value) <= high:
+        raise TopologyError(where, f"{low} to {high} entries", str(len(value)), "correct the list")
+    return value
+
+
+def _integer(value: object, where: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TopologyError(where, "a whole number", shown(value), "write it without quotes, point or exponent")
+    if not low <= value <= high:
+        raise TopologyError(where, f"a number in {low}..{high}", shown(value), "correct it")
+    return value
+
+
+def _choice(value: object, where: str, choices: tuple[str, ...]) -> str:
+    if value not in choices or not isinstance(value, str):
+        raise TopologyError(where, "one of " + ", ".join(choices), shown(value), "choose one of these")
+    return value
+
+
+def _constant(value: object, where: str, constant: object) -> None:
+    if value != constant or type(value) is not type(constant):
+        raise TopologyError(where, repr(constant), shown(value), "this version reads nothing else")

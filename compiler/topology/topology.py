@@ -1,0 +1,131 @@
+"""The learned topology: which blocks each attention head sees, by definition.
+
+Source: topology.json version 1 (`topology.schema.json` beside this file).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.package.manifest import ModelShape
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """A head that sees every block up to its own."""
+
+
+@dataclass(frozen=True)
+class SparseHead:
+    """A head that sees the first `sink` blocks, the last `window` blocks, and its own cluster under `cut`.
+
+    `dendrogram` is an index into the topology's dendrograms; sink and window are in blocks, cut is a tree height.
+    """
+
+    dendrogram: int
+    cut: float
+    sink: int
+    window: int
+
+
+Head = DenseHead | SparseHead
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What every head of every layer sees. Made by `read_topology`, which has checked it.
+
+    `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
+    and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows at and after `num_blocks`
+    see besides sink and window: "window" nothing, "dense" everything, "error" is refused.
+    """
+
+    model: ModelShape
+    block_size: int
+    num_blocks: int
+    dendrograms: tuple[Dendrogram, ...]
+    layers: tuple[tuple[Head, ...], ...]
+    beyond: str
+    provenance: Mapping[str, Any]
+
+    def block_mask(self, layer: int, num_blocks: int) -> npt.NDArray[np.bool_]:
+        """Which blocks each sees, straight from the definition: bool `[num_attention_heads, num_blocks, num_blocks]`.
+
+        visible(i, j) ⇔ j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut). `num_blocks` may be any length.
+
+        Raises:
+            TopologyError: the length is beyond the topology's own and `beyond` is "error".
+        """
+        if num_blocks > self.num_blocks and self.beyond == "error":
+            raise TopologyError(
+                "block_mask",
+                f"at most {self.num_blocks} blocks, which the topology covers (beyond: error)",
+                str(num_blocks),
+                'shorten the sequence, or set "beyond" to "window" or "dense"',
+            )
+        row = np.arange(num_blocks)[:, None]
+        column = np.arange(num_blocks)[None, :]
+        causal = column <= row
+        used = {head.dendrogram for head in self.layers[layer] if isinstance(head, SparseHead)}
+        distances = {index: self.dendrograms[index].distances() for index in used}
+        mask = np.zeros((len(self.layers[layer]), num_blocks, num_blocks), dtype=np.bool_)
+        for index, head in enumerate(self.layers[layer]):
+            if isinstance(head, DenseHead):
+                mask[index] = causal
+                continue
+            near = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
+            known = min(num_blocks, self.num_blocks)
+            near[:known, :known] = distances[head.dendrogram][:known, :known] <= head.cut
+            if self.beyond == "dense":
+                near[self.num_blocks :, :] = True
+            mask[index] = causal & ((column < head.sink) | (row - column < head.window) | near)
+        return mask
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """The layers that are covered, ascending."""
+        return tuple(layer for layer, heads in enumerate(self.layers) if heads)
+
+    def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
+        """Visible pairs over causal pairs of blocks, a figure a head: `[num_attention_heads]`."""
+        length = self.num_blocks if num_blocks is None else num_blocks
+        visible = self.block_mask(layer, length).sum(axis=(1, 2))
+        return np.asarray(visible / (length * (length + 1) / 2), dtype=np.float64)
+
+    def canonical(self) -> str:
+        """The topology as JSON in one fixed spelling: keys sorted, trees as linkages, without provenance."""
+        return json.dumps(
+            {
+                "format": "surgeon.topology",
+                "version": 1,
+                "model": asdict(self.model),
+                "block_size": self.block_size,
+                "num_blocks": self.num_blocks,
+                "dendrograms": [{"linkage": tree.linkage} for tree in self.dendrograms],
+                "layers": [_layer_json(heads) for heads in self.layers],
+                "beyond": self.beyond,
+            },
+            sort_keys=True,
+            separators=(",", ":"),
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def _layer_json(heads: tuple[Head, ...]) -> dict[str, Any] | None:
+    return {"heads": [_head_json(head) for head in heads]} if heads else None
+
+
+def _head_json(head: Head) -> dict[str, Any]:
+    return {"dense": True} if isinstance(head, DenseHead) else asdict(head)

@@ -1,0 +1,224 @@
+"""How well a model predicts text, and how far a patched model departs from the dense one on the same sequences.
+
+Several processes share the sequences; what they find is as if one had read them all. The models stay as they are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from surgeon.runtime.errors import ModelError
+from surgeon.runtime.evaluate.estimates import Estimate, exponential, ratio
+from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.transformers.offload import entry_device
+
+_LOGITS = 2**24  # made at a time, 64 MB of them
+_LATE = 0.75  # the share of a sequence after which a token is late
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What was found on one sequence: sums over its predicted tokens, all but the first, in nats.
+
+    `divergence` is KL(dense ‖ patched); late are the tokens of the last quarter; `agreements` counts the tokens where
+    both models rank the same one first.
+    """
+
+    tokens: int
+    dense_loss: float
+    patched_loss: float
+    divergence: float
+    late_tokens: int
+    late_divergence: float
+    agreements: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a patched model on the same sequences."""
+
+    sequences: tuple[Departure, ...]
+
+    @property
+    def dense_perplexity(self) -> Estimate:
+        """The exponential of the dense model's mean loss a token."""
+        return exponential(self._mean([each.dense_loss for each in self.sequences]))
+
+    @property
+    def patched_perplexity(self) -> Estimate:
+        """The same for the patched model."""
+        return exponential(self._mean([each.patched_loss for each in self.sequences]))
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """Patched over dense; its error is that of the difference on each sequence, which is small beside theirs."""
+        return exponential(self._mean([each.patched_loss - each.dense_loss for each in self.sequences]))
+
+    @property
+    def divergence(self) -> Estimate:
+        """Mean KL(dense ‖ patched) in nats a token."""
+        return self._mean([each.divergence for each in self.sequences])
+
+    @property
+    def late_divergence(self) -> Estimate:
+        """The same over the last quarter of each sequence."""
+        late = [each.late_divergence for each in self.sequences]
+        return ratio(late, [each.late_tokens for each in self.sequences])
+
+    @property
+    def agreement(self) -> Estimate:
+        """The share of tokens where both models rank the same one first."""
+        return self._mean([each.agreements for each in self.sequences])
+
+    def _mean(self, sums: Sequence[float]) -> Estimate:
+        return ratio(sums, [each.tokens for each in self.sequences])
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, sequences: Sequence[torch.Tensor], processes: Processes | None = None) -> float:
+    """The exponential of the mean negative log-likelihood (nats a token) of every token but each sequence's first.
+
+    `sequences` are token ids `[1, length]`, the same in every process. `processes` share them; by default those that
+    torch.distributed knows of, if any. Logits are made for some positions at a time.
+
+    Raises:
+        ModelError: the model is in training mode, or its logits are not made as expected; there is no sequence, or one
+            of fewer than two tokens.
+    """
+    shared = _prepared(model, sequences, processes)
+    rows = {item: (_loss_sum(model, sequences[item]),) for item in shared.own(len(sequences))}
+    losses = shared.gather(rows, len(sequences), 1)
+    tokens = sum(sequence.shape[1] - 1 for sequence in sequences)
+    return math.exp(math.fsum(loss for (loss,) in losses) / tokens)
+
+
+@torch.inference_mode()
+def compare(
+    dense: PreTrainedModel,
+    patched: PreTrainedModel,
+    sequences: Sequence[torch.Tensor],
+    processes: Processes | None = None,
+) -> Comparison:
+    """Reads each sequence with both models, which may share their weights; arguments and errors as of `perplexity`."""
+    _check(patched, sequences)
+    shared = _prepared(dense, sequences, processes)
+    rows = {item: astuple(_departure(dense, patched, sequences[item])) for item in shared.own(len(sequences))}
+    found = shared.gather(rows, len(sequences), len(fields(Departure)))
+    return Comparison(tuple(_from_row(*row) for row in found))
+
+
+def _prepared(model: PreTrainedModel, sequences: Sequence[torch.Tensor], processes: Processes | None) -> Processes:
+    _check(model, sequences)
+    return processes_of(model) if processes is None else processes
+
+
+def _check(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> None:
+    if model.training:
+        raise ModelError(type(model).__name__, "a model for inference", "one in training mode", "call model.eval()")
+    if not sequences:
+        raise ModelError("sequences", "one or more", "none", "give more text, or a shorter length")
+    for index, sequence in enumerate(sequences):
+        if sequence.ndim != 2 or sequence.shape[0] != 1 or sequence.shape[1] < 2:
+            raise ModelError(
+                f"sequences[{index}]",
+                "token ids [1, length] of two tokens or more",
+                f"a tensor {list(sequence.shape)}",
+                "give more text, or one sequence at a time",
+            )
+
+
+def _loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    states, targets = _states(model, tokens), tokens[0, 1:]
+    chunk = _chunk(model)
+    losses = []
+    for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
+        losses.append(_loss(_logits(model, part), wanted))
+    return math.fsum(losses)
+
+
+def _departure(dense: PreTrainedModel, patched: PreTrainedModel, tokens: torch.Tensor) -> Departure:
+    targets = tokens[0, 1:]
+    count = targets.numel()
+    late = int(count * _LATE)
+    chunk = _chunk(dense)
+    dense_losses, patched_losses, divergences, agreements = [], [], [], 0
+    states = (_states(model, tokens).split(chunk) for model in (dense, patched))
+    for dense_states, patched_states, wanted in zip(*states, targets.split(chunk), strict=True):
+        expected, found = _logits(dense, dense_states), _logits(patched, patched_states)
+        dense_losses.append(_loss(expected, wanted))
+        patched_losses.append(_loss(found, wanted))
+        agreements += int((expected.argmax(dim=-1) == found.to(expected.device).argmax(dim=-1)).sum())
+        divergences.append(_divergence(expected, found.to(expected.device)))
+    divergence = torch.cat(divergences)
+    return Departure(
+        tokens=count,
+        dense_loss=math.fsum(dense_losses),
+        patched_loss=math.fsum(patched_losses),
+        divergence=float(divergence.sum()),
+        late_tokens=count - late,
+        late_divergence=float(divergence[late:].sum()),
+        agreements=agreements,
+    )
+
+
+def _from_row(
+    tokens: float,
+    dense_loss: float,
+    patched_loss: float,
+    divergence: float,
+    late_tokens: float,
+    late_divergence: float,
+    agreements: float,
+) -> Departure:
+    return Departure(
+        int(tokens), dense_loss, patched_loss, divergence, int(late_tokens), late_divergence, int(agreements)
+    )
+
+
+def _chunk(model: PreTrainedModel) -> int:
+    return max(1, _LOGITS // int(model.config.get_text_config().vocab_size))
+
+
+def _states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The last hidden states `[length - 1, hidden_size]` that predict a token of the sequence."""
+    kept = []
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output[0]))
+    try:
+        logits = model(input_ids=tokens.to(entry_device(model)), use_cache=False, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    states: torch.Tensor = kept[0][0]
+    last = _logits(model, states[-1:])
+    if not torch.allclose(last, logits[0].float().to(last.device), rtol=0.05, atol=0.05):
+        raise ModelError(
+            type(model).__name__,
+            "logits that are the output embedding of the last hidden state, scaled or capped as the config says",
+            "others",
+            "this model cannot be evaluated",
+        )
+    return states[:-1]
+
+
+def _logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """fp32 logits `[positions, vocabulary]`, as the model's own forward makes them."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    logits: torch.Tensor = head(states).float()
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(cross_entropy(logits, wanted.to(logits.device), reduction="none").double().sum())
+
+
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected ‖ found) of each position's distribution, in nats."""
+    each = kl_div(log_softmax(found, dim=-1), log_softmax(expected, dim=-1), reduction="none", log_target=True)
+    return each.sum(dim=-1).double()

@@ -1,0 +1,211 @@
+"""What a pilot found, as frozen dataclasses: the writer and the strict reader of pilot.json, version 1.
+
+The columns are the models that were measured side by side on the same sequences: first the dense one, then others.
+"""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgeon.runtime.errors import PilotError, shown
+from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.package.strict_json import read_plain
+
+MAX_PILOT_BYTES = 16 * 2**20
+
+_ROOT = {"format": "surgeon.pilot", "version": 1}
+
+
+@dataclass(frozen=True)
+class PilotText:
+    """A text, by its file's name and SHA-256, and how many sequences were taken from it."""
+
+    name: str
+    sha256: str
+    sequences: int
+
+
+@dataclass(frozen=True)
+class PilotMachine:
+    """Where it ran, and when; `threads` are torch's."""
+
+    processor: str
+    device: str
+    dtype: str
+    threads: int
+    torch: str
+    transformers: str
+    date: str
+
+
+@dataclass(frozen=True)
+class PasskeyCell:
+    """Numbers hidden at one depth of prompts of one length, in tokens.
+
+    `depth` is the share of the filler before the number. `found` of the `tried` numbers would be written exactly by
+    greedy decoding; `log_probability` is that of the right tokens, in nats a token.
+    """
+
+    length: int
+    depth: float
+    tried: int
+    found: int
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class AgainstDense:
+    """A column beside the dense one on the same sequences; a speed-up above 1 is faster than dense.
+
+    Divergences are KL(dense ‖ column) in nats a token, late ones over the last quarter of each sequence; agreement is
+    the share of tokens where both rank the same one first.
+    """
+
+    perplexity_ratio: Estimate
+    divergence: Estimate
+    late_divergence: Estimate
+    agreement: Estimate
+    first_token_speedup: Estimate
+    decode_speedup: Estimate
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model's figures.
+
+    `density` is visible pairs over causal pairs of blocks at the pilot's length. `losses` are nats a token of each
+    sequence, in the order of the texts. `first_token` is in seconds for a prompt of nearly the pilot's length, `decode`
+    in tokens a second behind it. `peak_bytes` is the most memory in use meanwhile, None where the system does not tell;
+    `kept_cache_bytes` is what the cache holds of a sequence, without dead blocks where kernels allow; None if unknown.
+    `weights_sha256` is the weights' fingerprint after all.
+    """
+
+    name: str
+    topology_sha256: str | None
+    density: float
+    losses: tuple[float, ...]
+    perplexity: Estimate
+    against_dense: AgainstDense | None
+    passkeys: tuple[PasskeyCell, ...]
+    passkeys_found: Estimate | None
+    first_token: Estimate
+    decode: Estimate
+    peak_bytes: int | None
+    kept_cache_bytes: int | None
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit for a figure of the patched model, `bound` "at most" or "at least", and whether it is met."""
+
+    figure: str
+    bound: str
+    limit: float
+    found: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A whole pilot; `length` is in tokens, `weights_sha256` was taken before anything ran."""
+
+    model: str
+    weights_sha256: str
+    package_id: str
+    length: int
+    texts: tuple[PilotText, ...]
+    machine: PilotMachine
+    columns: tuple[Column, ...]
+    thresholds: tuple[Threshold, ...]
+    seconds: float
+
+    @property
+    def weights_unchanged(self) -> bool:
+        """Whether every column ended with the weights that there were at the start."""
+        return all(column.weights_sha256 == self.weights_sha256 for column in self.columns)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every threshold is met and no weight has changed."""
+        return self.weights_unchanged and all(threshold.met for threshold in self.thresholds)
+
+    def to_json(self) -> str:
+        """The text of pilot.json, the same for equal pilots."""
+        return json.dumps(_ROOT | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Pilot":
+        """Reads the text of pilot.json.
+
+        Raises:
+            PilotError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
+        """
+        try:
+            root = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise _fault("pilot", "JSON", shown(str(error))) from None
+        if not isinstance(root, dict):
+            raise _fault("pilot", "an object", shown(root))
+        for key, constant in _ROOT.items():
+            if root.pop(key, None) != constant:
+                raise _fault(key, repr(constant), "another value or none")
+        pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", _fault))
+        if not pilot.columns or pilot.columns[0].against_dense is not None:
+            raise _fault("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
+        if any(column.against_dense is None for column in pilot.columns[1:]):
+            raise _fault("pilot: columns", "figures beside the dense model in all but the first", "a column without")
+        return pilot
+
+
+def read_pilot(path: str | os.PathLike[str]) -> Pilot:
+    """Reads and checks a file that `surgeon pilot` wrote.
+
+    Raises:
+        PilotError: it is missing, too large, or breaks the format; the text says where.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_PILOT_BYTES + 1)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _fault(str(file), "UTF-8 text", f"a stray byte at {error.start}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PilotError(str(file), "a readable file", reason, "check the path") from None
+    if len(data) > MAX_PILOT_BYTES:
+        raise _fault(str(file), f"at most {MAX_PILOT_BYTES} bytes", "a larger file")
+    try:
+        return Pilot.from_json(text)
+    except PilotError as error:
+        raise PilotError(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+
+
+def judged(
+    columns: Mapping[str, AgainstDense], max_perplexity_ratio: float | None, min_speedup: float | None
+) -> tuple[Threshold, ...]:
+    """The thresholds that are given, held against the column "patched"; the speed-up is that of the first token."""
+    found = columns["patched"]
+    ratio, speedup = found.perplexity_ratio.value, found.first_token_speedup.value
+    thresholds = []
+    if max_perplexity_ratio is not None:
+        met = ratio <= max_perplexity_ratio
+        thresholds.append(Threshold("perplexity ratio", "at most", max_perplexity_ratio, ratio, met))
+    if min_speedup is not None:
+        thresholds.append(
+            Threshold("speed-up of the first token", "at least", min_speedup, speedup, speedup >= min_speedup)
+        )
+    return tuple(thresholds)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no figure")
+
+
+def _fault(where: str, expected: str, got: str) -> PilotError:
+    return PilotError(where, expected, got, "run surgeon pilot again")

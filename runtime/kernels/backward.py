@@ -1,0 +1,130 @@
+"""The gradients of block-sparse attention: of the visible blocks alone, whose weights are computed once more.
+
+For one row of blocks, S = scale Q Kᵀ over the keys that it reads and P = softmax(S); then, with the gradients dO of the
+output and dL of the log-sum-exp, dV = Pᵀ dO, dS = P (dO Vᵀ − rowsum(P dO Vᵀ) + dL), dQ = scale dS K, dK = scale dSᵀ Q.
+So much is held at a time, and nothing need be kept from the forward pass but its inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.schedule import HeadSchedule
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of q, k and v, in their shapes."""
+
+
+def gradients(
+    heads: Sequence[HeadSchedule],
+    block_size: int,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    operands: Operands,
+) -> Gradients:
+    """The gradients of q, k and v from those of the output `[B,Sq,Hq,D]` and the log-sum-exp `[B,Hq,Sq]`.
+
+    Computes in fp32, in fp64 where q is. Queries before `first_key` and keys that nobody reads have zeros.
+    """
+    q, k, v, position, first_key, scale = operands
+    batch, length = q.shape[0], q.shape[2]
+    positions = [k.shape[2] - length] * batch if position is None else position.tolist()
+    first_keys = [0] * batch if first_key is None else first_key.tolist()
+    accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if grad_lse is None:
+        grad_lse = torch.zeros((), dtype=accumulated, device=q.device).expand(q.shape[:3])
+    given = (q, k, v, grad_out.transpose(1, 2), grad_lse)
+    results = [torch.zeros(tensor.shape, dtype=accumulated, device=q.device) for tensor in (q, k, v)]
+    places: dict[tuple[int, int], list[int]] = {}
+    for sequence, place in enumerate(zip(positions, first_keys, strict=True)):
+        places.setdefault(place, []).append(sequence)
+    shared = list(_shared_schedules(heads, len(heads) // k.shape[1]))
+    for (start, first), sequences in places.items():
+        whole = len(sequences) == batch  # the usual case, in which nothing is copied
+        parts = given if whole else tuple(tensor[sequences] for tensor in given)
+        sums = results if whole else [torch.zeros_like(result[sequences]) for result in results]
+        for tile in _tiles(shared, block_size, start, start + length, first):
+            _accumulate(tile, start, scale, *parts, *sums)
+        if not whole:
+            for result, part in zip(results, sums, strict=True):
+                result[sequences] = part
+    grad_q, grad_k, grad_v = (result.to(q.dtype) for result in results)
+    return grad_q, grad_k, grad_v
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries `[begin, end)` of one block, counted as keys, for query heads that share a KV head and what they read.
+
+    `keys` are intervals of keys, of which the last ends at `end`.
+    """
+
+    kv_head: int
+    heads: list[int]
+    begin: int
+    end: int
+    keys: list[slice]
+
+
+def _shared_schedules(heads: Sequence[HeadSchedule], group: int) -> Iterator[tuple[int, list[int], HeadSchedule]]:
+    """Each KV head's distinct schedules, and the query heads that follow them."""
+    shared: dict[tuple[int, int], list[int]] = {}
+    for head, schedule in enumerate(heads):
+        shared.setdefault((head // group, id(schedule)), []).append(head)
+    for (kv_head, _), followers in shared.items():
+        yield kv_head, followers, heads[followers[0]]
+
+
+def _tiles(
+    shared: Sequence[tuple[int, list[int], HeadSchedule]], block_size: int, start: int, stop: int, first: int
+) -> Iterator[_Tile]:
+    """The work of queries `[start, stop)` of a sequence whose blocks are counted from the key `first`."""
+    begin = max(start, first)
+    while begin < stop:
+        row = (begin - first) // block_size
+        end = min(stop, first + (row + 1) * block_size)
+        for kv_head, heads, schedule in shared:
+            keys = [slice(first + block_size * a, min(first + block_size * b, end)) for a, b in schedule.row(row)]
+            yield _Tile(kv_head, heads, begin, end, keys)
+        begin = end
+
+
+def _accumulate(
+    tile: _Tile,
+    start: int,
+    scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+) -> None:
+    """Sets a tile's part of `grad_q` and adds its part to `grad_k` and `grad_v`; all tensors `[batch, heads, …]`."""
+    rows = slice(tile.begin - start, tile.end - start)
+    size = tile.end - tile.begin
+    # All of the heads' queries are the rows of one matrix.
+    queries, grads = (tensor[:, tile.heads, rows].to(grad_q.dtype).flatten(1, 2) for tensor in (q, grad_out))
+    keys, values = (
+        torch.cat([tensor[:, tile.kv_head, part] for part in tile.keys], dim=1).to(grad_q.dtype) for tensor in (k, v)
+    )
+    scores = torch.matmul(queries, keys.transpose(1, 2)).mul_(scale)
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    scores.unflatten(1, (-1, size))[..., -size:].masked_fill_(later, -torch.inf)
+    weights = torch.softmax(scores, dim=2)
+    added_v = torch.matmul(weights.transpose(1, 2), grads)
+    grad_weights = torch.matmul(grads, values.transpose(1, 2))
+    shift = torch.linalg.vecdot(weights, grad_weights) - grad_lse[:, tile.heads, rows].flatten(1)
+    grad_scores = grad_weights.sub_(shift.unsqueeze(2)).mul_(weights).mul_(scale)
+    grad_q[:, tile.heads, rows] = torch.matmul(grad_scores, keys).unflatten(1, (-1, size))
+    added_k = torch.matmul(grad_scores.transpose(1, 2), queries)
+    done = 0
+    for part in tile.keys:
+        covered = slice(done, done + part.stop - part.start)
+        grad_k[:, tile.kv_head, part] += added_k[:, covered]
+        grad_v[:, tile.kv_head, part] += added_v[:, covered]
+        done = covered.stop

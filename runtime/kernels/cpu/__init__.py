@@ -1,0 +1,1 @@
+"""The CPU library of a package, loaded and called."""

@@ -1,0 +1,224 @@
+"""Calls the kernels of a CPU library: the other side of `call.h`."""
+
+import array
+import ctypes
+import hashlib
+import os
+import re
+import struct
+import tempfile
+from ctypes import c_char_p, c_int32
+
+import torch
+
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.manifest import CPU_ABI_VERSION
+
+_SYMBOL = re.compile(r"surgeon_attention_\d+")
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_PAGE = range(5)
+
+
+_CALL = struct.Struct("@11P11q5qf5i")
+"""`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
+
+Packing it takes a third of the time that the fields of a `ctypes.Structure` take, which are set one by one.
+"""
+
+
+class CpuLibrary:
+    """A loaded CPU library and the variant of it that this processor runs fastest.
+
+    `variant` asks for one by name.
+
+    Raises:
+        PackageError: the bytes are no such library, or of another version.
+        TargetError: the library holds no variant of that name, or the processor lacks what it needs.
+    """
+
+    def __init__(self, data: bytes, where: str, variant: str | None = None) -> None:
+        library = _open(data, where)
+        try:
+            found = library.surgeon_abi_version()
+            library.surgeon_variant.restype = c_char_p
+            library.surgeon_variant.argtypes = [c_int32]
+            library.surgeon_supports.argtypes = [c_int32]
+        except AttributeError:
+            raise PackageError(
+                where, "a library made by surgeon", "one without its entry points", "compile the package again"
+            ) from None
+        if found != CPU_ABI_VERSION:
+            raise PackageError(
+                where,
+                f"interface version {CPU_ABI_VERSION}",
+                str(found),
+                "compile the package with this version of surgeon",
+            )
+        names: list[str] = []
+        while (name := library.surgeon_variant(len(names))) is not None:
+            names.append(name.decode())
+        usable = [index for index in range(len(names)) if library.surgeon_supports(index)]
+        chosen = [index for index in usable if variant in (None, names[index])]
+        if not chosen:
+            raise TargetError(
+                f"{where}: variant {variant}",
+                "one of " + ", ".join(names[index] for index in usable),
+                "one that the library lacks" if variant not in names else "one that this processor cannot run",
+                "leave the choice to surgeon",
+            )
+        self._library = library
+        self._variant = chosen[0]
+        self._where = where
+        self.variant = names[chosen[0]]
+        self.variants = tuple(names[index] for index in usable)
+
+    def kernel(self, symbol: str) -> "ctypes._NamedFuncPointer":
+        """The function behind a symbol of the manifest.
+
+        Raises:
+            PackageError: the library has no such function.
+        """
+        # The look-up also finds what other libraries export, so only names of ours are asked for.
+        function = getattr(self._library, symbol, None) if _SYMBOL.fullmatch(symbol) else None
+        if function is None:
+            raise PackageError(self._where, "a function of the library", shown(symbol), "compile the package again")
+        found: ctypes._NamedFuncPointer = function
+        found.argtypes = [c_char_p]
+        found.restype = c_int32
+        return found
+
+    def attend(
+        self,
+        kernel: "ctypes._NamedFuncPointer",
+        operands: Operands,
+        log_sum_exp: torch.Tensor | None = None,
+        first_kv_head: int = 0,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        pages: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs a kernel on torch's thread pool.
+
+        k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
+        `[batch, length, head_dim]`, rotates q and k, which then have one length. With `pages`, k and v are slots;
+        see `Package.run_paged`.
+
+        Raises:
+            TopologyError: a row of blocks lies beyond what the topology covers.
+            PatchError: a query reads a block that the pages do not hold.
+        """
+        q, k, v, position, first_key, scale = operands
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        batch, heads, q_length, head_dim = q.shape
+        out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
+        if pages is None:
+            k_length, num_pages, num_slots = k.shape[2], 0, 0
+        else:
+            k, v, pages = k.contiguous(), v.contiguous(), pages.contiguous()
+            k_length, num_pages, num_slots = pages.shape[2] * k.shape[1], pages.shape[2], k.shape[0]
+        positions = _positions(position, batch, k_length - q_length)
+        first_keys = _positions(first_key, batch, 0)
+        cos, sin = rotary or (None, None)
+        rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype)
+        call = _CALL.pack(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            _address(log_sum_exp),
+            _address(positions),
+            _address(first_keys),
+            _address(cos),
+            _address(sin),
+            _address(rotated_k),
+            _address(pages),
+            *q.stride()[:3],
+            *(k.stride()[:3] if pages is None else (0, 0, head_dim)),
+            *(v.stride()[:3] if pages is None else (0, 0, head_dim)),
+            *((0, 0) if cos is None else cos.stride()[:2]),
+            batch,
+            q_length,
+            k_length,
+            num_pages,
+            num_slots,
+            scale,
+            _CODES[q.dtype],
+            self._variant,
+            torch.get_num_threads(),
+            first_kv_head,
+            k.shape[1] if pages is None else pages.shape[1],
+        )
+        status = kernel(call)
+        if status != _OK:
+            raise _fault(status, q_length, k_length, position)
+        return out
+
+
+def _positions(tensor: torch.Tensor | None, batch: int, default: int) -> "torch.Tensor | array.array[int]":
+    if tensor is None:
+        return array.array("q", [default] * batch)
+    return tensor if tensor.dtype is torch.int64 and tensor.is_contiguous() else tensor.to(torch.int64).contiguous()
+
+
+def _address(memory: "torch.Tensor | array.array[int] | None") -> int:
+    if memory is None:
+        return 0
+    return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.buffer_info()[0]
+
+
+def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | None) -> Exception:
+    if status == _OUT_OF_RANGE:
+        positions = "Sk − Sq" if position is None else str(position.tolist())
+        return TopologyError(
+            "attention: position, first_key",
+            f"first_key ≥ 0 and 0 ≤ position ≤ {k_length} − {q_length} (keys − queries)",
+            f"position {positions}",
+            "pass the index in k of each sequence's first query's own key",
+        )
+    if status == _BEYOND_TOPOLOGY:
+        return TopologyError(
+            "attention",
+            "a sequence within the topology's blocks (beyond: error)",
+            "a longer one",
+            'shorten it, or compile a topology with "beyond" set to "window" or "dense"',
+        )
+    if status == _MISSING_PAGE:
+        return PatchError(
+            "attention: pages",
+            "a slot for every block that the queries read",
+            "a block that the cache has dropped, or a slot that it does not have",
+            "read no rows before those that the cache was trimmed for",
+        )
+    return MemoryError("attention: no memory for the kernel's workspace")
+
+
+_opened: dict[bytes, ctypes.CDLL] = {}
+
+
+def _open(data: bytes, where: str) -> ctypes.CDLL:
+    """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool."""
+    digest = hashlib.sha256(data).digest()
+    if digest not in _opened:
+        try:
+            _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
+        except OSError as error:
+            raise PackageError(
+                where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
+            ) from None
+    return _opened[digest]
+
+
+def _open_memory(data: bytes) -> ctypes.CDLL:
+    # The descriptor stays open: the linker knows a library by its name, and would take the next file under the same
+    # number for this one.
+    descriptor = os.memfd_create("surgeon-attention")
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+
+
+def _open_file(data: bytes) -> ctypes.CDLL:
+    with tempfile.NamedTemporaryFile(prefix="surgeon-", suffix=".so") as file:
+        file.write(data)
+        file.flush()
+        return ctypes.CDLL(file.name)

@@ -1,0 +1,69 @@
+"""A package's kernels on the devices that calls come from."""
+
+import threading
+
+import torch
+
+from surgeon.runtime.errors import TargetError
+from surgeon.runtime.kernels.cpu.kernels import CpuKernels
+from surgeon.runtime.kernels.gpu.kernels import GpuKernels, open_gpu
+from surgeon.runtime.package.reader import PackageFiles
+
+
+def placed(device: str | torch.device) -> torch.device:
+    """The device as its tensors name it: a GPU with its number.
+
+    Raises:
+        TargetError: it is the current GPU, and there is none.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        if not torch.cuda.is_available():
+            raise TargetError(str(device), "a GPU that torch can use", "none", "load the package for the CPU")
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+class DeviceKernels:
+    """The kernels of a package, each device's loaded when they are first asked for, by any thread.
+
+    `strict` and `cpu_variant` as in `surgeon.runtime.load`.
+    """
+
+    def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
+        self._files = files
+        self._strict = strict
+        self._cpu_variant = cpu_variant
+        self._loaded: dict[torch.device, CpuKernels | GpuKernels] = {}
+        self._loading = threading.Lock()
+
+    @property
+    def cpu(self) -> CpuKernels:
+        """Those on the CPU."""
+        kernels = self.on(torch.device("cpu"))
+        assert isinstance(kernels, CpuKernels)
+        return kernels
+
+    def on(self, device: torch.device) -> CpuKernels | GpuKernels:
+        """Those on the device of a tensor.
+
+        Raises:
+            PackageError: the kernels are damaged or of another version.
+            TargetError: the package holds none for the device.
+        """
+        kernels = self._loaded.get(device)
+        if kernels is not None:
+            return kernels
+        with self._loading:
+            if device not in self._loaded:
+                self._loaded[device] = self._load(device)
+            return self._loaded[device]
+
+    def _load(self, device: torch.device) -> CpuKernels | GpuKernels:
+        if device.type == "cpu":
+            return CpuKernels(self._files, self._cpu_variant)
+        if device.type == "cuda":
+            return open_gpu(self._files, device, self._strict)
+        raise TargetError(
+            str(self._files.folder), "tensors on the CPU or a GPU", str(device), "move them to one of these"
+        )

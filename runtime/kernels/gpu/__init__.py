@@ -1,0 +1,1 @@
+"""A package's GPU kernels, loaded and launched through a driver."""

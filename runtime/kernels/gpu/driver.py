@@ -1,0 +1,80 @@
+"""How compiled GPU code is loaded and launched: one contract, with a back end for each way to the driver."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Protocol
+
+from surgeon.runtime.errors import PackageError, TargetError
+
+C_TYPES = {"pointer": ctypes.c_void_p, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+"""The C types of a kernel's arguments, by their names in the manifest."""
+
+FREE_SHARED_BYTES = 48 * 1024
+"""Shared memory that a CUDA program may have without asking for it when the code is loaded."""
+
+
+class Function(Protocol):
+    """A kernel in one device's memory."""
+
+    def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
+        """Queues the kernel on a stream, one of the function's own device. Nothing is allocated and nothing waits.
+
+        Raises:
+            TargetError: the driver refuses.
+        """
+
+
+class Driver(Protocol):
+    """A way to one vendor's driver."""
+
+    name: str
+
+    def load(
+        self, image: bytes, where: str, symbol: str, types: Sequence[str], device: int, threads: int, shared_bytes: int
+    ) -> Function:
+        """Loads code into a device, by its number, and finds a kernel in it.
+
+        `types` are those of the kernel's arguments, keys of `C_TYPES`; `threads` a program, `shared_bytes` of dynamic
+        shared memory a program; `where` names the file in errors.
+
+        Raises:
+            PackageError: the driver does not take the code, or finds no such kernel in it.
+            TargetError: the device has less shared memory, or there is none of this number.
+        """
+
+
+def open_driver(backend: str) -> Driver:
+    """The driver for "cuda", by cuda.core where that is installed and by ctypes where it is not, or for "hip".
+
+    Raises:
+        TargetError: the machine has no such driver.
+    """
+    from surgeon.runtime.kernels.gpu.driver_ctypes import CudaDriver, HipDriver
+
+    if backend == "hip":
+        return HipDriver()
+    try:
+        from surgeon.runtime.kernels.gpu.driver_cuda_core import CudaCoreDriver
+    except ImportError:
+        return CudaDriver()
+    return CudaCoreDriver()
+
+
+def no_code(where: str, got: str) -> PackageError:
+    """The error of code that a driver does not load."""
+    return PackageError(where, "code that the driver loads", got, "compile the package again for this device's target")
+
+
+def no_launch(symbol: str, got: str) -> TargetError:
+    """The error of a kernel that a driver does not launch."""
+    return TargetError(f"launch of {symbol}", "a launch", got, "check the device with the vendor's tools")
+
+
+def no_shared_memory(where: str, shared_bytes: int, got: str) -> TargetError:
+    """The error of a kernel that needs more shared memory than a device has."""
+    return TargetError(
+        where,
+        f"a device with {shared_bytes} bytes of shared memory a program",
+        got,
+        "compile the package for this device's own target",
+    )

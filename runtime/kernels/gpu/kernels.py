@@ -1,0 +1,341 @@
+"""The kernels of a package on one GPU: found, checked against what the launcher knows, loaded and launched."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
+from surgeon.runtime.kernels.gpu.driver import Driver, Function, open_driver
+from surgeon.runtime.kernels.gpu.segment_tables import SegmentTable, read_tables
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.manifest import KernelEntry, Manifest
+from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.package.target import Target
+
+_LOG = logging.getLogger("surgeon")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AGAIN = "compile the package with this version of surgeon"
+_MAX_THREADS = 1024
+
+_POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scratch", "profile_scratch")
+_TABLE = ("table_rows", "table_plans", "table_segments")
+_DECODE_POINTERS = ("partial", "partial_lse")
+_STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
+_FIRST_HEAD = "first_kv_head"
+ARGUMENT_TYPES = (
+    dict.fromkeys(_POINTERS + _TABLE + _DECODE_POINTERS, "pointer")
+    | dict.fromkeys(_STRIDES, "i64")
+    | dict.fromkeys(("num_queries", _FIRST_HEAD, "num_kv_heads", "write_lse", "num_table_rows", "num_splits"), "i32")
+    | {"scale": "fp32"}
+)
+"""Every argument that the launcher has a value for. Strides are in elements, the scratch pointers are null."""
+
+PRECONDITIONS = frozenset(
+    [f"{name} % 16 == 0" for name in ("q", "k", "v", "out", *_STRIDES)]
+    + [f"{name}_dim_stride == 1" for name in ("q", "k", "v")]
+)
+"""Every precondition that the launcher sees to, at each launch, whether a kernel has it or not."""
+
+GRID_AXES = ("query_heads", "key_value_heads", "batch", "row_tiles", "splits", "one")
+"""Every grid axis that the launcher has a length for."""
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that a device's own code is compiled for."""
+    if torch.version.hip:
+        # A name may go on with features that do not matter here: gfx90a:sramecc+:xnack-.
+        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target("cuda", f"{major}{minor}")
+
+
+def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
+    """The packaged target that a device runs: its own, or for compute capability 8.x the nearest lower 8.x.
+
+    Code for compute capability 9.0 and later is compiled for that one alone, and so is code for HIP.
+
+    Raises:
+        TargetError: the package has none; the error names those that it has.
+    """
+    there = [Target.parse(name) for name in manifest.targets]
+    if own in there:
+        return own
+    if own.backend == "cuda" and own.arch.startswith("8"):
+        lower = [target for target in there if target.backend == "cuda" and "80" <= target.arch < own.arch]
+        if lower:
+            return max(lower)
+    raise TargetError(
+        where,
+        f"kernels for {own}, this device's target",
+        "only " + ", ".join(manifest.targets) if manifest.targets else "none",
+        f"compile the package again with --target {own}",
+    )
+
+
+PHASES = ("prefill", "decode", "reduce")
+"""Every phase that the launcher knows: one kernel for any number of queries, and two that together take one."""
+
+_MAX_SPLITS = 128
+_PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while another computes
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A loaded kernel, the order of its arguments, how its grid is counted, and the query heads that it is for."""
+
+    function: Function
+    arguments: tuple[str, ...]
+    grid: tuple[str, ...]
+    tile_rows: int
+    heads: range
+
+    def launch(self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float]) -> None:
+        x, y, z = (lengths[axis] for axis in self.grid)
+        self.function.launch((x, y, z), stream, [values[name] for name in self.arguments])
+
+
+class GpuKernels:
+    """A package's kernels in the memory of one GPU with so many `processors`.
+
+    Raises:
+        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+        TargetError: the device cannot hold a kernel, or there is no driver.
+    """
+
+    def __init__(
+        self, files: PackageFiles, target: Target, device: int, processors: int, strict: bool, driver: Driver
+    ) -> None:
+        manifest = files.manifest
+        self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several where heads have their own
+        self._strict = strict
+        self._device = device
+        self._programs = _PROGRAMS_A_PROCESSOR * processors
+        self._warned: set[str] = set()
+        self._block_size = manifest.block_size
+        self._max_keys = manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else None
+        self.driver = driver.name
+        entries = [entry for entry in manifest.kernels if entry.target == str(target)]
+        for index, entry in enumerate(manifest.kernels):
+            if entry.target == str(target):
+                _check(entry, f"{files.folder}: kernels[{index}]")
+        functions: dict[KernelEntry, Function] = {}  # several entries may share their code
+        for entry in entries:
+            kernel = _load(entry, files, device, driver, functions)
+            for layer in entry.layers:
+                self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
+        self.dtypes: tuple[torch.dtype, ...] = tuple(
+            dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
+        )
+        self._tables: dict[tuple[str, int], SegmentTable] = read_tables(files, entries, device)
+
+    def attend(
+        self,
+        layer: int,
+        operands: Operands,
+        log_sum_exp: torch.Tensor | None = None,
+        first_kv_head: int = 0,
+    ) -> torch.Tensor:
+        """Queues a layer's kernels on the current stream.
+
+        The tensors hold the layer's KV heads from `first_kv_head` on, as many as k has, and their query heads.
+
+        Positions in tensors are not looked at, which would wait for the device: one outside of k reads memory that is
+        not k's. Where the topology refuses what lies beyond it, such queries give NaN.
+
+        Raises:
+            PatchError: strict, and a tensor's address or strides are none that the kernel takes.
+            TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
+            TargetError: the driver refuses the launch.
+        """
+        q, k, v, position, first_key, scale = operands
+        batch, heads, q_length, head_dim = q.shape
+        kv_heads, k_length = k.shape[1:3]
+        self._check_lengths(q_length, k_length, position, first_key)
+        out = q.new_empty((batch, q_length, heads, head_dim))
+        if out.numel() == 0:
+            return out
+        q, k, v = (self._fitting(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v)))
+        positions = _positions(position, q, k_length - q_length)
+        first_keys = _positions(first_key, q, 0)
+        values: dict[str, int | float] = {
+            "q": q.data_ptr(),
+            "k": k.data_ptr(),
+            "v": v.data_ptr(),
+            "out": out.data_ptr(),
+            "lse": 0 if log_sum_exp is None else log_sum_exp.data_ptr(),
+            "first_key": first_keys.data_ptr(),
+            "position": positions.data_ptr(),
+            "num_queries": q_length,
+            _FIRST_HEAD: first_kv_head,
+            "num_kv_heads": kv_heads,
+            "write_lse": int(log_sum_exp is not None),
+            "scale": scale,
+            "global_scratch": 0,
+            "profile_scratch": 0,
+        }
+        values |= zip(_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
+        lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": batch, "one": 1}
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        decode = self._kernels.get(("decode", layer, q.dtype), ())
+        reduce = self._kernels.get(("reduce", layer, q.dtype), ())
+        if q_length > 1 or not decode or not reduce:
+            values |= self._table("prefill", layer)
+            if self._max_keys is not None:
+                out.fill_(torch.nan)
+            first_head = first_kv_head * heads // kv_heads
+            for kernel in self._kernels["prefill", layer, q.dtype]:
+                own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
+                if not own:
+                    continue
+                # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one
+                # more.
+                lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
+                kernel.launch(lengths | {"query_heads": len(own)}, stream, values)
+            return out
+        splits = self._splits(batch * kv_heads, k_length)
+        partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
+        partial_lse = q.new_empty((batch, heads, splits), dtype=torch.float32)
+        values |= {
+            "partial": partial.data_ptr(),
+            "partial_lse": partial_lse.data_ptr(),
+            "num_splits": splits,
+        }
+        values |= self._table("decode", layer)
+        lengths["splits"] = splits
+        for kernel in (*decode, *reduce):
+            kernel.launch(lengths, stream, values)
+        return out
+
+    def _table(self, phase: str, layer: int) -> dict[str, int | float]:
+        """The arguments of a kernel that reads a table, none for one that does not."""
+        table = self._tables.get((phase, layer))
+        if table is None:
+            return {}
+        return {
+            "table_rows": table.rows.data_ptr(),
+            "table_plans": table.plans.data_ptr(),
+            "table_segments": table.segments.data_ptr(),
+            "num_table_rows": table.rows.shape[1],
+        }
+
+    def _splits(self, groups: int, k_length: int) -> int:
+        """How many programs share the keys of one KV head: enough to fill the device, each with a block at least."""
+        return max(1, min(self._programs // groups, -(-k_length // self._block_size), _MAX_SPLITS))
+
+    def _check_lengths(
+        self, q_length: int, k_length: int, position: torch.Tensor | None, first_key: torch.Tensor | None
+    ) -> None:
+        if position is not None:
+            return
+        if q_length > k_length:
+            raise TopologyError(
+                "attention: position", f"at most {k_length} queries, as keys", str(q_length), "pass every key so far"
+            )
+        if first_key is None and self._max_keys is not None and k_length > self._max_keys:
+            raise TopologyError(
+                "attention",
+                f"at most {self._max_keys} tokens, which the topology covers (beyond: error)",
+                str(k_length),
+                'shorten the sequence, or compile a topology with "beyond" set to "window" or "dense"',
+            )
+
+    def _fitting(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy of it where its address or strides are not what the kernels rely on."""
+        strides = _strides(tensor)
+        if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides):
+            return tensor
+        if self._strict:
+            raise PatchError(
+                f"attention: {name}",
+                "an address that is a multiple of 16, strides that are multiples of 16 elements, and stride 1 last",
+                f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
+                "pass a contiguous copy, or load the package without strict",
+            )
+        if name not in self._warned:
+            self._warned.add(name)
+            _LOG.warning("attention: %s is copied at every call: its address or strides do not fit the kernels", name)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKernels:
+    """Loads a package's kernels into a CUDA or HIP device.
+
+    Raises:
+        TargetError: the package has no kernels for the device, or there is no driver.
+        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+    """
+    target = choose_target(files.manifest, target_of(device), f"{files.folder} on {device}")
+    assert device.index is not None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return GpuKernels(files, target, device.index, processors, strict, open_driver(target.backend))
+
+
+def _check(entry: KernelEntry, where: str) -> None:
+    """Refuses a kernel whose interface is not the launcher's: a wrong argument would be read as an address."""
+    for argument in entry.arguments:
+        if ARGUMENT_TYPES.get(argument.name) != argument.type:
+            known = ", ".join(f"{name} {kind}" for name, kind in ARGUMENT_TYPES.items())
+            raise PackageError(f"{where}.arguments", f"any of {known}", f"{argument.name} {argument.type}", _AGAIN)
+    if entry.phase != "reduce" and _FIRST_HEAD not in {argument.name for argument in entry.arguments}:
+        raise PackageError(f"{where}.arguments", f"{_FIRST_HEAD} among them", "none", _AGAIN)
+    for precondition in entry.preconditions:
+        if precondition not in PRECONDITIONS:
+            raise PackageError(
+                f"{where}.preconditions", "conditions that the launcher checks", shown(precondition), _AGAIN
+            )
+    launch = entry.launch
+    if launch is None or len(launch.grid) != 3 or not set(launch.grid) <= set(GRID_AXES):
+        got = "none" if launch is None else shown(launch.grid)
+        raise PackageError(f"{where}.launch", f"a grid of three axes out of {', '.join(GRID_AXES)}", got, _AGAIN)
+    if not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
+        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", shown(launch), _AGAIN)
+    if entry.dtype not in _DTYPES:
+        raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
+    if entry.phase not in PHASES:
+        raise PackageError(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase), _AGAIN)
+    if entry.heads and entry.phase != "prefill":
+        raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", shown(entry.heads), _AGAIN)
+    if bool(entry.table) != any(argument.name in _TABLE for argument in entry.arguments):
+        raise PackageError(
+            f"{where}.table", "one for a kernel that reads it, and for no other", shown(entry.table), _AGAIN
+        )
+    if entry.scratch_bytes:
+        raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
+
+
+def _load(
+    entry: KernelEntry,
+    files: PackageFiles,
+    device: int,
+    driver: Driver,
+    functions: dict[KernelEntry, Function],
+) -> _Kernel:
+    launch = entry.launch
+    assert launch is not None
+    code = replace(entry, layers=(), schedule="")
+    if code not in functions:
+        functions[code] = driver.load(
+            files.files[entry.file],
+            f"{files.folder}/{entry.file}",
+            entry.symbol,
+            [argument.type for argument in entry.arguments],
+            device,
+            launch.threads,
+            launch.shared_bytes,
+        )
+    first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
+    names = tuple(argument.name for argument in entry.arguments)
+    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, range(first, end))
+
+
+def _strides(tensor: torch.Tensor) -> Sequence[int]:
+    """In elements, 0 along an axis of length 1, whose stride says nothing."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False)]
+
+
+def _positions(tensor: torch.Tensor | None, like: torch.Tensor, default: int) -> torch.Tensor:
+    if tensor is None:
+        return like.new_full((like.shape[0],), default, dtype=torch.int64)
+    return tensor.to(device=like.device, dtype=torch.int64).contiguous()

@@ -1,0 +1,203 @@
+"""The torch ops that stand for a packaged attention kernel in eager code, `torch.compile` and `torch.export`."""
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgeon.runtime.errors import PackageError, PatchError
+from surgeon.runtime.kernels.backward import Gradients
+from surgeon.runtime.operands import Operands
+
+if TYPE_CHECKING:
+    from surgeon.runtime.loading import Package
+
+# define/impl on a Library costs a fraction of the custom_op decorator's overhead a call.
+_LIBRARY = torch.library.Library("surgeon", "DEF")
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key, float scale, str package, int layer)"
+_LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
+_LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attention_paged(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor position, Tensor? first_key, float scale, "
+    "str package, int layer) -> Tensor"
+)
+_LIBRARY.define(
+    "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? first_key, float scale, "
+    "str package, int layer) -> Tensor"
+)
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? position, "
+    "Tensor? first_key, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
+)
+
+WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
+"""What to do where there is no backward pass."""
+
+# A package may be loaded more than once: an id is known as long as one of its packages is.
+_packages: dict[str, weakref.WeakSet["Package"]] = {}
+
+
+def register(package: "Package") -> None:
+    """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
+    _packages.setdefault(package.id, weakref.WeakSet()).add(package)
+
+
+def find(package: str) -> "Package":
+    """The loaded package with this id.
+
+    Raises:
+        PackageError: it is not loaded in this process.
+    """
+    found = next(iter(_packages.get(package, ())), None)
+    if found is None:
+        manifest, *options = package.split(":")
+        raise PackageError(
+            "surgeon.attention",
+            f"package {manifest[:12]} loaded" + (f" with {', '.join(options)}" if options else " in this process"),
+            "none with this id",
+            "call surgeon.runtime.load on its folder first, with the same options, and keep the result",
+        )
+    return found
+
+
+def attention(package: "Package", layer: int, operands: Operands) -> torch.Tensor:
+    """The op `surgeon::attention`, or in plain inference what it comes to.
+
+    Torch's dispatcher takes some 50 µs to reach Python code that is no longer in the cache, once a layer and token.
+    """
+    if _is_plain_inference(operands.q, operands.k, operands.v):
+        return package.run(layer, operands)
+    result: torch.Tensor = torch.ops.surgeon.attention(*operands, package.id, layer)
+    return result
+
+
+def attention_paged(package: "Package", layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+    """As `attention`, the op `surgeon::attention_paged` on slots in place of k and v."""
+    q, k, v, *rest = operands
+    if _is_plain_inference(q, k, v, pages):
+        return package.run_paged(layer, operands, pages)
+    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, pages, *rest, package.id, layer)
+    return result
+
+
+def _is_plain_inference(*tensors: torch.Tensor) -> bool:
+    """Whether nothing that torch hooks into its dispatcher has to see the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensors[0].is_meta
+        or torch.is_autocast_enabled(tensors[0].device.type)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or any(type(tensor) is not torch.Tensor for tensor in tensors)
+    )
+
+
+# What the ops come to takes its arguments as they are defined above.
+
+
+def _attention(*arguments: Any) -> torch.Tensor:
+    *operands, package, layer = arguments
+    return find(package).run(layer, Operands(*operands))
+
+
+def _attention_with_lse(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *operands, package, layer = arguments
+    log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return find(package).run(layer, Operands(q, *operands), log_sum_exp), log_sum_exp
+
+
+def _attention_paged(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    *rest, package, layer = arguments
+    return find(package).run_paged(layer, Operands(q, k, v, *rest), pages)
+
+
+def _attention_rotary(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    *rest, package, layer = arguments
+    return find(package).run_rotary(layer, Operands(q, k, v, None, *rest), cos, sin)
+
+
+def _attention_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor | None, *arguments: Any) -> Gradients:
+    *operands, package, layer = arguments
+    return find(package).run_backward(layer, grad_out, grad_lse, Operands(*operands))
+
+
+def _fake_attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty((batch, length, heads, head_dim))
+
+
+def _fake_attention_with_lse(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_attention_backward(
+    _grad_out: torch.Tensor, _grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> Gradients:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001 - torch's names
+    *tensors, ctx.scale, ctx.package, ctx.layer = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(
+    ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    rest = (ctx.scale, ctx.package, ctx.layer)
+    gradients = torch.ops.surgeon.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *rest)
+    return *gradients, *[None] * 5
+
+
+def _no_backward(expected: str, got: str) -> Callable[..., None]:
+    def refuse(_ctx: Any, *_gradients: torch.Tensor) -> None:
+        raise PatchError("surgeon.attention", expected, got, WITHOUT_GRADIENTS)
+
+    return refuse
+
+
+def _under_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The op on q, k and v in autocast's dtype, as torch's own attention: models hand over several dtypes there."""
+
+    def cast_and_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return op(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
+
+    return cast_and_call
+
+
+for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
+    _LIBRARY.impl("attention", _attention, _key)
+    _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
+    _LIBRARY.impl("attention_backward", _attention_backward, _key)
+_LIBRARY.impl("attention_paged", _attention_paged, "CPU")
+_LIBRARY.impl("attention_rotary", _attention_rotary, "CPU")
+for _name, _fake in (
+    ("attention", _fake_attention),
+    ("attention_with_lse", _fake_attention_with_lse),
+    ("attention_paged", _fake_attention),
+    ("attention_rotary", _fake_attention),
+    ("attention_backward", _fake_attention_backward),
+):
+    torch.library.register_fake(f"surgeon::{_name}", _fake, lib=_LIBRARY)
+for _name in ("attention", "attention_with_lse"):
+    torch.library.register_autograd(f"surgeon::{_name}", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+    for _device in ("cpu", "cuda"):
+        _op = getattr(torch.ops.surgeon, _name).default
+        _LIBRARY.impl(_name, _under_autocast(_op, _device), f"Autocast{_device.upper()}")
+# Without these, autograd would drop the gradients in silence.
+for _name, _expected, _got in (
+    ("attention_paged", "a forward pass only", "a call of backward"),
+    ("attention_rotary", "a forward pass only", "a call of backward"),
+    ("attention_backward", "first derivatives only", "a backward pass through a backward pass"),
+):
+    torch.library.register_autograd(f"surgeon::{_name}", _no_backward(_expected, _got), lib=_LIBRARY)

@@ -1,0 +1,165 @@
+"""What a kernel package says of itself: `manifest.json` as frozen dataclasses, its writer and its strict reader.
+
+Source: package format version 1. A kernel is one attention function for one dtype; equal layers share it.
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.package.strict_json import read_plain
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+CPU_ABI_VERSION = 4
+"""Version of the call structure between the runtime and a CPU library."""
+
+_ROOT = {"format": "surgeon.package", "version": 1}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of the model that a topology was learned on.
+
+    `weights_sha256` is the fingerprint of its frozen weights (`surgeon.runtime.fingerprint`), or None for any weights.
+    """
+
+    model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the package: path with forward slashes, relative to the package; size in bytes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a kernel, in binary order: type is "pointer", "i32", "i64", "fp32" or "struct"."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a GPU kernel is launched: threads a program, shared memory in bytes, the meaning of the three grid axes.
+
+    A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one where the first is not aligned),
+    "query_heads", "key_value_heads", "batch", "splits" (parts that the keys of one query are cut into) or "one".
+    """
+
+    grid: tuple[str, ...]
+    tile_rows: int
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelEntry:
+    """One compiled attention function, or a part of one.
+
+    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
+    tables.safetensors, or is empty for a kernel that serves every schedule; `table` is which of a schedule's tables in
+    tables.safetensors it reads, empty where it holds its blocks as code; `launch` is None for a CPU kernel, which is
+    called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what the caller must have
+    checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of queries, or
+    "decode" and "reduce", which together take one. `heads` are the first and the end of the query heads that it is for,
+    empty for all.
+    """
+
+    target: str
+    dtype: str
+    layers: tuple[int, ...]
+    schedule: str
+    file: str
+    symbol: str
+    arguments: tuple[Argument, ...]
+    launch: Launch | None
+    scratch_bytes: int
+    preconditions: tuple[str, ...]
+    phase: str = "any"
+    heads: tuple[int, ...] = ()
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A compiler that made a part of the package, for instance g++ and the first line of its version."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a serving machine must know to verify, load and call the kernels of a package.
+
+    `layers` are those that the topology covers: the model's own attention stays in the others.
+    """
+
+    topology_sha256: str
+    model: ModelShape
+    block_size: int
+    num_blocks: int
+    beyond: str
+    layers: tuple[int, ...]
+    kernels: tuple[KernelEntry, ...]
+    files: tuple[FileEntry, ...]
+    tools: tuple[Tool, ...]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets that the package holds kernels for, sorted."""
+        return tuple(sorted({kernel.target for kernel in self.kernels}))
+
+    def to_json(self) -> str:
+        """The text of manifest.json, the same for equal manifests."""
+        return json.dumps(_ROOT | dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Reads the text of manifest.json.
+
+        Raises:
+            PackageError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
+        """
+        try:
+            root = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PackageError("manifest.json", "JSON", shown(str(error)), "compile the package again") from None
+        if not isinstance(root, dict):
+            raise PackageError("manifest.json", "an object", shown(root), "compile the package again")
+        for key, constant in _ROOT.items():
+            if root.pop(key, None) != constant:
+                raise PackageError(
+                    f"manifest.json: {key}",
+                    repr(constant),
+                    "another value or none",
+                    "compile the package with this version of surgeon",
+                )
+        return typing.cast(Manifest, from_plain(cls, root, "manifest.json"))
+
+
+def from_plain(kind: Any, value: object, where: str) -> object:
+    """Turns parsed JSON into `kind`, one of the dataclasses above or the type of a field of theirs.
+
+    Raises:
+        PackageError: a key is missing or unknown, or a value has another type; `where` is named with the place.
+    """
+    return read_plain(kind, value, where, _fault)
+
+
+def _fault(where: str, expected: str, got: str) -> PackageError:
+    return PackageError(where, expected, got, "compile the package again")

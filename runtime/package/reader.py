@@ -1,0 +1,168 @@
+"""Reads a kernel package from disk and trusts nothing in it.
+
+Source: package format version 1: a folder with manifest.json, which lists every other file with its size and SHA-256.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+
+MANIFEST = "manifest.json"
+MAX_FILES = 100_000
+MAX_FILE_BYTES = 2**30
+MAX_PACKAGE_BYTES = 4 * 2**30
+_AGAIN = "compile the package again"
+
+
+@dataclass(frozen=True)
+class PackageFiles:
+    """A package whose files are in memory, each with the size and hash that the manifest lists.
+
+    `files` maps paths with forward slashes to bytes; `id` is the SHA-256 of manifest.json.
+    """
+
+    folder: Path
+    id: str
+    manifest: Manifest
+    files: Mapping[str, bytes]
+
+
+def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
+    """Reads and verifies every file of a package; nothing in it is executed or imported.
+
+    Raises:
+        PackageError: a file is missing, unlisted, a link, too large, outside the folder or not what the manifest says.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise PackageError(str(root), "a package folder", "a file" if root.exists() else "nothing", "check the path")
+    if not (root / MANIFEST).exists():
+        raise PackageError(
+            str(root), f"a package with {MANIFEST}", "a folder without it", "check the path or " + _AGAIN
+        )
+    text = _read(root, MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        manifest = Manifest.from_json(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise PackageError(f"{root}/{MANIFEST}", "UTF-8 text", "other bytes", _AGAIN) from None
+    _check_listing(root, manifest)
+    files = {entry.path: _read_listed(root, entry) for entry in manifest.files}
+    _check_kernels(root, manifest)
+    return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, MappingProxyType(files))
+
+
+def _check_listing(root: Path, manifest: Manifest) -> None:
+    listed = [entry.path for entry in manifest.files]
+    if len(listed) > MAX_FILES or len(set(listed)) != len(listed):
+        raise PackageError(f"{root}: files", f"at most {MAX_FILES} files, each once", str(len(listed)), _AGAIN)
+    for entry in manifest.files:
+        path = PurePosixPath(entry.path)
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or "\\" in entry.path
+            or "\0" in entry.path
+            or str(path) != entry.path
+        ):
+            raise PackageError(
+                f"{root}: files", "paths inside the package", shown(entry.path), "do not use this package"
+            )
+        if not 0 <= entry.size <= MAX_FILE_BYTES:
+            raise PackageError(f"{root}/{entry.path}", f"at most {MAX_FILE_BYTES} bytes", str(entry.size), _AGAIN)
+    if sum(entry.size for entry in manifest.files) > MAX_PACKAGE_BYTES:
+        raise PackageError(str(root), f"at most {MAX_PACKAGE_BYTES} bytes in all", "more", _AGAIN)
+    for found in _walk(root, ""):
+        if found != MANIFEST and found not in set(listed):
+            raise PackageError(
+                f"{root}/{found}", "only files that the manifest lists", "an unlisted file", "remove it or " + _AGAIN
+            )
+
+
+def _walk(root: Path, below: str) -> Iterator[str]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_symlink():
+                raise PackageError(f"{root}/{path}", "a file or folder", "a symbolic link", "do not use this package")
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(root, path)
+            else:
+                yield path
+
+
+def _read_listed(root: Path, entry: FileEntry) -> bytes:
+    data = _read(root, entry.path, entry.size)
+    if len(data) != entry.size:
+        raise PackageError(f"{root}/{entry.path}", f"{entry.size} bytes", f"{len(data)} bytes", _AGAIN)
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256:
+        raise PackageError(
+            f"{root}/{entry.path}", f"SHA-256 {shown(entry.sha256)}", found, "the file is damaged: " + _AGAIN
+        )
+    return data
+
+
+def _read(root: Path, path: str, limit: int) -> bytes:
+    """The bytes of a regular file, at most one more than `limit`."""
+    where = f"{root}/{path}"
+    try:
+        descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise PackageError(where, "a readable file", error.strerror or str(error), _AGAIN) from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise PackageError(where, "a regular file", "another kind of file", "do not use this package")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise PackageError(where, f"at most {limit} bytes", "more", _AGAIN)
+    return data
+
+
+def _check_kernels(root: Path, manifest: Manifest) -> None:
+    files = {entry.path for entry in manifest.files}
+    for required in ("topology.json", "schedule.safetensors"):
+        if required not in files:
+            raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
+    model = manifest.model
+    if not manifest.layers or not set(manifest.layers) <= set(range(model.num_hidden_layers)):
+        raise PackageError(
+            f"{root}: layers",
+            f"some of the layers 0..{model.num_hidden_layers - 1}",
+            shown(manifest.layers),
+            _AGAIN,
+        )
+    covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
+    for index, kernel in enumerate(manifest.kernels):
+        if kernel.file not in files:
+            raise PackageError(f"{root}: kernels[{index}].file", "a file of the package", shown(kernel.file), _AGAIN)
+        if len(kernel.heads) not in (0, 2):
+            raise PackageError(
+                f"{root}: kernels[{index}].heads", "nothing, or a first and an end", shown(kernel.heads), _AGAIN
+            )
+        layers = covered.setdefault((kernel.target, kernel.dtype, kernel.phase), {})
+        for layer in kernel.layers:
+            layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
+    for (target, dtype, phase), layers in covered.items():
+        where = f"{root}: {phase} kernels for {target} {dtype}"
+        if set(layers) != set(manifest.layers):
+            raise PackageError(
+                where, f"each of {len(manifest.layers)} covered layers once", shown(sorted(layers)), _AGAIN
+            )
+        for layer, groups in layers.items():
+            ends = [0]
+            for first, end in sorted(groups):
+                ends.append(end if first == ends[-1] < end else -1)
+            if ends[-1] != model.num_attention_heads or -1 in ends:
+                raise PackageError(
+                    f"{where}: layer {layer}",
+                    f"each of {model.num_attention_heads} heads once",
+                    shown(sorted(groups)),
+                    _AGAIN,
+                )

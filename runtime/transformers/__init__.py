@@ -1,0 +1,1 @@
+"""All that knows Hugging Face's Transformers: patch, masks, caches, fingerprints."""

@@ -1,0 +1,126 @@
+"""A patched model as one exported program that serves prefill and decoding, its cache among the inputs."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.ops.input_checks import cache_slots
+from surgeon.runtime.transformers import attention as sites
+from surgeon.runtime.transformers.graph.export import exported
+
+
+class ServingStep(torch.nn.Module):
+    """One step of a patched model over tensors alone: a whole prompt, a part of one, or a token a sequence.
+
+    Raises:
+        PatchError: the model is not patched, or not in every layer.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        found = sites.find(model)
+        free = [name for name, module in found if not sites.runs_kernel(module)]
+        if free or not found:
+            raise PatchError(
+                type(model).__name__,
+                "a model that is patched in every layer",
+                f"{free[0]} without a kernel" if free else "one without attention",
+                "call patch(model, package) first, with a package that covers all layers",
+            )
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position: torch.Tensor,
+        kept: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The logits `[batch, kept, vocabulary]` after the new tokens `kept`; their keys and values are put in place.
+
+        `input_ids` is int64 `[batch, new]`, `position` int64 `[batch]` says how many tokens of each sequence the cache
+        holds, and `kept` int64 are indices along the new tokens. `keys` and `values` hold one tensor
+        `[batch, KV heads, capacity, head_dim]` a layer, of which `[:, :, position : position + new]` is written. All
+        are contiguous. Sequences need not be equally long: what pads the shorter ones on the right is never read, and
+        overwritten by the tokens that come next at their own position.
+
+        Raises:
+            PatchError: tensors of other shapes or layouts, or tokens that the cache has no room for.
+        """
+        slots = cache_slots(input_ids, position, kept, [*keys, *values])
+        layers: list[Any] = [_GivenLayer(position, slots, *pair) for pair in zip(keys, values, strict=True)]
+        output = self.model(
+            input_ids=input_ids, position_ids=slots, past_key_values=Cache(layers=layers), logits_to_keep=kept
+        )
+        return cast(torch.Tensor, output.logits)
+
+
+class _GivenLayer(CacheLayerMixin):
+    """A layer's cache in tensors that are given; new tokens of each sequence go to its own slots."""
+
+    def __init__(self, position: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = self._keys, self._values = keys, values
+        self.is_initialized = True
+        self._position = position
+        self._slots = slots
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads = (torch.arange(size, device=key_states.device) for size in key_states.shape[:2])
+        place = (batch[:, None, None], heads[:, None], self._slots[:, None])
+        return self._keys.index_put_(place, key_states), self._values.index_put_(place, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - Transformers' name
+        return self._keys.shape[2], 0
+
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]  # as a static cache's, which counts in one
+        return self._position
+
+    def get_max_length(self) -> int:
+        return self._keys.shape[2]
+
+
+def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    """Exports `ServingStep` of a patched model, with any batch, number of new tokens and capacity of the cache.
+
+    The program has the model's weights, not the package: where it runs, `load` the package first, with the same
+    options, and hold it.
+
+    Raises:
+        PatchError: the model is not patched in every layer, or torch.export cannot trace it.
+    """
+    step = ServingStep(model)
+    config = model.config.get_text_config()
+    any_size = torch.export.Dim.DYNAMIC
+    # Example sizes; no two inputs need agree by chance.
+    batch, new, kept, capacity = 2, 3, 4, 7
+    head_dim = cast(int, sites.find(model)[0][1].head_dim)
+    shape = (batch, config.num_key_value_heads, capacity, head_dim)
+    keys, values = (
+        [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
+        for _ in range(2)
+    )
+    integers = (torch.zeros(size, dtype=torch.int64, device=model.device) for size in ((batch, new), (batch,), (kept,)))
+    dynamic = [{0: any_size, 2: any_size}] * config.num_hidden_layers
+    training = model.training
+    model.eval()
+    try:
+        return exported(
+            step,
+            (*integers, keys, values),
+            ({0: any_size, 1: any_size}, {0: any_size}, {0: any_size}, dynamic, dynamic),
+            "a model that can be traced with any batch, length and cache",
+            "use the patched model itself",
+        )
+    finally:
+        model.train(training)

@@ -1,0 +1,160 @@
+"""The mask of a patched model: not which pairs are visible, which the kernels know, but where each sequence stands.
+
+Transformers asks a mask function once a forward pass for each kind of layers, and hands what it returns to every layer
+of the kind as `attention_mask`. Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first
+query and the first valid key, repeated (in no memory) along the keys, so that its shape says how many keys it was made
+for. Every real mask there is bool or float.
+
+Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask gives.
+"""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.masking_utils import causal_mask_function
+
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.ops import input_checks
+
+MaskFunction = Callable[..., torch.Tensor | None]
+"""What Transformers' AttentionMaskInterface holds."""
+
+
+def beside(own: MaskFunction) -> MaskFunction:
+    """The mask function of a patched model: placements, and masks by `own` for what attends in no kernel.
+
+    That is sliding and chunked layers, which alone have a `local_size`.
+    """
+
+    def mask(*, local_size: int | None = None, **arguments: Any) -> torch.Tensor | None:
+        return placement(**arguments) if local_size is None else own(local_size=local_size, **arguments)
+
+    return mask
+
+
+def placement(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+    **_unused: Any,
+) -> torch.Tensor:
+    """A placement, int64 `[batch, 1, 2, keys]` (see the module), from what Transformers gives a mask function.
+
+    Raises:
+        PatchError: the model asks for anything else than plain causal attention over all keys so far.
+    """
+    if mask_function is not causal_mask_function:
+        raise PatchError(
+            "mask",
+            "plain causal attention",
+            f"{getattr(mask_function, '__qualname__', 'another mask')}: sliding, packed, bidirectional or overlaid",
+            "pass an attention_mask and no packed position_ids, or unpatch the model for such calls",
+        )
+    if kv_offset != 0:
+        raise PatchError(
+            "past_key_values",
+            "a cache that holds every token since the first",
+            f"one whose first key is token {kv_offset}",
+            "use a DynamicCache or StaticCache without a sliding window",
+        )
+    if isinstance(q_offset, torch.Tensor):
+        position = q_offset.to(device=device, dtype=torch.int64).expand(batch_size)
+    else:
+        position = torch.full((batch_size,), q_offset, dtype=torch.int64, device=device)
+    if attention_mask is None:
+        first_key = torch.zeros_like(position)
+    elif attention_mask.ndim == 2 and attention_mask.shape[1] > kv_length:
+        raise PatchError(
+            "attention_mask",
+            f"at most {kv_length} keys, as there are",
+            f"{attention_mask.shape[1]}",
+            "pass the cache that the mask belongs to",
+        )
+    elif attention_mask.ndim == 2:
+        if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
+            raise input_checks.too_short(attention_mask, batch_size, q_offset + q_length)
+        first_key = input_checks.first_key(attention_mask, position, q_length)
+    else:
+        raise PatchError(
+            "attention_mask",
+            "two dimensions [batch, keys]",
+            f"{attention_mask.ndim} dimensions",
+            "pass 1 for tokens and 0 for padding on the left",
+        )
+    # The stack copies: a static cache counts on in the tensor that it gives as offset.
+    pair = torch.stack((position, first_key), dim=1)
+    return pair[:, None, :, None].expand(batch_size, 1, 2, kv_length)
+
+
+def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position of the first query and first valid key, each int64 `[batch]`, from the placement that a layer was given.
+
+    Raises:
+        PatchError: it is no placement, or it was made for another number of keys.
+    """
+    if mask is None:
+        raise PatchError(
+            "attention_mask",
+            "the placement that the model makes in its forward",
+            "None",
+            "call the model, not one of its layers",
+        )
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.int64 or mask.ndim != 4 or mask.shape[2] != 2:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise PatchError(
+            "attention_mask",
+            "a mask of two dimensions [batch, keys]",
+            f"a mask of its own: {got}",
+            "pass 1 for tokens and 0 for padding on the left, or unpatch the model for such calls",
+        )
+    if mask.shape[3] != num_keys:
+        raise PatchError(
+            "attention_mask",
+            f"{num_keys} keys, as the layer has",
+            f"{mask.shape[3]}",
+            "pass the cache that the mask belongs to, and one whose layers have equal lengths",
+        )
+    position, first_key = mask[..., 0].squeeze(1).unbind(dim=1)
+    return position, first_key
+
+
+def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
+    """What `own` makes for full attention, where a layer that no kernel runs was given a placement.
+
+    Raises:
+        PatchError: as `unpack`.
+    """
+    if not isinstance(mask, torch.Tensor) or torch.compiler.is_compiling():
+        return _dense(mask, query, key, own)
+    made = _MADE.setdefault(mask, {})
+    wanted = own, query.shape[2], key.shape[2], query.dtype
+    if wanted not in made:
+        made[wanted] = _dense(mask, query, key, own)
+    return made[wanted]
+
+
+# A forward pass gives all its layers one placement: what was made of it is kept as long as that is.
+_MADE: MutableMapping[torch.Tensor, dict[object, torch.Tensor | None]] = WeakTensorKeyDictionary()
+
+
+def _dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
+    queries, keys = query.shape[2], key.shape[2]
+    position, first_key = unpack(mask, keys)
+    column = torch.arange(keys, device=position.device)
+    return own(
+        batch_size=position.shape[0],
+        q_length=queries,
+        kv_length=keys,
+        q_offset=position[0],  # of all sequences alike, as Transformers counts it
+        attention_mask=(column >= first_key[:, None]) & (column < position[:, None] + queries),
+        dtype=query.dtype,
+        device=position.device,
+    )

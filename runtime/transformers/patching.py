@@ -1,0 +1,100 @@
+"""Puts compiled attention into a Transformers model and takes it out again."""
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.loading import Package
+from surgeon.runtime.transformers import attention as sites
+from surgeon.runtime.transformers.compatibility import LeftLayer, check_fit
+from surgeon.runtime.transformers.tensor_parallel import local_kv_heads
+
+_ATTRIBUTE = "_surgeon_patch"
+_LOG = logging.getLogger("surgeon")
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `unpatch` needs: the original config, the module attributes that held it, and the bound modules."""
+
+    config: PreTrainedConfig
+    holders: tuple[tuple[torch.nn.Module, str], ...]
+    bound: tuple[torch.nn.Module, ...]
+
+
+def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
+    """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
+
+    Returns the layers that keep the attention they have: those of another kind, and those that the topology does not
+    cover. generate(), caches, chunked prefill and left padding work as before. Of a tensor-parallel model, each process
+    patches its own part. All is checked first: after an error the model is as it was. The model gets a config of its
+    own, so another model made from the same config object keeps its attention; what is changed in that config while
+    patched is gone after `unpatch`.
+
+    Raises:
+        PatchError: the package does not fit the model, or the model or a part of it is patched already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, _ATTRIBUTE) or sites.is_bound(module):
+            raise PatchError(
+                name or type(model).__name__,
+                "a model that is not patched",
+                "a patched one",
+                "call unpatch(model) first",
+            )
+    left = check_fit(model, package)
+    original = model.config
+    own = copy.deepcopy(original)
+    own._attn_implementation = sites.IMPLEMENTATIONS.get(original._attn_implementation, "surgeon")
+    found = [module for _, module in sites.find(model)]
+    bound = tuple(module for module in found if sites.layer_type(original, sites.layer_of(module)) == sites.FULL)
+    alone = [module for module in found if module not in bound]  # they keep the config, and so their attention
+    holders = tuple(
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if value is original and module not in alone
+    )
+    uncovered = {layer.layer for layer in left}
+    part = package.part(local_kv_heads(sites.find(model), package.manifest.model))
+    sites.register()
+    for module, name in holders:
+        setattr(module, name, own)
+    for module in bound:
+        sites.bind(module, sites.Site(None if sites.layer_of(module) in uncovered else part, sites.layer_of(module)))
+    setattr(model, _ATTRIBUTE, _Patch(original, holders, bound))
+    model._supports_flash_attn = False  # else continuous batching would quietly put FlashAttention in our place
+    for layer in left:
+        _LOG.info("layer %d keeps its attention: %s", layer.layer, layer.reason)
+    return left
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Takes the kernels out again: the model has its original config object and attention back.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    record: _Patch | None = getattr(model, _ATTRIBUTE, None)
+    if record is None:
+        raise PatchError(
+            type(model).__name__,
+            "a patched model",
+            "one that is not",
+            "pass the model that patch(model, package) was given",
+        )
+    for module, name in record.holders:
+        setattr(module, name, record.config)
+    for module in record.bound:
+        sites.release(module)
+    for name in ("_supports_flash_attn", _ATTRIBUTE):
+        delattr(model, name)
+
+
+def is_patched(model: torch.nn.Module) -> bool:
+    """Whether `patch` has been called on this model and `unpatch` has not since."""
+    return hasattr(model, _ATTRIBUTE)

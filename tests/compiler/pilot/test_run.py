@@ -1,0 +1,130 @@
+"""`surgeon pilot`: equal windows of equal density, what it writes and prints, and how it ends."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import sparse_topology, tiny_config, tiny_llama
+from surgeon.compiler import compile_package
+from surgeon.compiler.cli.main import main
+from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.pilot.run import density_at, spread, window_baseline
+from surgeon.compiler.topology.topology import SparseHead
+from surgeon.runtime.errors import ModelError
+from surgeon.runtime.evaluate.pilot_file import read_pilot
+from topologies import dense_topology, random_topology, window_topology
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_package(sparse_topology(), tmp_path_factory.mktemp("pilot") / "kernels", dtypes=("fp32",))
+
+
+def command(folder: Path, package: Path, out: Path, *more: str) -> list[str]:
+    text = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
+    size = ["--length", "96", "--sequences", "2", "--passkeys", "1", "--rounds", "1", "--out", str(out)]
+    return ["pilot", str(folder / "model"), str(package), *text, *size, *more]
+
+
+@pytest.mark.parametrize("length", [512, 500, 1024])
+def test_the_windows_are_equal_and_as_dense(length: int) -> None:
+    topology = random_topology(
+        np.random.default_rng(3), num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, block_size=16, num_blocks=32
+    )
+    baseline = window_baseline(topology, length)
+    heads = [head for layer in baseline.layers for head in layer]
+    windows = [head.window for head in heads if isinstance(head, SparseHead)]
+    assert len(windows) == 12
+    assert max(windows) - min(windows) <= 1
+    wanted, found = density_at(topology, length), density_at(baseline, length)
+    blocks = math.ceil(length / 16)
+    assert wanted - 1 / 12 / (blocks + 1) * 2 < found <= wanted + 1e-12
+
+
+def test_windows_of_windows_are_the_same_windows() -> None:
+    topology = window_topology([3, 3], num_layers=2)
+    assert list(window_baseline(topology, 512).layers) == list(topology.layers)
+    assert density_at(window_baseline(dense_topology(), 512), 512) == 1
+    assert density_at(window_baseline(window_topology([1], sink=0), 512), 512) == pytest.approx(1 / 4.5)
+
+
+def test_sequences_are_spread_over_a_text() -> None:
+    text = TokenText("a", "", torch.arange(105))
+    assert [int(each[0, 0]) for each in spread(text, 10, 3)] == [0, 30, 60]
+    assert len(spread(text, 10, 99)) == 10
+    with pytest.raises(ModelError, match="at least 106 tokens"):
+        spread(text, 106, 1)
+
+
+def test_it_writes_its_file_prints_a_table_and_passes(
+    folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pilot.json"
+    assert main(command(folder, package, out, "--max-ppl-ratio", "50", "--min-speedup", "0.0001")) == 0
+    printed = capsys.readouterr().out
+    assert "perplexity, times dense" in printed
+    assert "met: perplexity ratio" in printed
+    pilot = read_pilot(out)
+    assert [file.name for file in tmp_path.iterdir()] == ["pilot.json"]
+    assert [column.name for column in pilot.columns] == ["dense", "patched", "window"]
+    assert [(text.name, text.sequences) for text in pilot.texts] == [("a.txt", 2), ("b.txt", 2)]
+    assert pilot.columns[1].topology_sha256 == sparse_topology().sha256
+    assert pilot.columns[1].density == pytest.approx(density_at(sparse_topology(), 96))
+    assert pilot.columns[1].density - pilot.columns[2].density < 0.05
+    assert len(pilot.columns[2].passkeys) == 10
+    assert pilot.weights_unchanged
+    assert pilot.passed
+
+
+def test_a_missed_threshold_is_status_3(
+    folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pilot.json"
+    more = ("--no-window", "--max-ppl-ratio", "0.0001", "--min-speedup", "100000", "--json", "--passkeys", "0")
+    assert main(command(folder, package, out, *more)) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads(out.read_text())
+    assert [threshold["met"] for threshold in said["thresholds"]] == [False, False]
+    assert [column["name"] for column in said["columns"]] == ["dense", "patched"]
+
+
+def test_bad_input_is_one_line_and_status_2(
+    folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0\1")
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "short").write_text("1 2 3")
+    tiny_llama(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    out = tmp_path / "pilot.json"
+    whole = command(folder, package, out)
+
+    def instead(old: object, new: object) -> list[str]:
+        return [str(new) if argument == str(old) else argument for argument in whole]
+
+    cases = [
+        ([*whole[:3], "--out", str(out)], "required: --text"),
+        ([*whole, "--text", str(tmp_path / "binary")], "expected UTF-8 text"),
+        ([*whole, "--text", str(tmp_path / "empty")], "got an empty file"),
+        ([*whole, "--text", str(tmp_path / "short")], "expected at least 96 tokens"),
+        ([*whole, "--text", str(tmp_path / "missing")], "expected a readable text file"),
+        ([*whole, "--length", "4096"], "the model's context"),
+        ([*whole, "--max-ppl-ratio", "nan"], "expected a number above 0, got 'nan'"),
+        ([*whole, "--out", str(tmp_path / "no" / "pilot.json")], "a folder that exists"),
+        (instead(folder / "model", tmp_path / "model"), "num_hidden_layers"),
+        (instead(folder / "model", tmp_path), "a causal language model"),
+        (instead(package, tmp_path), "a package with manifest.json"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert not out.exists()

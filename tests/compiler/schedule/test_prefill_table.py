@@ -1,0 +1,151 @@
+"""What tiles of several rows of blocks read, as a table and as decision trees, against the definition of visibility."""
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import topologies
+from strategies import checked_topologies
+from surgeon.compiler.kernels.gpu.decision_tree import Leaf, Tree
+from surgeon.compiler.kernels.gpu.segment_trees import Place, SegmentTrees, num_leaves, segment_trees
+from surgeon.compiler.schedule.prefill_table import prefill_table
+from surgeon.compiler.schedule.schedule import UNBOUNDED, schedule_layers
+from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.compiler.topology.topology import Topology
+
+Value = TypeVar("Value")
+Segments = list[tuple[int, int, int]]
+TILES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 4)]
+
+
+def from_table(table: SegmentTable, head: int, row: int, own: int) -> tuple[Segments, int]:
+    """The segments of a row of tiles, and how many of them are seen by all, read as a kernel reads them."""
+    first, middle, end = table.plans[table.rows[head, min(row, table.rows.shape[1] - 1)]].tolist()
+    segments = [
+        (begin + own * (follows & 1), end + own * (follows >> 1), readers)
+        for begin, end, follows, readers in table.segments[first:end].tolist()
+    ]
+    return segments, middle - first
+
+
+def from_trees(trees: SegmentTrees, head: int, row: int, own: int) -> tuple[Segments, int]:
+    """The same, decided as a kernel decides it."""
+    pattern = decide(trees.pattern, head=head)
+    plan = decide(trees.plan, pattern=pattern, row=row)
+    segments: Segments = []
+    shared = None
+    length, end = 0, at(plan.shared, own) + at(plan.masked, own)
+    while length < end:
+        if length == at(plan.shared, own):
+            shared = len(segments)
+        leaf = decide(trees.segment, segment=plan.first_segment + len(segments))
+        segments.append((at(leaf.begin, own), at(leaf.end, own), leaf.readers))
+        length += segments[-1][1] - segments[-1][0]
+    assert length == end
+    assert shared is not None  # the tile's own keys are never among them
+    return segments, shared
+
+
+def decide(tree: Tree[Value], **variables: int) -> Value:
+    while not isinstance(tree, Leaf):
+        tree = tree.below if variables[tree.variable] < tree.bound else tree.above
+    return tree.value
+
+
+def at(place: Place, own: int) -> int:
+    return place.offset + place.times * own
+
+
+def visible(
+    segments: Segments, shared: int, rows: int, blocks: int, row: int, num_blocks: int
+) -> npt.NDArray[np.bool_]:
+    """Which blocks a tile reads for each of its rows, with causality, `[rows, num_blocks]`."""
+    own = row * rows // blocks
+    seen = np.zeros((rows, num_blocks), dtype=np.bool_)
+    everyone = (1 << rows * blocks) - 1
+    places = [place for begin, end, _ in segments for place in range(begin, end)]
+    assert len(set(places)) == len(places), "a unit is read twice"
+    for number, (begin, end, readers) in enumerate(segments):
+        assert 0 <= begin < end <= own + rows // blocks
+        assert -(2**31) <= readers < 2**31
+        assert readers != 0
+        if number < shared:
+            assert readers & everyone == everyone
+            assert end <= own
+        for tile_row in range(rows):
+            for block in range(blocks):
+                if readers >> tile_row * blocks + block & 1:
+                    seen[tile_row, begin * blocks + block : end * blocks : blocks] = True
+    causal = np.arange(num_blocks) <= row * rows + np.arange(rows)[:, None]
+    return seen & causal
+
+
+def check(topology: Topology, rows: int, blocks: int, num_tiles: int) -> None:
+    num_blocks = num_tiles * rows
+    limit = topology.num_blocks if topology.beyond == "error" else UNBOUNDED
+    for index, layer in enumerate(schedule_layers(topology)[:2]):
+        if not layer.heads:  # not covered, and so without a kernel
+            continue
+        table = prefill_table(layer, rows, blocks)
+        trees = segment_trees(table, range(len(layer.heads)))
+        expected = topology.block_mask(index, min(num_blocks, limit))
+        for head in range(len(layer.heads)):
+            for row in range(num_tiles):
+                own = row * rows // blocks
+                read, shared = from_table(table, head, row, own)
+                assert from_trees(trees, head, row, own) == (read, shared)
+                found = visible(read, shared, rows, blocks, row, num_blocks)
+                there = expected[head, row * rows : (row + 1) * rows]  # fewer where the topology refuses the rest
+                np.testing.assert_array_equal(found[: len(there), : there.shape[1]], there)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), TILES)
+@pytest.mark.parametrize("beyond", ["window", "dense", "error"])
+def test_tiles_read_what_the_definition_says_and_nothing_twice(rows: int, blocks: int, beyond: str) -> None:
+    topology = topologies.random_topology(
+        np.random.default_rng(rows + 10 * blocks),
+        num_layers=1,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        block_size=16,
+        num_blocks=21,
+        beyond=beyond,
+    )
+    check(topology, rows, blocks, num_tiles=-(-21 // rows) + (0 if beyond == "error" else 2))
+
+
+@settings(max_examples=40)
+@given(checked_topologies(max_blocks=9), st.sampled_from(TILES))
+def test_any_topology(topology: Topology, tile: tuple[int, int]) -> None:
+    rows, blocks = tile
+    beyond = 0 if topology.beyond == "error" else topology.num_blocks // 2 + 2 * rows
+    check(topology, rows, blocks, num_tiles=-(-(topology.num_blocks + beyond) // rows))
+
+
+def test_a_window_is_a_few_segments_that_move_with_the_tile() -> None:
+    (layer,) = schedule_layers(topologies.window_topology([4], sink=2, num_blocks=8))
+    table = prefill_table(layer, rows=2, blocks=1)
+    segments, shared = from_table(table, 0, 20, 40)
+    assert segments == [(0, 2, 3), (38, 40, 3), (37, 38, 1), (40, 42, 3)]
+    assert shared == 2
+
+
+def test_the_table_does_not_grow_with_the_length() -> None:
+    small, large = (
+        prefill_table(schedule_layers(topologies.window_topology([2, 5, 30], num_blocks=blocks))[0], 4, 2)
+        for blocks in (64, 1024)
+    )
+    assert np.array_equal(small.rows, large.rows)
+    assert np.array_equal(small.segments, large.segments)
+
+
+def test_leaves_are_counted() -> None:
+    (layer,) = schedule_layers(topologies.window_topology([4, 4], sink=2, num_blocks=8))
+    table = prefill_table(layer, rows=2, blocks=1)
+    assert table.rows.tolist() == [[0, 1, 1, 2]] * 2
+    assert num_leaves(table, 0) == num_leaves(table, 1) == 3 + len(table.segments)

@@ -1,0 +1,51 @@
+"""Packages for tests of what reads them: written as the compiler does, of kernels that no processor could run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgeon.compiler.kernels.cpu.render import X86_64
+from surgeon.compiler.package.write import write_package
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source, SourceFile
+from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.interface import INTERFACES
+from surgeon.runtime.package.manifest import KernelEntry, Launch, Tool
+from surgeon.runtime.package.target import Target
+
+CODE = b"\x7fELF, and nothing more"
+
+
+def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -> Path:
+    """A package with every dtype of every target: for a CPU one library, for a GPU a prefill kernel a schedule."""
+    layers = schedule_layers(topology)
+    sources, binaries = [], []
+    for target in map(Target.parse, targets):
+        specs = specialize(topology, layers, target)
+        files = (
+            tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if target.backend == "cpu" else ()
+        )
+        sources.append(Source(target, specs, files))
+        binaries += (
+            [_library(specs)] if target.backend == "cpu" else [_code(spec, d) for spec in specs for d in spec.dtypes]
+        )
+    return write_package(folder, topology, sources, binaries)
+
+
+def _library(specs: Sequence[KernelSpec]) -> Binary:
+    path = "cpu/attention.so"
+    entries = tuple(
+        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, 0, ())
+        for spec in specs
+        for dtype in spec.dtypes
+    )
+    return Binary(path, CODE, entries, (Tool("g++", "g++ (Debian) 12"),))
+
+
+def _code(spec: KernelSpec, dtype: str) -> Binary:
+    path, interface = f"{spec.target.folder}/{spec.name}.{dtype}.bin", INTERFACES["prefill", False]
+    launch = Launch(interface.grid, 64, 128, 0)
+    entry = KernelEntry(
+        str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, 0, (), "prefill"
+    )
+    return Binary(path, CODE, (entry,), (Tool("triton", "3.9.0"),))

@@ -1,0 +1,89 @@
+"""Calls of prefill kernels in Triton's interpreter, beside the fp64 reference."""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import reference
+from surgeon.compiler.kernels.gpu.prefill import render_triton, tiling
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.specs.artifacts import KernelSpec, Source
+from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.target import Target
+from triton_interpreter import Call, launch
+
+TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
+
+
+def kernel_spec(topology: Topology, target: str = "cuda:90") -> KernelSpec:
+    """The kernel of the topology's first layer."""
+    return specialize(topology, schedule_layers(topology), Target.parse(target))[0]
+
+
+def render_whole(spec: KernelSpec) -> Source:
+    """The source of a layer whose heads are all in one kernel."""
+    (source,) = render_triton([spec])
+    return source
+
+
+def make_call(
+    topology: Topology,
+    *,
+    length: int,
+    positions: Sequence[int] = (0,),
+    first_keys: Sequence[int] = (0,),
+    spare_keys: int = 0,
+    dtype: str = "float32",
+    target: str = "cuda:90",
+    seed: int = 0,
+) -> Call:
+    """Random q, k, v for the first layer, where every key and value that no query may read is NaN."""
+    spec = kernel_spec(topology, target)
+    source = render_whole(spec)
+    rng = np.random.default_rng(seed)
+    batch, model = len(positions), topology.model
+    filled = max(positions) + length
+    q = rng.standard_normal((batch, length, model.num_attention_heads, model.head_dim))
+    k, v = rng.standard_normal((2, batch, model.num_key_value_heads, filled + spare_keys, model.head_dim))
+    for sequence, (position, first_key) in enumerate(zip(positions, first_keys, strict=True)):
+        for tensor in (k, v):
+            tensor[sequence, :, :first_key] = np.nan
+            tensor[sequence, :, position + length :] = np.nan
+    call = Call(
+        text=source.files[0].text,
+        name=Path(source.files[0].path).stem,
+        tile_rows=tiling(spec).query_tile,
+        q=q.astype(dtype),
+        k=k.astype(dtype),
+        v=v.astype(dtype),
+        position=np.array(positions, dtype=np.int64),
+        first_key=np.array(first_keys, dtype=np.int64),
+        scale=model.head_dim**-0.5,
+    )
+    if source.table is None:
+        return call
+    table = source.table.of(spec.schedule)
+    return replace(call, table=(table.rows, table.plans, table.segments))
+
+
+def expected(topology: Topology, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp in fp64."""
+    q = torch.from_numpy(call.q).transpose(1, 2)
+    k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
+    return reference.attention(topology, 0, q, k, v, call.position.tolist(), call.first_key.tolist(), call.scale)
+
+
+def check(pool: Executor, topology: Topology, call: Call) -> Any:
+    """Runs the call and compares it with the reference; gives the output."""
+    out, lse = pool.submit(launch, call, True).result()
+    expected_out, expected_lse = expected(topology, call)
+    assert np.isfinite(out).all()
+    assert reference.relative_error(torch.from_numpy(out), expected_out) <= TOLERANCE[call.q.dtype.name]
+    np.testing.assert_allclose(lse, expected_lse.numpy(), rtol=1e-5, atol=1e-5)
+    return out

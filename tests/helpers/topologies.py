@@ -1,0 +1,182 @@
+"""Topologies for tests: made as JSON documents and read by parse_topology, so that every one is a checked one."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.topology import Topology
+
+DENSE = {"dense": True}
+HUGE_CUT = 1e9
+NUM_BLOCKS = 8
+
+
+class Shape(TypedDict, total=False):
+    """What all heads of a topology share. `document` says what each is where it is left out."""
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    num_blocks: int
+    beyond: str
+
+
+def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1) -> dict[str, Any]:
+    """A sparse head; by default it sees its own block only."""
+    return {"dendrogram": dendrogram, "cut": cut, "sink": sink, "window": window}
+
+
+def tree(num_blocks: int, rng: np.random.Generator, contiguous: bool) -> list[list[float]]:
+    """Linkage rows of a random binary tree with ties; merges neighbours or, where not contiguous, any two nodes."""
+    nodes = [(block, 1) for block in range(num_blocks)]
+    rows: list[list[float]] = []
+    height = 0.0
+    while len(nodes) > 1:
+        height += float(rng.choice([0.0, 0.25, 1.0]))
+        if contiguous:
+            left = int(rng.integers(len(nodes) - 1))
+            right = left + 1
+        else:
+            left, right = sorted(rng.choice(len(nodes), size=2, replace=False).tolist())
+        count = nodes[left][1] + nodes[right][1]
+        rows.append([nodes[left][0], nodes[right][0], height, count])
+        nodes[left] = (num_blocks + len(rows) - 1, count)
+        del nodes[right]
+    return rows
+
+
+def balanced_tree(num_blocks: int) -> list[list[float]]:
+    """Linkage rows of the tree over equal contiguous halves; node heights count the levels from the blocks."""
+    nodes = [(block, 1) for block in range(num_blocks)]
+    rows: list[list[float]] = []
+    height = 0
+    while len(nodes) > 1:
+        height += 1
+        above = []
+        for (left, left_count), (right, right_count) in zip(nodes[::2], nodes[1::2], strict=False):
+            rows.append([left, right, height, left_count + right_count])
+            above.append((num_blocks + len(rows) - 1, left_count + right_count))
+        nodes = above + nodes[2 * len(above) :]
+    return rows
+
+
+def paths(num_blocks: int, arity: int, depth: int, rng: np.random.Generator) -> list[list[int]]:
+    """Random digits, one row a block; clusters are not contiguous and some paths may be equal."""
+    digits: list[list[int]] = rng.integers(arity, size=(num_blocks, depth)).tolist()
+    return digits
+
+
+def document(
+    layers: Sequence[Sequence[dict[str, Any]]],
+    dendrograms: Sequence[dict[str, Any]] = (),
+    *,
+    num_kv_heads: int = 1,
+    head_dim: int = 32,
+    block_size: int = 64,
+    num_blocks: int = NUM_BLOCKS,
+    beyond: str = "window",
+) -> dict[str, Any]:
+    """The object of a topology.json whose `layers` are lists of heads, without any where a layer is not covered."""
+    return {
+        "format": "surgeon.topology",
+        "version": 1,
+        "model": {
+            "model_type": "llama",
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": max(map(len, layers)),
+            "num_key_value_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "weights_sha256": None,
+        },
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "dendrograms": [dict(tree) for tree in dendrograms],
+        "layers": [{"heads": [dict(head) for head in heads]} if heads else None for heads in layers],
+        "beyond": beyond,
+        "provenance": {},
+    }
+
+
+def build(
+    layers: Sequence[Sequence[dict[str, Any]]], dendrograms: Sequence[dict[str, Any]] = (), **shape: Unpack[Shape]
+) -> Topology:
+    """The checked topology of `document`, which takes the same arguments."""
+    return parse_topology(json.dumps(document(layers, dendrograms, **shape)))
+
+
+def example() -> dict[str, Any]:
+    """A small valid document with both kinds of heads and both kinds of trees."""
+    heads = [head(0, 1.0, 1, 2), DENSE, head(1, 2.0), head()]
+    trees: list[dict[str, Any]] = [
+        {"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]},
+        {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2},
+    ]
+    return document([heads, heads[::-1]], trees, num_kv_heads=2, num_blocks=3)
+
+
+def random_topology(
+    rng: np.random.Generator,
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_blocks: int,
+    **shape: Unpack[Shape],
+) -> Topology:
+    """Mixes all that a head can be: dense, singletons, one cluster, windows, cuts of contiguous and scattered, binary
+    and p-ary trees, with several sinks and windows. Every kind turns up once before one turns up again.
+    """
+    trees: list[dict[str, Any]] = [
+        {"linkage": tree(num_blocks, rng, contiguous=True)},
+        {"linkage": tree(num_blocks, rng, contiguous=False)},
+        {"paths": paths(num_blocks, 2, 4, rng), "arity": 2},
+        {"paths": sorted(paths(num_blocks, 3, 3, rng)), "arity": 3},
+        {"paths": paths(num_blocks, 5, 2, rng), "arity": 5},
+    ]
+    kinds = [-1, *range(len(trees)), -2, *range(len(trees)), -3]
+    heads: list[dict[str, Any]] = []
+    order: list[int] = []
+    while len(heads) < num_layers * num_heads:
+        order = order or rng.permutation(kinds).tolist()
+        kind = order.pop()
+        sink, window = int(rng.integers(4)), int(rng.choice([1, 1, 1, 2, 3, 6]))
+        if kind == -1:
+            heads.append(DENSE)
+        elif kind == -2:
+            heads.append(head(int(rng.integers(len(trees))), 0.0, sink, window))
+        elif kind == -3:
+            heads.append(head(int(rng.integers(len(trees))), HUGE_CUT, sink, window))
+        else:
+            heads.append(head(kind, _random_cut(trees[kind], rng), sink, window))
+    layers = [heads[begin : begin + num_heads] for begin in range(0, len(heads), num_heads)]
+    return build(layers, trees, num_blocks=num_blocks, **shape)
+
+
+def _random_cut(tree: dict[str, Any], rng: np.random.Generator) -> float:
+    """One of the tree's heights or 0, low ones more often: high cuts see nearly everything."""
+    if "paths" in tree:
+        return float(min(rng.integers(len(tree["paths"][0]) + 1, size=2)))
+    return float(min(rng.choice([0.0, *(row[2] for row in tree["linkage"])], size=2)))
+
+
+def window_topology(windows: Sequence[int], *, sink: int = 1, num_layers: int = 1, **shape: Unpack[Shape]) -> Topology:
+    """Sink and window heads without clusters, one for each entry of `windows`, equal in all layers."""
+    return _equal_layers([head(0, 0.0, sink, window) for window in windows], num_layers, shape)
+
+
+def dense_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
+    """Every head dense: the model itself."""
+    return build([[DENSE] * num_heads] * num_layers, **shape)
+
+
+def one_cluster_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
+    """Every head's cut above the root: dense up to num_blocks by way of the tree, and beyond it by way of `beyond`."""
+    return _equal_layers([head(0, HUGE_CUT)] * num_heads, num_layers, Shape(beyond="dense") | shape)
+
+
+def _equal_layers(heads: Sequence[dict[str, Any]], num_layers: int, shape: Shape) -> Topology:
+    """The same heads in all layers, over one balanced tree."""
+    linkage = balanced_tree(shape.get("num_blocks", NUM_BLOCKS))
+    return build([heads] * num_layers, [{"linkage": linkage}], **shape)

@@ -1,0 +1,316 @@
+"""The launch contract: what the launcher hands to a kernel, which kernels it launches, what the kernels rely on."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_calls import (
+    BLOCK,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    PROCESSORS,
+    STREAM,
+    TARGETS,
+    arguments,
+    by_any_way,
+    entry_of,
+    kernels,
+    launches,
+    second_kv_head,
+    tensors,
+    topology,
+)
+from gpu_standin import Standin
+from no_waiting import NoWaiting
+from surgeon.compiler import compile_package
+from surgeon.compiler.kernels.gpu.decision_tree import num_leaves
+from surgeon.compiler.schedule.decode_table import decode_table
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.runtime.errors import PatchError, TopologyError
+from surgeon.runtime.kernels.gpu.driver import Driver
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.reader import PackageFiles, read_package
+
+pytest.importorskip("triton")
+
+
+def test_a_launch_hands_over_every_argument_bit_by_bit(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    q, k, v = tensors(q_length=150, k_length=400)
+    position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
+    lse = torch.empty((2, HEADS, 150))
+    standin.log()
+    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
+    (launch,) = launches(standin)
+    assert arguments(entry_of(files, backend), launch) == {
+        "q": q.data_ptr(),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "out": out.data_ptr(),
+        "lse": lse.data_ptr(),
+        "first_key": first_key.data_ptr(),
+        "position": position.data_ptr(),
+        "q_batch_stride": 150 * HEADS * HEAD_DIM,
+        "q_head_stride": HEAD_DIM,
+        "q_token_stride": HEADS * HEAD_DIM,
+        "k_batch_stride": KV_HEADS * 400 * HEAD_DIM,
+        "k_head_stride": 400 * HEAD_DIM,
+        "k_token_stride": HEAD_DIM,
+        "v_batch_stride": KV_HEADS * 400 * HEAD_DIM,
+        "v_head_stride": 400 * HEAD_DIM,
+        "v_token_stride": HEAD_DIM,
+        "num_queries": 150,
+        "first_kv_head": 0,
+        "num_kv_heads": KV_HEADS,
+        "write_lse": 1,
+        "scale": 0.125,
+        "global_scratch": 0,
+        "profile_scratch": 0,
+    }
+    assert out.shape == (2, 150, HEADS, HEAD_DIM)
+    assert out.is_contiguous()
+    geometry = entry_of(files, backend).launch
+    assert geometry is not None
+    assert launch["grid"] == [HEADS, 2, -(-150 // geometry.tile_rows) + 1]
+    assert launch["block"] == [geometry.threads, 1, 1]
+    assert (launch["shared"], launch["stream"]) == (geometry.shared_bytes, STREAM)
+
+
+def test_positions_that_are_not_given_follow_from_the_lengths(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+    new_full = torch.Tensor.new_full
+    monkeypatch.setattr(
+        torch.Tensor, "new_full", lambda *args, **options: made.append(new_full(*args, **options)) or made[-1]
+    )
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    gpu.attend(0, Operands(*tensors(3, 300), None, None, 1.0))
+    position, first_key = made
+    assert (position.tolist(), first_key.tolist()) == ([297, 297], [0, 0])
+    (launch,) = launches(standin)
+    found = arguments(entry_of(files, backend), launch)
+    assert (found["position"], found["first_key"]) == (position.data_ptr(), first_key.data_ptr())
+    assert (found["lse"], found["write_lse"]) == (0, 0)
+
+
+def test_32_bit_positions_are_widened(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    position = torch.tensor([5, 6], dtype=torch.int32)
+    keep: list[torch.Tensor] = []
+    to = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda *args, **options: keep.append(to(*args, **options)) or keep[-1])
+        gpu.attend(0, Operands(*tensors(2, 300), position, None, 1.0))
+    (launch,) = launches(standin)
+    address = arguments(entry_of(files, backend), launch)["position"]
+    assert list((ctypes.c_int64 * 2).from_address(int(address))) == [5, 6]
+
+
+def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = tensors(q_length=1, k_length=700)
+    position, first_key = torch.tensor([600, 650]), torch.tensor([0, 7])
+    lse = torch.empty((2, HEADS, 1))
+    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
+    decode, reduce = launches(standin)
+    splits = 2 * PROCESSORS // (2 * KV_HEADS)
+    assert decode["grid"] == [KV_HEADS, 2, splits]
+    assert reduce["grid"] == [HEADS, 2, 1]
+    assert decode["stream"] == reduce["stream"] == STREAM
+    first = arguments(entry_of(files, backend, "decode"), decode)
+    second = arguments(entry_of(files, backend, "reduce"), reduce)
+    assert {name: first[name] for name in ("q", "k", "v", "position", "first_key", "scale")} == {
+        "q": q.data_ptr(),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "position": position.data_ptr(),
+        "first_key": first_key.data_ptr(),
+        "scale": 0.125,
+    }
+    assert first["k_head_stride"] == 700 * HEAD_DIM
+    assert (first["partial"], first["partial_lse"]) == (second["partial"], second["partial_lse"])
+    assert (second["out"], second["lse"], second["write_lse"]) == (out.data_ptr(), lse.data_ptr(), 1)
+    assert second["num_splits"] == splits
+    table = decode_table(schedule_layers(topology())[1])
+    for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
+        found = (ctypes.c_int32 * expected.size).from_address(int(first[f"table_{name}"]))
+        assert list(found) == expected.flatten().tolist()
+    assert (first["num_table_rows"], first["first_kv_head"]) == (table.rows.shape[1], 0)
+
+
+def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = second_kv_head(q_length=150)
+    out = gpu.attend(1, Operands(q, k, v, None, None, 1.0), first_kv_head=1)
+    (launch,) = launches(standin)
+    assert launch["grid"][:2] == [HEADS // KV_HEADS, 2]
+    found = arguments(entry_of(files, backend), launch)
+    assert [found[name] for name in ("q", "k", "v", "out")] == [tensor.data_ptr() for tensor in (q, k, v, out)]
+    assert (found["first_kv_head"], found["num_kv_heads"], found["k_batch_stride"]) == (1, 1, k.stride(0))
+    assert out.shape == (2, 150, HEADS // KV_HEADS, HEAD_DIM)
+
+    gpu.attend(1, Operands(*second_kv_head(q_length=1), None, None, 1.0), first_kv_head=1)
+    decode, reduce = launches(standin)
+    splits = 2 * PROCESSORS // 2  # fewer heads leave each more of the device
+    assert decode["grid"] == [1, 2, splits]
+    assert reduce["grid"] == [HEADS // KV_HEADS, 2, 1]
+    found = arguments(entry_of(files, backend, "decode"), decode)
+    table = decode_table(schedule_layers(topology())[1])
+    rows = (ctypes.c_int32 * table.rows.size).from_address(int(found["table_rows"]))
+    assert list(rows) == table.rows.flatten().tolist()  # the whole's, of which the kernel takes its own
+    assert found["first_kv_head"] == 1
+    assert arguments(entry_of(files, backend, "reduce"), reduce)["num_splits"] == splits
+
+
+@by_any_way
+def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
+    backend: str, driver: Driver, standin: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = max(map(num_leaves, schedule_layers(topology())[0].heads))
+    monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", leaves)
+    split = read_package(compile_package(topology(), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"]))
+    entries = [entry for entry in split.manifest.kernels if entry.phase == "prefill"]
+    assert [entry.heads for entry in entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    gpu = kernels(split, backend, driver)
+    standin.log()
+    out = gpu.attend(1, Operands(*tensors(5, 300), None, None, 1.0))
+    found = launches(standin)
+    assert [launch["grid"][:2] for launch in found] == [[1, 2]] * 4
+    assert len({launch["function"] for launch in found}) == 4
+    assert {arguments(entry_of(split, backend), launch)["out"] for launch in found} == {out.data_ptr()}
+
+    gpu.attend(1, Operands(*second_kv_head(q_length=5), None, None, 1.0), first_kv_head=1)
+    part = launches(standin)
+    assert [launch["function"] for launch in part] == [launch["function"] for launch in found[2:]]
+    assert [launch["grid"][:2] for launch in part] == [[1, 2]] * 2
+
+
+@pytest.mark.parametrize(("k_length", "splits"), [(1, 1), (129, 2), (100_000, 6)])
+@pytest.mark.parametrize("way", ["cuda"])
+def test_short_sequences_are_cut_into_fewer_splits(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, k_length: int, splits: int
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    gpu.attend(0, Operands(*tensors(1, k_length, batch=1), None, None, 1.0))
+    assert launches(standin)[0]["grid"] == [KV_HEADS, 1, splits]
+
+
+@by_any_way
+@pytest.mark.parametrize("q_length", [1, 5])
+def test_a_launch_never_waits_for_the_device(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, q_length: int
+) -> None:
+    gpu = kernels(files, backend, driver)
+    position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
+    standin.log()
+    with NoWaiting():
+        gpu.attend(1, Operands(*tensors(q_length, 300), position, first_key, 1.0))
+    assert launches(standin)
+
+
+# What the kernels rely on
+
+
+def misaligned(shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    flat = torch.arange(torch.Size(shape).numel() + offset, dtype=torch.float32).to(torch.bfloat16)
+    return flat[offset:].view(shape)
+
+
+def unfit() -> dict[str, torch.Tensor]:
+    """Keys that break one precondition each."""
+    shape = (2, KV_HEADS, 300, HEAD_DIM)
+    return {
+        "address": misaligned(shape, offset=1),
+        "token stride": torch.randn(2, KV_HEADS, 300, HEAD_DIM + 8).to(torch.bfloat16)[..., :HEAD_DIM],
+        "dim stride": torch.randn(2, KV_HEADS, HEAD_DIM, 300).to(torch.bfloat16).transpose(2, 3),
+    }
+
+
+@by_any_way
+@pytest.mark.parametrize("fault", unfit())
+def test_tensors_that_do_not_fit_are_copied_or_refused(
+    files: PackageFiles,
+    backend: str,
+    driver: Driver,
+    standin: Standin,
+    fault: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, _, v = tensors(2, 300)
+    k = unfit()[fault]
+    strict = kernels(files, backend, driver)
+    with pytest.raises(PatchError, match=r"attention: k: expected an address that is a multiple of 16"):
+        strict.attend(0, Operands(q, k, v, None, None, 1.0))
+
+    copies: list[torch.Tensor] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda *args, **options: copies.append(clone(*args, **options)) or copies[-1]
+    )
+    lenient = kernels(files, backend, driver, strict=False)
+    standin.log()
+    lenient.attend(0, Operands(q, k, v, None, None, 1.0))
+    lenient.attend(0, Operands(q, k, v, None, None, 1.0))
+    copy = copies[0]
+    assert torch.equal(copy, k)
+    found = arguments(entry_of(files, backend), launches(standin)[0])
+    assert found["k"] == copy.data_ptr()
+    assert found["k"] % 16 == 0
+    assert found["k_token_stride"] == HEAD_DIM
+    assert len(caplog.records) == 1
+    assert "attention: k is copied at every call" in caplog.text
+
+
+@by_any_way
+def test_the_stride_of_an_axis_of_one_does_not_matter(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin
+) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    q, k, v = tensors(2, 300, batch=1)
+    odd = k.as_strided(k.shape, (7, *k.stride()[1:]))
+    gpu.attend(0, Operands(q, odd, v, None, None, 1.0))
+    found = arguments(entry_of(files, backend), launches(standin)[0])
+    assert (found["k"], found["k_batch_stride"]) == (k.data_ptr(), 0)
+
+
+@by_any_way
+def test_nothing_is_launched_for_nothing(files: PackageFiles, backend: str, driver: Driver, standin: Standin) -> None:
+    gpu = kernels(files, backend, driver)
+    standin.log()
+    assert gpu.attend(0, Operands(*tensors(0, 300), None, None, 1.0)).shape == (2, 0, HEADS, HEAD_DIM)
+    assert gpu.attend(0, Operands(*tensors(5, 300, batch=0), None, None, 1.0)).shape == (0, 5, HEADS, HEAD_DIM)
+    assert standin.log() == []
+
+
+@by_any_way
+def test_fewer_keys_than_queries(files: PackageFiles, backend: str, driver: Driver) -> None:
+    with pytest.raises(TopologyError, match=r"expected at most 3 queries, as keys, got 5"):
+        kernels(files, backend, driver).attend(0, Operands(*tensors(5, 3), None, None, 1.0))
+
+
+@by_any_way
+def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: Standin, tmp_path: Path) -> None:
+    out = compile_package(topology("error"), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"])
+    gpu = kernels(read_package(out), backend, driver)
+    limit = 8 * BLOCK
+    with pytest.raises(TopologyError, match=rf"expected at most {limit} tokens.*got {limit + 1}"):
+        gpu.attend(0, Operands(*tensors(4, limit + 1), None, None, 1.0))
+    left = gpu.attend(0, Operands(*tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0))
+    assert left.isnan().all()  # the kernel, which does not run here, fills in what the topology covers
