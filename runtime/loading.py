@@ -1,28 +1,21 @@
 """Loads a verified package: kernels ready to be called, found by layer and dtype."""
 
-import copy
-import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import cached_property
 from typing import cast
 
 import torch
 
 from surgeon.runtime.cache.liveness import Liveness, read_liveness
-from surgeon.runtime.errors import PatchError, shown
-from surgeon.runtime.kernels import backward
-from surgeon.runtime.kernels.devices import DeviceKernels, placed
-from surgeon.runtime.operands import Operands, check, check_paged, check_rotary
-from surgeon.runtime.ops import attention as ops
-from surgeon.runtime.ops import input_checks as inputs  # noqa: F401 - graphs that are loaded hold the ops of inputs
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.kernels.devices import placed
+from surgeon.runtime.kernels.run import LayerKernels
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.ops import input_checks  # noqa: F401 - graphs that are loaded hold its ops
+from surgeon.runtime.ops.attention import attention
+from surgeon.runtime.ops.registry import register
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import PackageFiles, read_package
-from surgeon.runtime.package.schedule import HeadSchedule, read_schedules
-
-_LOG = logging.getLogger("surgeon")
-_PART = ":kv_heads="
 
 
 def load(
@@ -46,7 +39,7 @@ def load(
     files = read_package(folder)
     if device is None:
         device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
-    package = Package(files, strict, cpu_variant)
+    package = Package(files, LayerKernels(files, strict, cpu_variant))
     package.prepare(device)
     return package
 
@@ -54,28 +47,36 @@ def load(
 class Package:
     """The loaded kernels of one topology. Made by `load`; safe to call from several threads."""
 
-    def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
-        # What the ops find it by: two loads of one package that would answer a call differently have different ids.
-        options = (*(("strict",) if strict else ()), *((cpu_variant,) if cpu_variant else ()))
-        self.id: str = ":".join((files.id, *options))
+    def __init__(self, files: PackageFiles, kernels: LayerKernels) -> None:
         self.manifest: Manifest = files.manifest
-        self.kv_heads = range(files.manifest.model.num_key_value_heads)
-        self.strict = strict
-        self._shape = files.manifest.model
+        self.kernels = kernels
         self._files = files
-        self._devices = DeviceKernels(files, strict, cpu_variant)
-        self._warned: set[torch.dtype] = set()
-        ops.register(self)
+        register(kernels)
+
+    @property
+    def id(self) -> str:
+        """What the torch ops find it by: the SHA-256 of the manifest, and the options of `load` that change an answer."""
+        return self.kernels.id
+
+    @property
+    def kv_heads(self) -> range:
+        """The KV heads of each layer that it runs."""
+        return self.kernels.kv_heads
+
+    @property
+    def strict(self) -> bool:
+        """Whether a call that would fall back on something else is an error."""
+        return self.kernels.strict
 
     @property
     def cpu_variant(self) -> str:
         """The instruction set that the CPU's kernels run on."""
-        return self._devices.cpu.variant
+        return self.kernels.devices.cpu.variant
 
     @property
     def cpu_variants(self) -> tuple[str, ...]:
         """Those that this processor could run."""
-        return self._devices.cpu.variants
+        return self.kernels.devices.cpu.variants
 
     def explain(self, layer: int, length: int) -> str:
         """Whether a CPU prefill of `length` tokens runs on the kernel or as dense attention, and why, in one line.
@@ -83,8 +84,8 @@ class Package:
         Raises:
             PatchError: there is no such layer.
         """
-        self._check_layer(layer)
-        return self._devices.cpu.dense_rows.explain(layer, length)
+        self.kernels.check_layer(layer)
+        return self.kernels.devices.cpu.dense_rows.explain(layer, length)
 
     def prepare(self, device: str | torch.device) -> None:
         """Loads a device's kernels, if they are not; else its first call does, which must not be in a captured graph.
@@ -93,7 +94,7 @@ class Package:
             PackageError: the kernels are damaged or of another version.
             TargetError: the package holds none for the device, or the machine has no such device.
         """
-        self._devices.on(placed(device))
+        self.kernels.devices.on(placed(device))
 
     def dtypes_on(self, device: str | torch.device) -> tuple[torch.dtype, ...]:
         """The dtypes that the package has kernels in for a device, which is prepared.
@@ -101,7 +102,7 @@ class Package:
         Raises:
             PackageError, TargetError: as `prepare`.
         """
-        return self._devices.on(placed(device)).dtypes
+        return self.kernels.devices.on(placed(device)).dtypes
 
     def part(self, kv_heads: range) -> "Package":
         """This package for some of each layer's KV heads and their query heads alone: q, k and v then hold no others.
@@ -122,13 +123,7 @@ class Package:
             )
         if kv_heads == self.kv_heads:
             return self
-        part = copy.copy(self)
-        part.kv_heads = kv_heads
-        heads = shape.num_attention_heads // shape.num_key_value_heads * len(kv_heads)
-        part._shape = replace(shape, num_attention_heads=heads, num_key_value_heads=len(kv_heads))
-        part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
-        ops.register(part)
-        return part
+        return Package(self._files, self.kernels.part(kv_heads))
 
     def liveness(self) -> Mapping[int, Liveness]:
         """Every layer's last readers: which blocks of a cache no later row reads.
@@ -162,7 +157,7 @@ class Package:
             PatchError: shapes, dtypes or devices that do not fit the package.
             TopologyError: a position outside k, or beyond what the topology covers.
         """
-        return ops.attention(self, layer, _operands(q, k, v, scale, position, first_key))
+        return attention(self.kernels, layer, _operands(q, k, v, scale, position, first_key))
 
     def attention_with_lse(
         self,
@@ -177,105 +172,6 @@ class Package:
         """As `attention`, with the natural logarithm of each query's sum of exponentials, fp32 `[B,Hq,Sq]`."""
         arguments = (*_operands(q, k, v, scale, position, first_key), self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
-
-    def run(self, layer: int, operands: Operands, log_sum_exp: torch.Tensor | None = None) -> torch.Tensor:
-        """What the torch ops call: checks the operands against the package and runs the kernel.
-
-        `log_sum_exp`, fp32 `[B,Hq,Sq]`, is filled where it is given.
-
-        Raises:
-            PatchError: shapes, dtypes or devices that do not fit the package.
-            PackageError, TargetError: as `prepare`, when it is the first call on the device.
-        """
-        check(operands, self._shape)
-        self._check_layer(layer)
-        kernels = self._devices.on(operands.q.device)
-        taken = self._in_one_of(kernels.dtypes, operands)
-        out = kernels.attend(layer, taken, log_sum_exp, self.kv_heads.start)
-        return out if taken is operands else out.to(operands.q.dtype)
-
-    def run_paged(self, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
-        """As `run` on the CPU, on a cache that holds a part of the blocks, each in a slot somewhere.
-
-        k and v are `[slots, block_size, D]`; `pages`, int32 `[B, Hkv, blocks]`, is the slot of each block of each KV
-        head, counted from the first valid key, and -1 for a block that is not held, which no query may read.
-
-        Raises:
-            PatchError: shapes, dtypes or devices that do not fit, or a query reads a block that is not held.
-        """
-        self._check_layer(layer)
-        check_paged(operands, pages, self._shape, self.manifest.block_size)
-        kernels = self._devices.cpu
-        taken = self._in_one_of(kernels.dtypes, operands)
-        return kernels.attend_paged(layer, taken, pages, self.kv_heads.start).to(operands.q.dtype)
-
-    def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As `run` on the CPU, on queries and keys of whole sequences that the kernel rotates itself.
-
-        cos and sin are `[B or 1, length, D]`; rotated is x * cos + rotate_half(x) * sin, as in Llama.
-
-        Raises:
-            PatchError: shapes, dtypes or devices that do not fit the package or each other.
-        """
-        check_rotary(operands, cos, sin, self._shape)
-        self._check_layer(layer)
-        kernels = self._devices.cpu
-        taken = self._in_one_of(kernels.dtypes, operands)
-        # One layout for both: the kernel takes one pair of strides.
-        cos, sin = (table.to(taken.q.dtype).contiguous().expand(taken.q.shape[0], -1, -1) for table in (cos, sin))
-        return kernels.attend(layer, taken, None, self.kv_heads.start, (cos, sin)).to(operands.q.dtype)
-
-    def run_backward(
-        self, layer: int, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, operands: Operands
-    ) -> backward.Gradients:
-        """The gradients of q, k and v of a call of `run` on the CPU, from those of its results.
-
-        Raises:
-            PatchError: shapes or dtypes that do not fit the package, or tensors that are not on the CPU.
-        """
-        check(operands, self._shape)
-        self._check_layer(layer)
-        if operands.q.device.type != "cpu":
-            raise PatchError(
-                "surgeon.attention",
-                "tensors on the CPU in a backward pass",
-                str(operands.q.device),
-                ops.WITHOUT_GRADIENTS,
-            )
-        heads = self._shape.num_attention_heads
-        first = self.kv_heads.start * heads // len(self.kv_heads)
-        schedules = self._schedules[layer][first : first + heads]
-        return backward.gradients(schedules, self.manifest.block_size, grad_out, grad_lse, operands)
-
-    @cached_property
-    def _schedules(self) -> dict[int, tuple[HeadSchedule, ...]]:
-        return read_schedules(self._files)
-
-    def _check_layer(self, layer: int) -> None:
-        if layer not in self.manifest.layers:
-            raise PatchError(
-                "attention: layer",
-                f"one of the layers {shown(self.manifest.layers)} that the package covers",
-                str(layer),
-                "correct the index",
-            )
-
-    def _in_one_of(self, dtypes: tuple[torch.dtype, ...], operands: Operands) -> Operands:
-        """The operands, in a wider dtype where there is no kernel for theirs, which loses nothing of them."""
-        dtype = operands.q.dtype
-        if dtype in dtypes:
-            return operands
-        if self.strict or dtype not in (torch.bfloat16, torch.float16) or torch.float32 not in dtypes:
-            raise PatchError(
-                "attention: q",
-                "one of " + ", ".join(map(str, dtypes)),
-                str(dtype),
-                "convert the tensors, or compile the package with that --dtype",
-            )
-        if dtype not in self._warned:
-            self._warned.add(dtype)
-            _LOG.warning("package %s has no %s kernels: calls run in float32", self.id[:12], dtype)
-        return operands.to(torch.float32)
 
 
 def _operands(

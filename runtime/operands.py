@@ -26,6 +26,13 @@ class Operands(NamedTuple):
         return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of q, k and v, in their shapes."""
+
+WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
+"""What to do where there is no backward pass."""
+
+
 def check(operands: Operands, shape: ModelShape) -> None:
     """Refuses operands of another shape, dtype or device than kernels for heads of this `shape` take.
 

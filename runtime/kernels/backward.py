@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.runtime.operands import Operands
+from surgeon.runtime.operands import Gradients, Operands
 from surgeon.runtime.package.schedule import HeadSchedule
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of q, k and v, in their shapes."""
 
 
 def gradients(

@@ -1,17 +1,14 @@
 """The torch ops that stand for a packaged attention kernel in eager code, `torch.compile` and `torch.export`."""
 
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from surgeon.runtime.errors import PackageError, PatchError
-from surgeon.runtime.kernels.backward import Gradients
-from surgeon.runtime.operands import Operands
-
-if TYPE_CHECKING:
-    from surgeon.runtime.loading import Package
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands
+from surgeon.runtime.ops.plain_inference import is_plain_inference
+from surgeon.runtime.ops.registry import Runner, find
 
 # define/impl on a Library costs a fraction of the custom_op decorator's overhead a call.
 _LIBRARY = torch.library.Library("surgeon", "DEF")
@@ -31,69 +28,25 @@ _LIBRARY.define(
     "Tensor? first_key, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
 )
 
-WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
-"""What to do where there is no backward pass."""
 
-# A package may be loaded more than once: an id is known as long as one of its packages is.
-_packages: dict[str, weakref.WeakSet["Package"]] = {}
-
-
-def register(package: "Package") -> None:
-    """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
-    _packages.setdefault(package.id, weakref.WeakSet()).add(package)
-
-
-def find(package: str) -> "Package":
-    """The loaded package with this id.
-
-    Raises:
-        PackageError: it is not loaded in this process.
-    """
-    found = next(iter(_packages.get(package, ())), None)
-    if found is None:
-        manifest, *options = package.split(":")
-        raise PackageError(
-            "surgeon.attention",
-            f"package {manifest[:12]} loaded" + (f" with {', '.join(options)}" if options else " in this process"),
-            "none with this id",
-            "call surgeon.runtime.load on its folder first, with the same options, and keep the result",
-        )
-    return found
-
-
-def attention(package: "Package", layer: int, operands: Operands) -> torch.Tensor:
+def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
     """The op `surgeon::attention`, or in plain inference what it comes to.
 
     Torch's dispatcher takes some 50 µs to reach Python code that is no longer in the cache, once a layer and token.
     """
-    if _is_plain_inference(operands.q, operands.k, operands.v):
+    if is_plain_inference(operands.q, operands.k, operands.v):
         return package.run(layer, operands)
     result: torch.Tensor = torch.ops.surgeon.attention(*operands, package.id, layer)
     return result
 
 
-def attention_paged(package: "Package", layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+def attention_paged(package: Runner, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
     """As `attention`, the op `surgeon::attention_paged` on slots in place of k and v."""
     q, k, v, *rest = operands
-    if _is_plain_inference(q, k, v, pages):
+    if is_plain_inference(q, k, v, pages):
         return package.run_paged(layer, operands, pages)
     result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, pages, *rest, package.id, layer)
     return result
-
-
-def _is_plain_inference(*tensors: torch.Tensor) -> bool:
-    """Whether nothing that torch hooks into its dispatcher has to see the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or tensors[0].is_meta
-        or torch.is_autocast_enabled(tensors[0].device.type)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        or any(type(tensor) is not torch.Tensor for tensor in tensors)
-    )
 
 
 # What the ops come to takes its arguments as they are defined above.

@@ -3,28 +3,21 @@
 Source: `transformers.modeling_utils`, AttentionInterface and the arguments that attention modules give.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from surgeon.runtime.errors import PatchError, shown
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
-from surgeon.runtime.ops import attention as ops
+from surgeon.runtime.ops.attention import attention as attend_with
 from surgeon.runtime.transformers import masks
-from surgeon.runtime.transformers.paged_states import PagedStates
-
-IMPLEMENTATIONS = {"sdpa": "surgeon", "eager": "surgeon_eager"}
-"""The name of our attention in `config._attn_implementation`, by that of the one in the layers that no kernel runs."""
-
-FULL = "full_attention"
-"""The layer type, as Transformers names it, of the layers that kernels can run."""
+from surgeon.runtime.transformers.layers import IMPLEMENTATIONS, own_attention
+from surgeon.runtime.transformers.paged_layer import PagedStates
 
 _ATTRIBUTE = "_surgeon_site"
 _OWN_MASKS: dict[str, masks.MaskFunction] = {"sdpa": sdpa_mask, "eager": eager_mask}
@@ -43,36 +36,6 @@ class Site:
 
     package: Package | None
     layer: int
-
-
-def layer_type(config: PreTrainedConfig, layer: int) -> str:
-    """What a layer attends to, in Transformers' words: FULL, "sliding_attention", "linear_attention" and so on.
-
-    Source: `transformers.cache_utils`, which makes a cache's layers by the same rules.
-    """
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return str(types[layer]) if layer < len(types) else FULL
-    if getattr(config, "sliding_window", None) is not None:
-        return "sliding_attention"
-    return FULL if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
-
-
-def find(model: torch.nn.Module) -> tuple[tuple[str, torch.nn.Module], ...]:
-    """The model's attention modules and their names, in the order of the modules.
-
-    Known by what every decoder's attention in Transformers has: a layer's index and whether it is causal.
-    """
-    return tuple(
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
-    )
-
-
-def layer_of(module: torch.nn.Module) -> int:
-    """The layer that an attention module is in."""
-    return cast(int, module.layer_idx)
 
 
 def bind(module: torch.nn.Module, site: Site) -> None:
@@ -94,14 +57,6 @@ def runs_kernel(module: torch.nn.Module) -> bool:
     """Whether the module's attention is a kernel of a package."""
     site: Site | None = getattr(module, _ATTRIBUTE, None)
     return site is not None and site.package is not None
-
-
-def own_attention(module: torch.nn.Module, implementation: str) -> Callable[..., Any] | None:
-    """The attention function that a module calls under "sdpa" or "eager"; None for any other, or if it has none."""
-    if implementation == "eager":  # Transformers has it in no registry: it stands beside the module's class
-        names: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
-        return names.get("eager_attention_forward")
-    return cast(Callable[..., Any], sdpa_attention_forward) if implementation == "sdpa" else None
 
 
 def register() -> None:
@@ -163,4 +118,4 @@ def attention(
         operands = Operands(query, key.new_keys, key.new_values, position, first_key, scale)
         return key.layer.attend(operands, site.package), None
     operands = Operands(query, key, value, position, first_key, scale)
-    return ops.attention(site.package, site.layer, operands), None
+    return attend_with(site.package.kernels, site.layer, operands), None

@@ -8,8 +8,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surgeon.runtime.errors import PatchError, TargetError, shown
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
-from surgeon.runtime.transformers import attention as sites
 from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.layers import (
+    FULL,
+    IMPLEMENTATIONS,
+    find_attention,
+    layer_of,
+    layer_type,
+    own_attention,
+)
 from surgeon.runtime.transformers.offload import running_device
 
 
@@ -23,7 +30,7 @@ class LeftLayer:
     @property
     def reason(self) -> str:
         """Why, in a few words."""
-        return "not covered by the topology" if self.layer_type == sites.FULL else self.layer_type
+        return "not covered by the topology" if self.layer_type == FULL else self.layer_type
 
 
 def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]:
@@ -108,7 +115,7 @@ def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, .
     left = tuple(
         LeftLayer(layer, layer_type)
         for layer, layer_type in enumerate(types)
-        if layer_type != sites.FULL or layer not in covered
+        if layer_type != FULL or layer not in covered
     )
     if len(left) == len(types):
         raise PatchError(
@@ -119,13 +126,11 @@ def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, .
             "the model with sliding_window=None",
         )
     implementation = model.config._attn_implementation
-    for name, module in sites.find(model):
-        if sites.layer_of(module) in {layer.layer for layer in left} and not sites.own_attention(
-            module, implementation
-        ):
+    for name, module in find_attention(model):
+        if layer_of(module) in {layer.layer for layer in left} and not own_attention(module, implementation):
             raise PatchError(
                 f"{name}, which keeps its attention",
-                f"one of {', '.join(sites.IMPLEMENTATIONS)}",
+                f"one of {', '.join(IMPLEMENTATIONS)}",
                 shown(implementation),
                 "call model.set_attn_implementation with one of these, or cover every layer",
             )
@@ -133,14 +138,14 @@ def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, .
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
-    return [sites.layer_type(config, layer) for layer in range(config.num_hidden_layers)]
+    return [layer_type(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
     types = _layer_types(model.config)
-    full = [layer for layer, layer_type in enumerate(types) if layer_type == sites.FULL]
-    found = sites.find(model)
-    layers = [sites.layer_of(module) for _, module in found]
+    full = [layer for layer, layer_type in enumerate(types) if layer_type == FULL]
+    found = find_attention(model)
+    layers = [layer_of(module) for _, module in found]
     if [layer for layer in layers if layer not in range(len(types)) or layer in full] != full:
         raise PatchError(
             type(model).__name__,
@@ -149,12 +154,12 @@ def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
             "patch the whole model, with all its layers",
         )
     for name, module in found:
-        if sites.layer_of(module) in full:
+        if layer_of(module) in full:
             _check_site(name, module, model.config, shape)
         elif getattr(module, "sliding_window", None) is None:
             raise PatchError(
                 f"{name}.sliding_window",
-                f"the window of a layer that model.config calls {types[sites.layer_of(module)]!r}",
+                f"the window of a layer that model.config calls {types[layer_of(module)]!r}",
                 "none",
                 "this model does not heed its layer types, and cannot be patched",
             )
@@ -185,8 +190,8 @@ def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, sh
 
 
 def _check_kernels(model: PreTrainedModel, package: Package, left: set[int]) -> None:
-    for name, module in sites.find(model):
-        for path, weight in () if sites.layer_of(module) in left else module.named_parameters():
+    for name, module in find_attention(model):
+        for path, weight in () if layer_of(module) in left else module.named_parameters():
             device = running_device(module.get_submodule(path.rpartition(".")[0]))
             if device.type not in ("cpu", "cuda"):
                 raise PatchError(

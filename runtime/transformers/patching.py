@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
-from surgeon.runtime.transformers import attention as sites
+from surgeon.runtime.transformers.attention import Site, bind, is_bound, register, release
 from surgeon.runtime.transformers.compatibility import LeftLayer, check_fit
+from surgeon.runtime.transformers.layers import FULL, IMPLEMENTATIONS, find_attention, layer_of, layer_type
 from surgeon.runtime.transformers.tensor_parallel import local_kv_heads
 
 _ATTRIBUTE = "_surgeon_patch"
@@ -39,7 +40,7 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
         PatchError: the package does not fit the model, or the model or a part of it is patched already.
     """
     for name, module in model.named_modules():
-        if hasattr(module, _ATTRIBUTE) or sites.is_bound(module):
+        if hasattr(module, _ATTRIBUTE) or is_bound(module):
             raise PatchError(
                 name or type(model).__name__,
                 "a model that is not patched",
@@ -49,9 +50,9 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     left = check_fit(model, package)
     original = model.config
     own = copy.deepcopy(original)
-    own._attn_implementation = sites.IMPLEMENTATIONS.get(original._attn_implementation, "surgeon")
-    found = [module for _, module in sites.find(model)]
-    bound = tuple(module for module in found if sites.layer_type(original, sites.layer_of(module)) == sites.FULL)
+    own._attn_implementation = IMPLEMENTATIONS.get(original._attn_implementation, "surgeon")
+    found = [module for _, module in find_attention(model)]
+    bound = tuple(module for module in found if layer_type(original, layer_of(module)) == FULL)
     alone = [module for module in found if module not in bound]  # they keep the config, and so their attention
     holders = tuple(
         (module, name)
@@ -60,12 +61,12 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
         if value is original and module not in alone
     )
     uncovered = {layer.layer for layer in left}
-    part = package.part(local_kv_heads(sites.find(model), package.manifest.model))
-    sites.register()
+    part = package.part(local_kv_heads(find_attention(model), package.manifest.model))
+    register()
     for module, name in holders:
         setattr(module, name, own)
     for module in bound:
-        sites.bind(module, sites.Site(None if sites.layer_of(module) in uncovered else part, sites.layer_of(module)))
+        bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module)))
     setattr(model, _ATTRIBUTE, _Patch(original, holders, bound))
     model._supports_flash_attn = False  # else continuous batching would quietly put FlashAttention in our place
     for layer in left:
@@ -90,7 +91,7 @@ def unpatch(model: PreTrainedModel) -> None:
     for module, name in record.holders:
         setattr(module, name, record.config)
     for module in record.bound:
-        sites.release(module)
+        release(module)
     for name in ("_supports_flash_attn", _ATTRIBUTE):
         delattr(model, name)
 

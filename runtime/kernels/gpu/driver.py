@@ -1,4 +1,4 @@
-"""How compiled GPU code is loaded and launched: one contract, with a back end for each way to the driver."""
+"""The contract of a driver, which loads and launches compiled GPU code; each way to one is a module of its own."""
 
 import ctypes
 from collections.abc import Sequence
@@ -41,23 +41,6 @@ class Driver(Protocol):
             PackageError: the driver does not take the code, or finds no such kernel in it.
             TargetError: the device has less shared memory, or there is none of this number.
         """
-
-
-def open_driver(backend: str) -> Driver:
-    """The driver for "cuda", by cuda.core where that is installed and by ctypes where it is not, or for "hip".
-
-    Raises:
-        TargetError: the machine has no such driver.
-    """
-    from surgeon.runtime.kernels.gpu.driver_ctypes import CudaDriver, HipDriver
-
-    if backend == "hip":
-        return HipDriver()
-    try:
-        from surgeon.runtime.kernels.gpu.driver_cuda_core import CudaCoreDriver
-    except ImportError:
-        return CudaDriver()
-    return CudaCoreDriver()
 
 
 def no_code(where: str, got: str) -> PackageError:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
-from surgeon.runtime.kernels.gpu.driver import Driver, Function, open_driver
+from surgeon.runtime.kernels.gpu.driver import Driver, Function
+from surgeon.runtime.kernels.gpu.open_driver import open_driver
 from surgeon.runtime.kernels.gpu.segment_tables import SegmentTable, read_tables
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.manifest import KernelEntry, Manifest

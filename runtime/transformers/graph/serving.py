@@ -9,8 +9,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops.input_checks import cache_slots
-from surgeon.runtime.transformers import attention as sites
+from surgeon.runtime.transformers.attention import runs_kernel
 from surgeon.runtime.transformers.graph.export import exported
+from surgeon.runtime.transformers.layers import find_attention
 
 
 class ServingStep(torch.nn.Module):
@@ -22,8 +23,8 @@ class ServingStep(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        found = sites.find(model)
-        free = [name for name, module in found if not sites.runs_kernel(module)]
+        found = find_attention(model)
+        free = [name for name, module in found if not runs_kernel(module)]
         if free or not found:
             raise PatchError(
                 type(model).__name__,
@@ -104,7 +105,7 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     any_size = torch.export.Dim.DYNAMIC
     # Example sizes; no two inputs need agree by chance.
     batch, new, kept, capacity = 2, 3, 4, 7
-    head_dim = cast(int, sites.find(model)[0][1].head_dim)
+    head_dim = cast(int, find_attention(model)[0][1].head_dim)
     shape = (batch, config.num_key_value_heads, capacity, head_dim)
     keys, values = (
         [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]

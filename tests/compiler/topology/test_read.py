@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import strategies
 import topologies
+from surgeon.compiler.topology import read
 from surgeon.compiler.topology.read import parse_topology, read_topology
-from surgeon.compiler.topology.topology import DenseHead, SparseHead, Topology, read
+from surgeon.compiler.topology.topology import DenseHead, SparseHead, Topology
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 from topology_faults import FAULTS, Fault

@@ -155,7 +155,7 @@ def test_second_derivatives_are_refused(package: Package) -> None:
 def test_tensors_of_a_gpu_are_refused(package: Package) -> None:
     tensors = [on_gpu(tensor.detach()) for tensor in inputs(40, 40, torch.float32)]
     with pytest.raises(PatchError, match="expected tensors on the CPU in a backward pass, got cuda:0"):
-        package.run_backward(0, tensors[0].transpose(1, 2), None, Operands(*tensors, None, None, 0.2))
+        package.kernels.run_backward(0, tensors[0].transpose(1, 2), None, Operands(*tensors, None, None, 0.2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,11 +15,11 @@ from surgeon.compiler.learn.measure.sparse import block_sparse_attention
 from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.learn.patterns.to_topology import spelled
 from surgeon.compiler.learn.patterns.windows import window_patterns
+from surgeon.compiler.learn.ultrametric import descent
 from surgeon.compiler.learn.ultrametric.descent import Schedule, masks_at
 from surgeon.compiler.learn.ultrametric.digits import (
     collapsed_logits,
     depth_for,
-    descent,
     expected_distances,
     hard_digits,
     sample,

@@ -107,7 +107,7 @@ def test_a_block_that_is_read_must_be_there(package: Package, slot: int) -> None
     slots_k, slots_v, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     pages[1, 0, (LENGTH - 1) // 64] = slot
     with pytest.raises(PatchError, match="expected a slot for every block that the queries read, got a block that"):
-        package.run_paged(0, Operands(q, slots_k, slots_v, torch.tensor([LENGTH - 1] * 2), None, 0.125), pages)
+        package.kernels.run_paged(0, Operands(q, slots_k, slots_v, torch.tensor([LENGTH - 1] * 2), None, 0.125), pages)
 
 
 def test_a_position_behind_the_pages(package: Package) -> None:
@@ -115,7 +115,7 @@ def test_a_position_behind_the_pages(package: Package) -> None:
     *slots, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     assert pages.shape[2] * 64 == 448
     with pytest.raises(TopologyError, match="position"):
-        package.run_paged(0, Operands(q, *slots, torch.tensor([448, 0]), None, 0.125), pages)
+        package.kernels.run_paged(0, Operands(q, *slots, torch.tensor([448, 0]), None, 0.125), pages)
 
 
 def test_what_does_not_fit(package: Package) -> None:
@@ -132,7 +132,7 @@ def test_what_does_not_fit(package: Package) -> None:
         ((q, slots_k, slots_v, pages, place[:1]), "attention: position: expected an int or an integer tensor"),
     ):
         with pytest.raises(PatchError, match=message):
-            package.run_paged(0, Operands(*tensors, position, None, 0.125), table)
+            package.kernels.run_paged(0, Operands(*tensors, position, None, 0.125), table)
 
 
 def test_a_gradient_is_refused(package: Package) -> None:

@@ -28,10 +28,10 @@ def test_a_call_goes_where_its_tensors_are(folder: Path, files: PackageFiles, ba
     assert package.dtypes_on("cuda:0") == (torch.bfloat16,)
     assert [call for call in standin.log() if call["call"] in LOADS.values()]
     q, k, v = tensors(5, 300)
-    out = package.run(0, Operands(on_gpu(q), on_gpu(k), on_gpu(v), None, None, 1.0))
+    out = package.kernels.run(0, Operands(on_gpu(q), on_gpu(k), on_gpu(v), None, None, 1.0))
     assert isinstance(out, OnGpu)
     assert len(launches(standin)) == 1
-    package.part(range(1, 2)).run(0, Operands(*map(on_gpu, second_kv_head(5)), None, None, 1.0))
+    package.part(range(1, 2)).kernels.run(0, Operands(*map(on_gpu, second_kv_head(5)), None, None, 1.0))
     (part,) = launches(standin)
     assert arguments(entry_of(files, backend), part)["first_kv_head"] == 1
     assert not package.attention(0, q, k, v).any()
@@ -44,7 +44,7 @@ def test_a_first_call_loads_what_it_needs(folder: Path, backend: str, standin: S
     package = load(folder)
     assert standin.log() == []
     q, k, v = map(on_gpu, tensors(5, 300))
-    package.run(0, Operands(q, k, v, None, None, 1.0))
+    package.kernels.run(0, Operands(q, k, v, None, None, 1.0))
     assert len(launches(standin)) == 1
 
 
@@ -54,7 +54,7 @@ def test_a_package_without_cpu_kernels_is_loaded_for_the_gpu(backend: str, stand
     out = compile_package(topology(), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"])
     package = load(out, strict=True)
     q, k, v = map(on_gpu, tensors(5, 300))
-    package.run(0, Operands(q, k, v, None, None, 1.0))
+    package.kernels.run(0, Operands(q, k, v, None, None, 1.0))
     assert len(launches(standin)) == 1
     with pytest.raises(TargetError, match=r"expected kernels for cpu, got only cuda:90"):
         package.attention(0, *tensors(5, 300))
@@ -65,7 +65,7 @@ def test_a_package_without_cpu_kernels_is_loaded_for_the_gpu(backend: str, stand
 def test_a_dtype_without_gpu_kernels(folder: Path, backend: str) -> None:
     q, k, v = (on_gpu(tensor.float()) for tensor in tensors(5, 300))
     with pytest.raises(PatchError, match=r"attention: q: expected one of torch.bfloat16, got torch.float32"):
-        load(folder).run(0, Operands(q, k, v, None, None, 1.0))
+        load(folder).kernels.run(0, Operands(q, k, v, None, None, 1.0))
 
 
 @by_any_way
@@ -105,7 +105,7 @@ def test_a_device_of_another_kind(folder: Path) -> None:
     package = load(folder)
     q, k, v = (tensor.to("meta") for tensor in tensors(5, 300))
     with pytest.raises(TargetError, match=r"expected tensors on the CPU or a GPU, got meta"):
-        package.run(0, Operands(q, k, v, None, None, 1.0))
+        package.kernels.run(0, Operands(q, k, v, None, None, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,13 @@ package = load(sys.argv[1], strict=True, device="cuda")
 print(f"loaded in {time.perf_counter() - begin:.3f} s", file=sys.stderr)
 q = torch.zeros((1, 4, 200, 128), dtype=torch.bfloat16)
 k, v = torch.zeros((2, 1, 2, 200, 128), dtype=torch.bfloat16)
-package.run(0, Operands(on_gpu(q), on_gpu(k), on_gpu(v), None, None, 0.5))
+package.kernels.run(0, Operands(on_gpu(q), on_gpu(k), on_gpu(v), None, None, 0.5))
 assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
 library = ctypes.CDLL("libcuda.so.1")
 library.standin_log.restype = ctypes.c_char_p
 launch = json.loads(library.standin_log().decode().splitlines()[-1])
-print(json.dumps({"driver": package._devices.on(torch.device("cuda", 0)).driver, "q": q.data_ptr(), "launch": launch}))
+driver = package.kernels.devices.on(torch.device("cuda", 0)).driver
+print(json.dumps({"driver": driver, "q": q.data_ptr(), "launch": launch}))
 """
 
 
@@ -156,7 +157,7 @@ def test_a_serving_machine_needs_no_triton(folder: Path, files: PackageFiles, st
 def test_no_driver_is_a_target_error() -> None:
     script = (
         "import ctypes, sys\n"
-        "from surgeon.runtime.kernels.gpu.driver import open_driver\n"
+        "from surgeon.runtime.kernels.gpu.open_driver import open_driver\n"
         "from surgeon.runtime.errors import TargetError\n"
         "def missing(name, *more, **options): raise OSError(f'{name}: no such file')\n"
         "ctypes.CDLL = missing\n"

@@ -1,0 +1,19 @@
+"""Chooses the way to a GPU's driver."""
+
+from surgeon.runtime.kernels.gpu.driver import Driver
+from surgeon.runtime.kernels.gpu.driver_ctypes import CudaDriver, HipDriver
+
+
+def open_driver(backend: str) -> Driver:
+    """The driver for "cuda", by cuda.core where that is installed and by ctypes where it is not, or for "hip".
+
+    Raises:
+        TargetError: the machine has no such driver.
+    """
+    if backend == "hip":
+        return HipDriver()
+    try:
+        from surgeon.runtime.kernels.gpu.driver_cuda_core import CudaCoreDriver
+    except ImportError:
+        return CudaDriver()
+    return CudaCoreDriver()

@@ -1,0 +1,151 @@
+"""Runs one layer of a package on the device of its operands: checked first, in a wider dtype where it has to be."""
+
+import copy
+import logging
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.kernels import backward
+from surgeon.runtime.kernels.devices import DeviceKernels
+from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands, check, check_paged, check_rotary
+from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.package.schedule import HeadSchedule, read_schedules
+
+_LOG = logging.getLogger("surgeon")
+_PART = ":kv_heads="
+
+
+class LayerKernels:
+    """The kernels of a package's layers, for all of their KV heads or for some; safe to call from several threads.
+
+    `id` is what the torch ops find them by: two loads of one package that would answer a call differently have
+    different ids.
+    """
+
+    def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
+        options = (*(("strict",) if strict else ()), *((cpu_variant,) if cpu_variant else ()))
+        self.id: str = ":".join((files.id, *options))
+        self.kv_heads = range(files.manifest.model.num_key_value_heads)
+        self.devices = DeviceKernels(files, strict, cpu_variant)
+        self._manifest = files.manifest
+        self._shape = files.manifest.model
+        self._files = files
+        self.strict = strict
+        self._warned: set[torch.dtype] = set()
+
+    def part(self, kv_heads: range) -> "LayerKernels":
+        """The same kernels for some consecutive KV heads of each layer, and their query heads, alone."""
+        model = self._manifest.model
+        part = copy.copy(self)
+        part.kv_heads = kv_heads
+        heads = model.num_attention_heads // model.num_key_value_heads * len(kv_heads)
+        part._shape = replace(model, num_attention_heads=heads, num_key_value_heads=len(kv_heads))
+        part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
+        return part
+
+    def run(self, layer: int, operands: Operands, log_sum_exp: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of one layer; the result is as `Package.attention`.
+
+        `log_sum_exp`, fp32 `[B,Hq,Sq]`, is filled where it is given.
+
+        Raises:
+            PatchError: shapes, dtypes or devices that do not fit the package.
+            PackageError, TargetError: as `Package.prepare`, when it is the first call on the device.
+        """
+        check(operands, self._shape)
+        self.check_layer(layer)
+        kernels = self.devices.on(operands.q.device)
+        taken = self._in_one_of(kernels.dtypes, operands)
+        out = kernels.attend(layer, taken, log_sum_exp, self.kv_heads.start)
+        return out if taken is operands else out.to(operands.q.dtype)
+
+    def run_paged(self, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+        """As `run` on the CPU, on a cache that holds a part of the blocks, each in a slot somewhere.
+
+        k and v are `[slots, block_size, D]`; `pages`, int32 `[B, Hkv, blocks]`, is the slot of each block of each KV
+        head, counted from the first valid key, and -1 for a block that is not held, which no query may read.
+
+        Raises:
+            PatchError: shapes, dtypes or devices that do not fit, or a query reads a block that is not held.
+        """
+        self.check_layer(layer)
+        check_paged(operands, pages, self._shape, self._manifest.block_size)
+        kernels = self.devices.cpu
+        taken = self._in_one_of(kernels.dtypes, operands)
+        return kernels.attend_paged(layer, taken, pages, self.kv_heads.start).to(operands.q.dtype)
+
+    def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As `run` on the CPU, on queries and keys of whole sequences that the kernel rotates itself.
+
+        cos and sin are `[B or 1, length, D]`; rotated is x * cos + rotate_half(x) * sin, as in Llama.
+
+        Raises:
+            PatchError: shapes, dtypes or devices that do not fit the package or each other.
+        """
+        check_rotary(operands, cos, sin, self._shape)
+        self.check_layer(layer)
+        kernels = self.devices.cpu
+        taken = self._in_one_of(kernels.dtypes, operands)
+        # One layout for both: the kernel takes one pair of strides.
+        cos, sin = (table.to(taken.q.dtype).contiguous().expand(taken.q.shape[0], -1, -1) for table in (cos, sin))
+        return kernels.attend(layer, taken, None, self.kv_heads.start, (cos, sin)).to(operands.q.dtype)
+
+    def run_backward(
+        self, layer: int, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, operands: Operands
+    ) -> Gradients:
+        """The gradients of q, k and v of a call of `run` on the CPU, from those of its results.
+
+        Raises:
+            PatchError: shapes or dtypes that do not fit the package, or tensors that are not on the CPU.
+        """
+        check(operands, self._shape)
+        self.check_layer(layer)
+        if operands.q.device.type != "cpu":
+            raise PatchError(
+                "surgeon.attention",
+                "tensors on the CPU in a backward pass",
+                str(operands.q.device),
+                WITHOUT_GRADIENTS,
+            )
+        heads = self._shape.num_attention_heads
+        first = self.kv_heads.start * heads // len(self.kv_heads)
+        schedules = self._schedules[layer][first : first + heads]
+        return backward.gradients(schedules, self._manifest.block_size, grad_out, grad_lse, operands)
+
+    def check_layer(self, layer: int) -> None:
+        """Refuses a layer that the package does not cover.
+
+        Raises:
+            PatchError: it is one.
+        """
+        if layer not in self._manifest.layers:
+            raise PatchError(
+                "attention: layer",
+                f"one of the layers {shown(self._manifest.layers)} that the package covers",
+                str(layer),
+                "correct the index",
+            )
+
+    @cached_property
+    def _schedules(self) -> dict[int, tuple[HeadSchedule, ...]]:
+        return read_schedules(self._files)
+
+    def _in_one_of(self, dtypes: tuple[torch.dtype, ...], operands: Operands) -> Operands:
+        """The operands, in a wider dtype where there is no kernel for theirs, which loses nothing of them."""
+        dtype = operands.q.dtype
+        if dtype in dtypes:
+            return operands
+        if self.strict or dtype not in (torch.bfloat16, torch.float16) or torch.float32 not in dtypes:
+            raise PatchError(
+                "attention: q",
+                "one of " + ", ".join(map(str, dtypes)),
+                str(dtype),
+                "convert the tensors, or compile the package with that --dtype",
+            )
+        if dtype not in self._warned:
+            self._warned.add(dtype)
+            _LOG.warning("package %s has no %s kernels: calls run in float32", self.id[:12], dtype)
+        return operands.to(torch.float32)

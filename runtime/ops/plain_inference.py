@@ -1,0 +1,39 @@
+"""Calls of attention that may leave out torch's dispatcher, which takes longer than a short kernel."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def _hook(path: str) -> Callable[[], object] | None:
+    """A function below `torch._C`, or None where this version of torch has no such private function."""
+    found: object = torch._C
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if callable(found) else None
+
+
+_HOOKS = tuple(
+    map(
+        _hook,
+        (
+            "_len_torch_dispatch_stack",
+            "_are_functorch_transforms_active",
+            "_get_tracing_state",
+            "_autograd._profiler_enabled",
+        ),
+    )
+)
+"""What tells whether torch's modes, function transforms, tracer and profiler are active; private, so asked for once."""
+
+
+def is_plain_inference(*tensors: torch.Tensor) -> bool:
+    """Whether nothing that torch hooks into its dispatcher has to see a call; false where torch does not tell."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensors[0].is_meta
+        or torch.is_autocast_enabled(tensors[0].device.type)
+        or any(hook is None or hook() for hook in _HOOKS)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or any(type(tensor) is not torch.Tensor for tensor in tensors)
+    )

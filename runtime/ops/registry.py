@@ -1,0 +1,56 @@
+"""The loaded packages that torch ops find by id; an op's arguments are tensors and plain values alone."""
+
+import weakref
+from typing import Protocol
+
+import torch
+
+from surgeon.runtime.errors import PackageError
+from surgeon.runtime.operands import Gradients, Operands
+
+
+class Runner(Protocol):
+    """What an op calls; see `surgeon.runtime.kernels.run.LayerKernels`."""
+
+    id: str
+
+    def run(self, layer: int, operands: Operands, log_sum_exp: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of one layer."""
+
+    def run_paged(self, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+        """Attention over a cache of pages."""
+
+    def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Attention over queries and keys that are rotated first."""
+
+    def run_backward(
+        self, layer: int, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, operands: Operands
+    ) -> Gradients:
+        """The gradients of a call of `run`."""
+
+
+# A package may be loaded more than once: an id is known as long as one of its packages is.
+_runners: dict[str, weakref.WeakSet[Runner]] = {}
+
+
+def register(runner: Runner) -> None:
+    """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
+    _runners.setdefault(runner.id, weakref.WeakSet()).add(runner)
+
+
+def find(package: str) -> Runner:
+    """The loaded package with this id.
+
+    Raises:
+        PackageError: it is not loaded in this process.
+    """
+    found = next(iter(_runners.get(package, ())), None)
+    if found is None:
+        manifest, *options = package.split(":")
+        raise PackageError(
+            "surgeon.attention",
+            f"package {manifest[:12]} loaded" + (f" with {', '.join(options)}" if options else " in this process"),
+            "none with this id",
+            "call surgeon.runtime.load on its folder first, with the same options, and keep the result",
+        )
+    return found

@@ -1,0 +1,285 @@
+"""A layer of a SurgeonCache, and what it hands the attention function in place of keys and values.
+
+Where blocks begin depends on the padding, which Transformers tells the attention function and not the cache. So a
+layer's `update` only wraps the new keys and values up; the attention function hands them back to `PagedLayer.attend`,
+which stores them and attends over what is held. Whoever else takes the wrapped ones for keys and values is told so.
+
+Source: `transformers.cache_utils`, CacheLayerMixin.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from surgeon.runtime.cache.liveness import Liveness
+from surgeon.runtime.cache.pages import Pages
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.loading import Package
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.ops import attention as ops
+
+
+class PagedStates(torch.Tensor):
+    """New keys and values on their way to `layer.attend`, in the shape that all keys so far would have.
+
+    There is nothing in it: every torch function that is given it raises a PatchError, so that no other attention can
+    take it for keys.
+    """
+
+    layer: "PagedLayer"
+    new_keys: torch.Tensor
+    new_values: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, layer: "PagedLayer", keys: torch.Tensor, values: torch.Tensor) -> "PagedStates":
+        """Wraps up new keys and values `[batch, KV heads, new tokens, head_dim]` of a layer."""
+        batch, kv_heads, new_tokens, head_dim = keys.shape
+        shape = (batch, kv_heads, layer.get_seq_length() + new_tokens, head_dim)
+        states: PagedStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=keys.dtype, device=keys.device)
+        states.layer, states.new_keys, states.new_values = layer, keys, values
+        return states
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PagedStates(layer {self.layer.layer}, {list(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, *_: Any) -> Any:
+        """Refuses.
+
+        Raises:
+            PatchError: always.
+        """
+        raise PatchError(
+            "past_key_values",
+            "a SurgeonCache in a model that is patched with its package",
+            f"one whose keys and values another attention reads ({function})",
+            "call surgeon.runtime.patch(model, package) first, or use a DynamicCache",
+        )
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a SurgeonCache.
+
+    `keys` and `values` of other layers are None here: what is held has another form. While `record_past` is true,
+    nothing is dropped until `crop` says from where on the model goes on.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, package: Package, layer: int, liveness: Liveness) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.package = package
+        self.layer = layer
+        self.record_past = False
+        self._liveness = liveness
+        self._kv_heads = package.kv_heads  # those that are cached; of a tensor-parallel model, the process's own
+        self._block_size = package.manifest.block_size
+        self._length = 0  # tokens so far, padding included
+        self._first_key: list[int] = []  # of each sequence
+        self._rows: list[int] = []  # of the next token of each sequence, when blocks were last dropped
+        self._pages: Pages | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[PagedStates, PagedStates]:
+        """The new keys and values `[batch, KV heads, tokens, head_dim]`, for our attention function only.
+
+        Raises:
+            PatchError: they are not on the CPU.
+        """
+        if key_states.device.type != "cpu":
+            raise PatchError(
+                f"SurgeonCache: layer {self.layer}",
+                "keys and values on the CPU",
+                f"those on {key_states.device}",
+                "use a DynamicCache there",
+            )
+        if torch.is_autocast_enabled("cpu"):  # one dtype for both, as attention sees them there
+            dtype = torch.get_autocast_dtype("cpu")
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        states = PagedStates(self, key_states, value_states)
+        return states, states
+
+    def attend(self, operands: Operands, package: Package) -> torch.Tensor:
+        """Attention over the held blocks and the new tokens, which are stored; then drops what no later row reads.
+
+        k and v are those of the new tokens, and places are given; the result is as `Package.attention`.
+
+        Raises:
+            PatchError: the tokens are not those that follow, or the padding is another than before.
+        """
+        query, keys, values, position, first_key, _ = operands
+        assert position is not None
+        assert first_key is not None
+        first = self._begin(keys, position, first_key, package)
+        operands = operands._replace(q=query.to(keys.dtype))
+        new_keys, new_values = keys.detach(), values.detach()
+        length = self._length + keys.shape[2]
+        if self._pages is None:
+            attended = ops.attention(package.kernels, self.layer, operands)
+            self._pages = Pages(self._block_size, keys, values)
+            wanted = None if self.record_past else self._live(length)
+            self._pages.write(first, new_keys, new_values, wanted)
+        else:
+            self._pages.write(first, new_keys, new_values)
+            operands = operands._replace(k=self._pages.keys, v=self._pages.values)
+            attended = ops.attention_paged(package.kernels, self.layer, operands, self._pages.table)
+        self._length = length
+        if not self.record_past:
+            self._drop()
+        return attended
+
+    def _begin(
+        self, keys: torch.Tensor, position: torch.Tensor, first_key: torch.Tensor, package: Package
+    ) -> torch.Tensor:
+        """Where the first new token of each sequence stands, counted from its first valid key."""
+        where = f"SurgeonCache: layer {self.layer}"
+        self._kv_heads = package.kv_heads
+        if package.manifest.topology_sha256 != self.package.manifest.topology_sha256:
+            raise PatchError(
+                where,
+                f"a model patched with its package, of topology {self.package.manifest.topology_sha256[:12]}",
+                f"topology {package.manifest.topology_sha256[:12]}",
+                "make the cache from the package that the model is patched with",
+            )
+        if set(position.tolist()) != {self._length}:
+            raise PatchError(
+                where,
+                f"tokens from position {self._length} on, as many as the cache has",
+                f"positions {position.tolist()}",
+                "pass each token once, in order",
+            )
+        given = first_key.tolist()
+        if self._pages is not None:
+            if len(given) != len(self._first_key):
+                raise PatchError(where, f"{len(self._first_key)} sequences", str(len(given)), "keep the batch")
+            for before, now in zip(self._first_key, given, strict=True):
+                if now != before and min(now, before) < self._length:  # of tokens that are stored, or never were
+                    raise PatchError(
+                        where,
+                        f"the padding of the first call, {self._first_key} tokens",
+                        f"{given}",
+                        "pass the attention_mask of all tokens, grown by ones",
+                    )
+            if keys.dtype != self._pages.keys.dtype:
+                raise PatchError(where, f"{self._pages.keys.dtype}, as before", str(keys.dtype), "keep the dtype")
+        self._first_key = given
+        return position - first_key
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Whether `crop` would leave all that the next token reads.
+
+        Raises:
+            PatchError: it would not, or the number is positive.
+        """
+        where = "SurgeonCache.crop"
+        if tokens_to_remove > 0:
+            raise PatchError(
+                where, "minus the number of tokens to remove", f"{tokens_to_remove}", "pass it as negative"
+            )
+        if self._pages is None or tokens_to_remove == 0:
+            return
+        length = self._length + tokens_to_remove
+        live = self._live(length)
+        if bool((live & (self._pages.table[:, :, : live.shape[2]] < 0)).any()):
+            raise PatchError(
+                where,
+                f"to go back to a token that reads no block that layer {self.layer} has dropped",
+                f"token {max(0, length)} of {self._length}",
+                "call activate_past_recording() before the tokens that may be removed, or reset() and start again",
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes so many of the last tokens, and what no later row reads, also where it was recorded.
+
+        Raises:
+            PatchError: as `check_crop`.
+        """
+        self.check_crop(tokens_to_remove)
+        self._length = max(0, self._length + tokens_to_remove)
+        if self._length == 0:
+            self.reset()
+        elif self._pages is not None:
+            self._pages.keep(self._live(self._length))
+            self._rows = self._rows_at(self._length)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._length, self._first_key, self._rows, self._pages = 0, [], [], None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the first call of `attend` makes the pages."""
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, dropped ones and padding included."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys a mask is for, and the first of them: all, as the kernel knows which it reads."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Drops nothing from now on, except in `crop`."""
+        self.record_past = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes sequence i what sequence `beam_idx[i]` was."""
+        if self._pages is not None and beam_idx.tolist() != list(range(len(self._first_key))):
+            self._pages.select(beam_idx)
+            self._first_key = [self._first_key[index] for index in beam_idx.tolist()]
+            self._rows = []
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these sequences."""
+        self.reorder_cache(torch.arange(len(self._first_key))[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence so many times."""
+        self.reorder_cache(torch.arange(len(self._first_key)).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: the pages are on the CPU."""
+
+    def prefetch(self) -> None:
+        """Nothing: the pages are on the CPU."""
+
+    def kept_bytes(self) -> int:
+        """See `SurgeonCache.kept_bytes`."""
+        return 0 if self._pages is None else self._pages.nbytes
+
+    def full_bytes(self) -> int:
+        """See `SurgeonCache.full_bytes`."""
+        if self._pages is None:
+            return 0
+        batch, kv_heads, _ = self._pages.table.shape
+        slots = (self._pages.keys, self._pages.values)
+        return sum(batch * kv_heads * self._length * held.shape[2] * held.itemsize for held in slots)
+
+    def _drop(self) -> None:
+        rows = self._rows_at(self._length)
+        if self._pages is not None and rows != self._rows:
+            self._pages.keep(self._live(self._length))
+            self._rows = rows
+
+    def _rows_at(self, length: int) -> list[int]:
+        """The row of the next token of each sequence, after so many tokens."""
+        return [max(0, length - first) // self._block_size for first in self._first_key]
+
+    def _live(self, length: int) -> torch.Tensor:
+        """Of the blocks with a token among the first `length`, those that a later token reads.
+
+        Bool `[batch, KV heads, blocks]`, as many blocks as the longest sequence has.
+        """
+        ends = torch.tensor([max(0, -(-(length - first) // self._block_size)) for first in self._first_key])
+        blocks = int(ends.max())
+        live = self._liveness.live(torch.tensor(self._rows_at(length)), blocks)
+        return live[:, self._kv_heads.start : self._kv_heads.stop] & (torch.arange(blocks) < ends[:, None, None])
