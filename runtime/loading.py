@@ -55,7 +55,7 @@ class Package:
 
     @property
     def id(self) -> str:
-        """What the torch ops find it by: the SHA-256 of the manifest, and the options of `load` that change an answer."""
+        """What ops find it by: the SHA-256 of the manifest, and the options of `load` that change an answer."""
         return self.kernels.id
 
     @property
