@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -10,7 +10,7 @@ from surgeon.runtime.cache.liveness import Liveness, read_liveness
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.kernels.devices import placed
 from surgeon.runtime.kernels.run import LayerKernels
-from surgeon.runtime.operands import Operands
+from surgeon.runtime.operands import operands_of
 from surgeon.runtime.ops import input_checks  # noqa: F401 - graphs that are loaded hold its ops
 from surgeon.runtime.ops.attention import attention
 from surgeon.runtime.ops.registry import register
@@ -137,6 +137,19 @@ class Package:
         """The package itself: a copy of a patched model runs on the same loaded kernels."""
         return self
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuses to be pickled, and so does what holds a package: a patched model, or a SurgeonCache.
+
+        Raises:
+            PatchError: always.
+        """
+        raise PatchError(
+            "pickle",
+            "objects that hold no loaded kernels",
+            "a package, or a patched model or a SurgeonCache, which hold one",
+            "pickle the model after unpatch(model); where it is read, load the package and patch it again",
+        )
+
     def attention(
         self,
         layer: int,
@@ -157,7 +170,7 @@ class Package:
             PatchError: shapes, dtypes or devices that do not fit the package.
             TopologyError: a position outside k, or beyond what the topology covers.
         """
-        return attention(self.kernels, layer, _operands(q, k, v, scale, position, first_key))
+        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, first_key))
 
     def attention_with_lse(
         self,
@@ -170,21 +183,5 @@ class Package:
         first_key: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attention`, with the natural logarithm of each query's sum of exponentials, fp32 `[B,Hq,Sq]`."""
-        arguments = (*_operands(q, k, v, scale, position, first_key), self.id, layer)
+        arguments = (*operands_of(q, k, v, scale, position, first_key), self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
-
-
-def _operands(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None,
-    position: int | torch.Tensor | None,
-    first_key: int | torch.Tensor | None,
-) -> Operands:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Operands(q, k, v, _per_sequence(position, q), _per_sequence(first_key, q), scale)
-
-
-def _per_sequence(value: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    return torch.full(q.shape[:1], value, dtype=torch.int64, device=q.device) if isinstance(value, int) else value

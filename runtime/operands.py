@@ -1,10 +1,11 @@
 """What attention reads in one call, and whether that fits a package."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from surgeon.runtime.errors import PatchError
+from surgeon.runtime.errors import PatchError, shown
 from surgeon.runtime.package.manifest import ModelShape
 
 
@@ -31,6 +32,41 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
 """What to do where there is no backward pass."""
+
+
+def operands_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    position: int | torch.Tensor | None,
+    first_key: int | torch.Tensor | None,
+) -> Operands:
+    """The operands of a call as a user makes it; see `Package.attention`.
+
+    Raises:
+        PatchError: an argument of another type, or a number that is not finite or that 64 bits do not hold.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise PatchError(f"attention: {name}", "a tensor of four dimensions", shown(tensor), "pass a torch.Tensor")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.dim() else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise PatchError("attention: scale", "a finite number", shown(scale), "leave it out for D**-0.5")
+    return Operands(
+        q, k, v, _per_sequence("position", position, q), _per_sequence("first_key", first_key, q), float(scale)
+    )
+
+
+def _per_sequence(name: str, value: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):  # torch would choose an op's kernel by the device of this one, too
+        _check_place(name, value, q)
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise _no_position(name, q, shown(value))
+    return torch.full(q.shape[:1], value, dtype=torch.int64, device=q.device)
 
 
 def check(operands: Operands, shape: ModelShape) -> None:
@@ -91,13 +127,20 @@ def _check_queries(operands: Operands, shape: ModelShape) -> None:
     if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != shape.head_dim:
         raise _misfit("q", f"[batch, {heads}, length, {shape.head_dim}]", q)
     for name, place in (("position", operands.position), ("first_key", operands.first_key)):
-        if place is not None and (place.shape != q.shape[:1] or place.dtype not in (torch.int64, torch.int32)):
-            raise PatchError(
-                f"attention: {name}",
-                f"an int or an integer tensor [{q.shape[0]}]",
-                f"{place.dtype} {list(place.shape)}",
-                "give one number a sequence",
-            )
+        if place is not None:
+            _check_place(name, place, q)
+
+
+def _check_place(name: str, place: torch.Tensor, q: torch.Tensor) -> None:
+    if place.shape != q.shape[:1] or place.dtype not in (torch.int64, torch.int32):
+        raise _no_position(name, q, f"{place.dtype} {list(place.shape)}")
+    if place.device != q.device and place.device.type != "cpu":
+        raise _mismatch(name, f"an integer tensor on {q.device}, as q", place)
+
+
+def _no_position(name: str, q: torch.Tensor, got: str) -> PatchError:
+    expected = f"an int or an integer tensor [{q.shape[0] if q.dim() else 1}]"
+    return PatchError(f"attention: {name}", expected, got, "give one number a sequence")
 
 
 def _check_on_cpu(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:

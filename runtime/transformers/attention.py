@@ -16,6 +16,7 @@ from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.ops.attention import attention as attend_with
 from surgeon.runtime.transformers import masks
+from surgeon.runtime.transformers.config_view import is_view
 from surgeon.runtime.transformers.layers import IMPLEMENTATIONS, own_attention
 from surgeon.runtime.transformers.paged_layer import PagedStates
 
@@ -86,15 +87,17 @@ def attention(
         PatchError: the module is not bound, or asks for what the kernels do not do; nothing is dropped silently.
     """
     site: Site | None = getattr(module, _ATTRIBUTE, None)
-    if site is None:
+    config = cast(PreTrainedConfig, module.config)
+    if site is None and not is_view(config):
         raise PatchError(
             type(module).__name__,
             "an attention module bound to a kernel package",
             "one that is not",
             "call surgeon.runtime.patch instead of choosing the attention by name",
         )
-    if site.package is None:
-        config = cast(PreTrainedConfig, module.config)
+    if (
+        site is None or site.package is None
+    ):  # not covered, or of another model that was made from a patched one's config
         own = "eager" if config._attn_implementation == IMPLEMENTATIONS["eager"] else "sdpa"
         mask = masks.dense(attention_mask, query, key, _OWN_MASKS[own])
         attend = cast(Callable[..., tuple[torch.Tensor, torch.Tensor | None]], own_attention(module, own))

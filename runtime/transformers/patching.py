@@ -1,6 +1,5 @@
 """Puts compiled attention into a Transformers model and takes it out again."""
 
-import copy
 import logging
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.transformers.attention import Site, bind, is_bound, register, release
 from surgeon.runtime.transformers.compatibility import LeftLayer, check_fit
+from surgeon.runtime.transformers.config_view import close_view, open_view
 from surgeon.runtime.transformers.layers import FULL, IMPLEMENTATIONS, find_attention, layer_of, layer_type
 from surgeon.runtime.transformers.tensor_parallel import local_kv_heads
 
@@ -20,9 +20,10 @@ _LOG = logging.getLogger("surgeon")
 
 @dataclass(frozen=True)
 class _Patch:
-    """What `unpatch` needs: the original config, the module attributes that held it, and the bound modules."""
+    """What `unpatch` needs: the config and its view, the module attributes that hold it, and the bound modules."""
 
     config: PreTrainedConfig
+    view: PreTrainedConfig
     holders: tuple[tuple[torch.nn.Module, str], ...]
     bound: tuple[torch.nn.Module, ...]
 
@@ -32,9 +33,9 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
 
     Returns the layers that keep the attention they have: those of another kind, and those that the topology does not
     cover. generate(), caches, chunked prefill and left padding work as before. Of a tensor-parallel model, each process
-    patches its own part. All is checked first: after an error the model is as it was. The model gets a config of its
-    own, so another model made from the same config object keeps its attention; what is changed in that config while
-    patched is gone after `unpatch`.
+    patches its own part. All is checked first: after an error the model is as it was. The model gets a view of its
+    config that names our attention: the config itself is not changed, so another model made from it keeps its
+    attention, and what is written to either while the model is patched stays after `unpatch`.
 
     Raises:
         PatchError: the package does not fit the model, or the model or a part of it is patched already.
@@ -49,8 +50,7 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
             )
     left = check_fit(model, package)
     original = model.config
-    own = copy.deepcopy(original)
-    own._attn_implementation = IMPLEMENTATIONS.get(original._attn_implementation, "surgeon")
+    view = open_view(original, IMPLEMENTATIONS.get(original._attn_implementation, "surgeon"))
     found = [module for _, module in find_attention(model)]
     bound = tuple(module for module in found if layer_type(original, layer_of(module)) == FULL)
     alone = [module for module in found if module not in bound]  # they keep the config, and so their attention
@@ -64,36 +64,38 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     part = package.part(local_kv_heads(find_attention(model), package.manifest.model))
     register()
     for module, name in holders:
-        setattr(module, name, own)
+        setattr(module, name, view)
     for module in bound:
         bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module)))
-    setattr(model, _ATTRIBUTE, _Patch(original, holders, bound))
+    setattr(model, _ATTRIBUTE, _Patch(original, view, holders, bound))
     model._supports_flash_attn = False  # else continuous batching would quietly put FlashAttention in our place
     for layer in left:
         _LOG.info("layer %d keeps its attention: %s", layer.layer, layer.reason)
     return left
 
 
-def unpatch(model: PreTrainedModel) -> None:
-    """Takes the kernels out again: the model has its original config object and attention back.
+def unpatch(model: torch.nn.Module) -> None:
+    """Takes the kernels out again: the model, or the one in this wrapper, has its config object and attention back.
 
     Raises:
         PatchError: the model is not patched.
     """
-    record: _Patch | None = getattr(model, _ATTRIBUTE, None)
-    if record is None:
+    patched = next((module for module in model.modules() if _ATTRIBUTE in vars(module)), None)
+    if patched is None:
         raise PatchError(
             type(model).__name__,
             "a patched model",
             "one that is not",
             "pass the model that patch(model, package) was given",
         )
+    record: _Patch = vars(patched)[_ATTRIBUTE]
     for module, name in record.holders:
         setattr(module, name, record.config)
+    close_view(record.view)
     for module in record.bound:
         release(module)
     for name in ("_supports_flash_attn", _ATTRIBUTE):
-        delattr(model, name)
+        delattr(patched, name)
 
 
 def is_patched(model: torch.nn.Module) -> bool:

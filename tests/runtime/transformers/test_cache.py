@@ -73,6 +73,7 @@ def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: 
     assert torch.equal(generated(model, ids, mask, past_key_values=cache, **GENERATIONS[how]), expected)
     assert cache.get_seq_length() == 90 + 39
     if how == "greedy":
+        unpatch(model)
         assert torch.equal(expected, generated(masked_model(model, packages[name].topology), ids, mask))
 
 

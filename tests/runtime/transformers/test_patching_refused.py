@@ -1,6 +1,5 @@
 """A model that a package does not fit is refused before anything is touched."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 def with_shape(package: Package, **changes: Any) -> Package:
     """The package as if compiled for another model."""
-    other = copy.copy(package)
+    other = Package(package._files, package.kernels)
     shape = dataclasses.replace(package.manifest.model, **changes)
     other.manifest = dataclasses.replace(package.manifest, model=shape)
     return other

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from models import Compiled, masked_model, padded, tiny_llama
-from surgeon.runtime import Package, fingerprint, patch
+from surgeon.runtime import fingerprint, patch
+from surgeon.runtime.kernels.run import LayerKernels
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -107,13 +108,13 @@ def test_trainer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
-    run = Package.run
+    run = LayerKernels.run
 
-    def counted(package: Package, layer: int, *arguments: Any) -> torch.Tensor:
+    def counted(kernels: LayerKernels, layer: int, *arguments: Any) -> torch.Tensor:
         calls.append(layer)
-        return run(package, layer, *arguments)
+        return run(kernels, layer, *arguments)
 
-    monkeypatch.setattr(Package, "run", counted)
+    monkeypatch.setattr(LayerKernels, "run", counted)
     patched, masked = models
     found = trained(patched, tmp_path, checkpointing)
     assert len(calls) == STEPS * 3 * (2 if checkpointing else 1)  # what is checkpointed is computed twice
