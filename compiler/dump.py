@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
-from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source
+from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgeon.compiler.dump import Dump
-from surgeon.compiler.kernels.build import build
-from surgeon.compiler.kernels.render import render
+from surgeon.compiler.kernels.backend import BACKENDS
 from surgeon.compiler.package.write import check_replaceable, write_package
-from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.schedule import liveness_tables, schedule_layers
 from surgeon.compiler.specs.artifacts import Binary, Source
-from surgeon.compiler.specs.specialize import specialize
 from surgeon.compiler.specs.tiles import TargetTiles
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
@@ -45,18 +43,22 @@ def compile_package(
     stages = Dump(None if dump is None else Path(dump))
 
     layers = schedule_layers(topology)
+    last_readers = liveness_tables(layers)
     stages.schedules(topology, layers)
     # Every target's specs come before the first compiler, so that what cannot be made is refused at once.
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
-    specs = {target: specialize(topology, layers, target, dtypes, tiles) for target in chosen}
+    backends = {target: BACKENDS[target.backend] for target in chosen}
+    specs = {
+        target: backend.specialize(topology, layers, target, dtypes, tiles) for target, backend in backends.items()
+    }
     sources: list[Source] = []
     binaries: list[Binary] = []
-    for target in chosen:
+    for target, backend in backends.items():
         stages.specs(target, specs[target])
-        rendered = render(specs[target], platform.machine())
+        rendered = backend.render(specs[target], platform.machine())
         stages.sources(rendered)
-        built = build(rendered, cache, jobs, progress)
+        built = backend.build(rendered, cache, jobs, progress)
         stages.binaries(built)
         sources += rendered
         binaries += built
-    return write_package(out, topology, sources, binaries)
+    return write_package(out, topology, last_readers, sources, binaries)

@@ -4,15 +4,16 @@ Source: package format version 1; its reader is `surgeon.runtime.package.reader`
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from surgeon.compiler.schedule.schedule import HeadSchedule, liveness_table
-from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source
+from surgeon.compiler.schedule.schedule import HeadSchedule, LayerSchedule
+from surgeon.compiler.specs.artifacts import Binary, GpuSource, Source
+from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.manifest import FileEntry, Manifest
@@ -27,7 +28,13 @@ def check_replaceable(out: Path) -> None:
     atomic_files.check_replaceable(out, "a kernel package", lambda there: (there / "manifest.json").is_file())
 
 
-def write_package(out: Path, topology: Topology, sources: Sequence[Source], binaries: Sequence[Binary]) -> Path:
+def write_package(
+    out: Path,
+    topology: Topology,
+    last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]],
+    sources: Sequence[Source],
+    binaries: Sequence[Binary],
+) -> Path:
     """Writes the package to a folder beside `out` and renames it into place; what stood there before goes only then.
 
     Raises:
@@ -37,7 +44,7 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
     specs = {spec.name: spec for source in sources for spec in source.specs}
     files = {
         "topology.json": (topology.canonical() + "\n").encode(),
-        "schedule.safetensors": _schedule_tables(list(specs.values())),
+        "schedule.safetensors": _schedule_tables(list(specs.values()), last_readers),
     }
     tables = _segment_tables(sources)
     if tables:
@@ -63,7 +70,7 @@ def write_package(out: Path, topology: Topology, sources: Sequence[Source], bina
     return out
 
 
-def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
+def _schedule_tables(specs: Sequence[KernelSpec], last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]]) -> bytes:
     """Every kernel's schedule as int32 tensors.
 
     For a kernel named n: `n.pieces` [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], and `n.heads`
@@ -83,19 +90,15 @@ def _schedule_tables(specs: Sequence[KernelSpec]) -> bytes:
         tensors[f"{spec.name}.pieces"] = np.array(pieces, dtype=np.int32).reshape(-1, 6)
         tensors[f"{spec.name}.runs"] = np.array(runs, dtype=np.int32).reshape(-1, 2)
         tensors[f"{spec.name}.heads"] = np.array([places[head] for head in spec.schedule.heads], dtype=np.int32)
-        tensors[f"{spec.name}.last_readers"] = liveness_table(spec.schedule).astype(np.int32)
+        tensors[f"{spec.name}.last_readers"] = last_readers[spec.schedule].astype(np.int32)
     return safetensors.numpy.save(tensors)
 
 
 def _segment_tables(sources: Sequence[Source]) -> dict[str, npt.NDArray[np.int32]]:
     """What GPU kernels read of their schedules: `n.t.rows` and so on are the `SegmentTable` t of schedule n."""
-    wanted = {
-        f"{spec.name}.{source.table.name}": (spec.schedule, source.table)
-        for source in sources
-        if source.table
-        for spec in source.specs
+    tables = {
+        name: table for source in sources if isinstance(source, GpuSource) for name, table in source.tables.items()
     }
-    tables = {name: shape.of(schedule) for name, (schedule, shape) in wanted.items()}
     return {
         f"{name}.{part}": getattr(table, part)
         for name, table in tables.items()

@@ -4,8 +4,6 @@ All query heads of a KV head share one pass over its keys, though they see diffe
 to row, so it is a table that a package carries as constants, not code.
 """
 
-import functools
-
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segments import Plan, SegmentTable, head_stretches, make_table, unions
 
@@ -13,7 +11,6 @@ MAX_GROUP = 31
 """The most query heads a KV head for which a table can be made: a bit each."""
 
 
-@functools.lru_cache(maxsize=1024)  # sources and packages are made from the same tables
 def decode_table(layer: LayerSchedule) -> SegmentTable:
     """Makes a layer's table in blocks: a pattern is a KV head, the readers are its query heads.
 

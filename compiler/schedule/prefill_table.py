@@ -1,14 +1,11 @@
 """What each tile of queries reads: the union of its rows' blocks, in units of tiles of keys, masked by block."""
 
-import functools
-
 import numpy as np
 
 from surgeon.compiler.schedule.schedule import UNBOUNDED, LayerSchedule
 from surgeon.compiler.schedule.segments import Ints, Plan, SegmentTable, Stretch, head_stretches, make_table, unions
 
 
-@functools.lru_cache(maxsize=256)  # leaves are counted, sources and packages made from the same tables
 def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
     """Makes a layer's table for tiles of `rows` rows of blocks; a pattern is a head.
 

@@ -145,6 +145,11 @@ def liveness_table(layer: LayerSchedule) -> npt.NDArray[np.int64]:
     return last_readers(layer, settled if layer.num_rows == UNBOUNDED else layer.num_rows)
 
 
+def liveness_tables(layers: Iterable[LayerSchedule]) -> dict[LayerSchedule, npt.NDArray[np.int64]]:
+    """The liveness table of each distinct layer that is covered."""
+    return {layer: liveness_table(layer) for layer in dict.fromkeys(layers) if layer.heads}
+
+
 def rows_longest_first(layer: LayerSchedule, num_rows: int) -> npt.NDArray[np.int64]:
     """Rows 0..num_rows-1 by falling number of visible blocks over all heads, later rows first among equals."""
     work = np.zeros(num_rows, dtype=np.int64)

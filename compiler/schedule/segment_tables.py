@@ -1,5 +1,6 @@
 """The tables of segments that a package carries as constants for its GPU kernels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgeon.compiler.schedule.decode_table import decode_table
@@ -24,3 +25,8 @@ class TableShape:
     def of(self, layer: LayerSchedule) -> SegmentTable:
         """The table itself."""
         return decode_table(layer) if self.phase == "decode" else prefill_table(layer, self.rows, self.blocks)
+
+
+def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> dict[str, SegmentTable]:
+    """Makes tables, each under the name that is wanted for it."""
+    return {name: shape.of(layer) for name, (layer, shape) in wanted.items()}

@@ -1,38 +1,16 @@
-"""What the back half of the pipeline hands from stage to stage: KernelSpec ─▶ Source ─▶ Binary."""
+"""The products of the last stages: rendered sources and compiled binaries."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import cast
 
-from surgeon.compiler.schedule.schedule import LayerSchedule
-from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
+from surgeon.compiler.specs.tiles import Tile
 from surgeon.runtime.package.interface import INTERFACES, Interface
 from surgeon.runtime.package.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.package.target import Target
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """One attention kernel to make: a distinct layer schedule on one target.
-
-    `name` is unique within the package and names the schedule's tables; `layers` are the model's layers that share it;
-    `tiles` are how a GPU's kernels cut their work.
-    """
-
-    name: str
-    target: Target
-    dtypes: tuple[str, ...]
-    layers: tuple[int, ...]
-    schedule: LayerSchedule
-    head_dim: int
-    tiles: TargetTiles | None = None
-
-    @property
-    def gpu_tiles(self) -> TargetTiles:
-        """The tiles of a kernel for a GPU."""
-        assert self.tiles is not None
-        return self.tiles
 
 
 @dataclass(frozen=True)
@@ -44,26 +22,43 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
-    """The rendered source of the kernels that are compiled together: all of a CPU target's, one of a GPU target's.
+class CpuSource:
+    """The rendered source of a CPU library.
 
-    `phase` is that of its entries in the manifest. A GPU kernel's one file is named after its function, `tile` is how
-    its work is cut, `heads` are the first and the end of the query heads that it is for, empty for all, and `table` is
-    which table of its layer's schedule it reads, if it does.
+    `flags` are those that the compiler needs for a file beyond what all have, by the file's path.
     """
 
     target: Target
-    specs: tuple[KernelSpec, ...]
+    specs: tuple[CpuSpec, ...]
     files: tuple[SourceFile, ...]
-    phase: str = "any"
-    tile: Tile | None = None
+    flags: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class GpuSource:
+    """The rendered source of one GPU kernel, which may serve several schedules.
+
+    `phase` is that of its entries in the manifest. Its one file is named after its function, `tile` is how its work is
+    cut, and `heads` are the first and the end of the query heads that it is for, empty for all. `tables` are what it
+    reads of its schedules, by the names that they have in the package; `table` is their common part, empty for none.
+    """
+
+    target: Target
+    specs: tuple[GpuSpec, ...]
+    files: tuple[SourceFile, ...]
+    phase: str
+    tile: Tile
     heads: tuple[int, ...] = ()
-    table: TableShape | None = None
+    table: str = ""
+    tables: Mapping[str, SegmentTable] = field(default_factory=dict)
 
     @property
     def interface(self) -> Interface:
-        """How a GPU kernel is called."""
-        return INTERFACES[self.phase, self.table is not None]
+        """How the kernel is called."""
+        return INTERFACES[self.phase, bool(self.table)]
+
+
+Source = CpuSource | GpuSource
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from surgeon.compiler.schedule.decode_table import MAX_GROUP
 from surgeon.compiler.schedule.schedule import LayerSchedule
-from surgeon.compiler.specs.artifacts import KernelSpec
+from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec, KernelSpec
 from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import TargetError, shown
@@ -11,57 +12,53 @@ from surgeon.runtime.package.target import Target
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
+Tiles = Mapping[Target, TargetTiles]
+"""A user's own tables of tiles."""
 
-def specialize(
+
+def specialize_cpu(
     topology: Topology,
     layers: Sequence[LayerSchedule],
     target: Target,
     dtypes: Sequence[str] | None = None,
-    tiles: Mapping[Target, TargetTiles] | None = None,
-) -> tuple[KernelSpec, ...]:
-    """The kernels that a target needs, in the order of their first layers.
+    _tiles: Tiles | None = None,
+) -> tuple[CpuSpec, ...]:
+    """The kernels that a CPU library needs, in the order of their first layers.
 
-    `dtypes` restricts the storage types; None means every one of the target. `tiles` come before Surgeon's own.
+    `dtypes` restricts the storage types; None means every one of the target.
+
+    Raises:
+        TargetError: a dtype or head size that there is no kernel for.
+    """
+    return tuple(CpuSpec(**vars(spec)) for spec in _specs(topology, layers, target, dtypes))
+
+
+def specialize_gpu(
+    topology: Topology,
+    layers: Sequence[LayerSchedule],
+    target: Target,
+    dtypes: Sequence[str] | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[GpuSpec, ...]:
+    """The kernels that a GPU needs, with the tiles that cut their work; `tiles` come before Surgeon's own.
 
     Raises:
         TargetError: a dtype, head size or block size that the target cannot hold.
     """
-    if dtypes is not None and not dtypes:
-        raise TargetError("dtypes", "at least one", "none", "leave it out for every dtype of the target")
-    for dtype in dtypes or ():
-        if dtype not in target.dtypes:
-            raise TargetError(
-                f"dtype {dtype}",
-                f"one of {', '.join(target.dtypes)} for {target}",
-                shown(dtype),
-                "leave it out or change the target",
-            )
-    check_head_dim(topology.model.head_dim)
-    if target.backend != "cpu" and topology.block_size & (topology.block_size - 1):
+    specs = _specs(topology, layers, target, dtypes)
+    if topology.block_size & (topology.block_size - 1):
         raise TargetError(
             "block_size",
             f"a power of two for {target}",
             str(topology.block_size),
             "learn the topology with blocks of 32, 64 or 128",
         )
-    own = None if target.backend == "cpu" else tiles_of(target, tiles)
-    if own is not None:
-        own.prefill_tile(topology.model.head_dim, topology.block_size)  # or the target cannot hold the kernels
-    sharers: dict[LayerSchedule, list[int]] = {}
-    for index in topology.covered:
-        sharers.setdefault(layers[index], []).append(index)
-    return tuple(
-        KernelSpec(
-            name=f"attention_{number:03d}",
-            target=target,
-            dtypes=tuple(dtype for dtype in target.dtypes if dtypes is None or dtype in dtypes),
-            layers=tuple(indices),
-            schedule=layer,
-            head_dim=topology.model.head_dim,
-            tiles=own,
-        )
-        for number, (layer, indices) in enumerate(sharers.items())
-    )
+    own, shape = tiles_of(target, tiles), specs[0].shape
+    prefill = own.prefill_tile(shape.head_dim, shape.block_size)
+    decode = None
+    if shape.heads_per_kv_head <= MAX_GROUP:
+        decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
+    return tuple(GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -77,3 +74,33 @@ def check_head_dim(head_dim: int) -> None:
             str(head_dim),
             "no kernel template has this head size",
         )
+
+
+def _specs(
+    topology: Topology, layers: Sequence[LayerSchedule], target: Target, dtypes: Sequence[str] | None
+) -> tuple[KernelSpec, ...]:
+    if dtypes is not None and not dtypes:
+        raise TargetError("dtypes", "at least one", "none", "leave it out for every dtype of the target")
+    for dtype in dtypes or ():
+        if dtype not in target.dtypes:
+            raise TargetError(
+                f"dtype {dtype}",
+                f"one of {', '.join(target.dtypes)} for {target}",
+                shown(dtype),
+                "leave it out or change the target",
+            )
+    check_head_dim(topology.model.head_dim)
+    sharers: dict[LayerSchedule, list[int]] = {}
+    for index in topology.covered:
+        sharers.setdefault(layers[index], []).append(index)
+    return tuple(
+        KernelSpec(
+            name=f"attention_{number:03d}",
+            target=target,
+            dtypes=tuple(dtype for dtype in target.dtypes if dtypes is None or dtype in dtypes),
+            layers=tuple(indices),
+            schedule=layer,
+            head_dim=topology.model.head_dim,
+        )
+        for number, (layer, indices) in enumerate(sharers.items())
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError, shown
 from surgeon.runtime.package.target import Target
 
@@ -129,11 +130,6 @@ def tiles_of(target: Target, own: Mapping[Target, TargetTiles] | None = None) ->
             "compile for the nearest lower one",
         )
     return found
-
-
-def padded(number: int) -> int:
-    """The power of two that holds a number, as all sizes inside a kernel are."""
-    return 1 << (number - 1).bit_length()
 
 
 def read_tiles(path: str | os.PathLike[str]) -> dict[Target, TargetTiles]:

@@ -2,7 +2,8 @@
 
 import itertools
 
-from surgeon.compiler.specs.tiles import TargetTiles, Tile, padded
+from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.system.powers import padded
 
 _QUERIES = (64, 128)
 _KEYS = (32, 64, 128)

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from surgeon.compiler.kernels.cpu.render import X86_64
+from surgeon.compiler.kernels.backend import BACKENDS
+from surgeon.compiler.kernels.cpu.variants import X86_64
 from surgeon.compiler.package.write import write_package
-from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import Binary, KernelSpec, Source, SourceFile
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.schedule.schedule import liveness_tables, schedule_layers
+from surgeon.compiler.specs.artifacts import Binary, CpuSource, SourceFile
+from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.interface import INTERFACES
 from surgeon.runtime.package.manifest import KernelEntry, Launch, Tool
@@ -21,15 +22,12 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
     layers = schedule_layers(topology)
     sources, binaries = [], []
     for target in map(Target.parse, targets):
-        specs = specialize(topology, layers, target)
-        files = (
-            tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if target.backend == "cpu" else ()
-        )
-        sources.append(Source(target, specs, files))
-        binaries += (
-            [_library(specs)] if target.backend == "cpu" else [_code(spec, d) for spec in specs for d in spec.dtypes]
-        )
-    return write_package(folder, topology, sources, binaries)
+        specs = BACKENDS[target.backend].specialize(topology, layers, target, None, None)
+        on_cpu = target.backend == "cpu"
+        files = tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if on_cpu else ()
+        sources.append(CpuSource(target, specs, files, {}))  # whose files alone are looked at here
+        binaries += [_library(specs)] if on_cpu else [_code(spec, d) for spec in specs for d in spec.dtypes]
+    return write_package(folder, topology, liveness_tables(layers), sources, binaries)
 
 
 def _library(specs: Sequence[KernelSpec]) -> Binary:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 import reference
-from surgeon.compiler.kernels.gpu.prefill import render_triton, tiling
+from gpu_sources import prefill_sources
+from surgeon.compiler.kernels.gpu.tiling import tiling_of
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import KernelSpec, Source
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.artifacts import GpuSource
+from surgeon.compiler.specs.kernel_spec import GpuSpec
+from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
 from triton_interpreter import Call, launch
@@ -21,14 +23,14 @@ from triton_interpreter import Call, launch
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
 
 
-def kernel_spec(topology: Topology, target: str = "cuda:90") -> KernelSpec:
+def kernel_spec(topology: Topology, target: str = "cuda:90") -> GpuSpec:
     """The kernel of the topology's first layer."""
-    return specialize(topology, schedule_layers(topology), Target.parse(target))[0]
+    return specialize_gpu(topology, schedule_layers(topology), Target.parse(target))[0]
 
 
-def render_whole(spec: KernelSpec) -> Source:
+def render_whole(spec: GpuSpec) -> GpuSource:
     """The source of a layer whose heads are all in one kernel."""
-    (source,) = render_triton([spec])
+    (source,) = prefill_sources([spec])
     return source
 
 
@@ -58,7 +60,7 @@ def make_call(
     call = Call(
         text=source.files[0].text,
         name=Path(source.files[0].path).stem,
-        tile_rows=tiling(spec).query_tile,
+        tile_rows=tiling_of(spec).query_tile,
         q=q.astype(dtype),
         k=k.astype(dtype),
         v=v.astype(dtype),
@@ -66,9 +68,9 @@ def make_call(
         first_key=np.array(first_keys, dtype=np.int64),
         scale=model.head_dim**-0.5,
     )
-    if source.table is None:
+    if not source.table:
         return call
-    table = source.table.of(spec.schedule)
+    (table,) = source.tables.values()
     return replace(call, table=(table.rows, table.plans, table.segments))
 
 

@@ -19,17 +19,17 @@ import numpy as np
 import topologies
 from compiled_code import spills
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.kernels.render import render
+from surgeon.compiler.kernels.gpu.render import render_gpu
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import Source
-from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize
+from surgeon.compiler.specs.artifacts import GpuSource
+from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize_gpu
 from surgeon.compiler.specs.tiles import tiles_of
 from surgeon.runtime.package.target import Target
 
 TARGETS = [f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)] + ["hip:gfx90a", "hip:gfx942", "hip:gfx950"]
 
 
-def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, Source]]:
+def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, GpuSource]]:
     """The prefill kernels of a tile in one row of blocks and of one in several, by code and by table, and decoding."""
     for block_size, num_blocks in ((128, 12), (32, 12), (32, 400)):
         topology = topologies.random_topology(
@@ -41,7 +41,7 @@ def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, So
             block_size=block_size,
             num_blocks=num_blocks,
         )
-        for source in render(specialize(topology, schedule_layers(topology), target, [dtype]), ""):
+        for source in render_gpu(specialize_gpu(topology, schedule_layers(topology), target, [dtype])):
             if block_size == 128 or source.phase == "prefill":
                 yield f"{source.phase}, blocks of {block_size}{', by table' if source.table else ''}", source
 

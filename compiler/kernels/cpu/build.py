@@ -1,7 +1,6 @@
 """From the rendered C++ to one shared object: a C++ compiler run for each source file that changed, and a link."""
 
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from surgeon.compiler.kernels.cpu.render import symbol_of, variants_for
-from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.artifacts import Binary, CpuSource
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
 from surgeon.runtime.errors import BuildError
@@ -41,7 +39,7 @@ class Compiler:
     version: str
 
 
-def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None = None) -> Binary:
+def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | None = None) -> Binary:
     """Compiles and links the library of a CPU target.
 
     `jobs` is how many compilers run at once; `progress` is called as (what, done, total).
@@ -53,7 +51,7 @@ def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None
     report = progress or (lambda _what, _done, _total: None)
     headers = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".h")}
     units = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".cpp")}
-    flags = {f"{variant.name}.cpp": variant.flags for variant in variants_for(platform.machine())}
+    flags = {PurePosixPath(path).name: more for path, more in source.flags.items()}
 
     def compile_unit(name: str) -> bytes:
         arguments = (*_COMPILE_FLAGS, *flags.get(name, ()))
@@ -85,7 +83,7 @@ def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None
                 layers=spec.layers,
                 schedule=spec.name,
                 file=LIBRARY,
-                symbol=symbol_of(spec),
+                symbol=spec.symbol,
                 arguments=(Argument("call", "struct"),),
                 launch=None,
                 scratch_bytes=0,

@@ -1,9 +1,9 @@
 """From kernel specifications to the C++ of one CPU library: kernels for each instruction set, driver, schedule."""
 
-from dataclasses import dataclass
-
+from surgeon.compiler.kernels.cpu.variants import Variant
 from surgeon.compiler.schedule.schedule import HeadSchedule
-from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
+from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
+from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 from surgeon.runtime.package.target import DTYPES
@@ -18,59 +18,7 @@ _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One instruction set and the register tile that fits it.
-
-    `flags` go to the compiler; `features` are what the processor must have, as `__builtin_cpu_supports` spells it;
-    `lanes` is floats a vector, `panel_vectors` vectors of queries a panel, `tile_keys` and `tile_dims` the other side
-    of the two matrix products' register tiles. Up to `decode_queries` queries a sequence, lanes of dimensions beat
-    half-empty panels of queries.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    features: tuple[str, ...]
-    lanes: int
-    panel_vectors: int
-    tile_keys: int
-    tile_dims: int
-    decode_queries: int
-
-
-PORTABLE = Variant("portable", (), (), lanes=4, panel_vectors=2, tile_keys=6, tile_dims=6, decode_queries=2)
-X86_64 = (
-    Variant(
-        "x86_64_v4",
-        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-        ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi", "bmi2"),
-        lanes=16,
-        panel_vectors=2,
-        tile_keys=8,
-        tile_dims=8,
-        decode_queries=16,
-    ),
-    Variant(
-        "x86_64_v3",
-        ("-march=x86-64-v3",),
-        ("avx2", "fma", "f16c", "bmi", "bmi2"),
-        lanes=8,
-        panel_vectors=2,
-        tile_keys=6,
-        tile_dims=6,
-        decode_queries=6,
-    ),
-    PORTABLE,
-)
-"""The variants of an x86-64 library, fastest first."""
-
-
-def variants_for(machine: str) -> tuple[Variant, ...]:
-    """The variants to build on a machine, as `platform.machine()` names it."""
-    return X86_64 if machine in ("x86_64", "AMD64") else (PORTABLE,)
-
-
-def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> Source:
+def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant, ...]) -> CpuSource:
     """The C++ sources of one library that holds all of the specifications' kernels."""
     dtypes = {dtype: _TYPES[dtype] for dtype in specs[0].dtypes}
     files = {
@@ -99,19 +47,15 @@ def render_cpu(specs: tuple[KernelSpec, ...], variants: tuple[Variant, ...]) -> 
     }
     for variant in variants:
         files[f"{variant.name}.cpp"] = render_template("cpu/variant.cpp.jinja", variant=variant, dtypes=dtypes)
-    return Source(
+    return CpuSource(
         target=specs[0].target,
         specs=specs,
         files=tuple(SourceFile(f"cpu/{name}", text) for name, text in files.items()),
+        flags={f"cpu/{variant.name}.cpp": variant.flags for variant in variants},
     )
 
 
-def symbol_of(spec: KernelSpec) -> str:
-    """The function in the library that runs a kernel."""
-    return f"surgeon_{spec.name}"
-
-
-def _render_schedule(specs: tuple[KernelSpec, ...]) -> str:
+def _render_schedule(specs: tuple[CpuSpec, ...]) -> str:
     numbers: dict[HeadSchedule, int] = {}
     for spec in specs:
         for head in spec.schedule.heads:

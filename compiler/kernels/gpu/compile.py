@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
@@ -24,7 +24,7 @@ _POINTEES = (
 )
 
 
-def build_triton(source: Source, dtype: str) -> Binary:
+def build_triton(source: GpuSource, dtype: str) -> Binary:
     """Compiles one rendered kernel for one dtype; the file is `<target>/<name>.<dtype>.cubin`, or `.hsaco` for hip.
 
     Nothing of the machine gets into the file: equal sources make equal bytes with one version of Triton.
@@ -34,9 +34,8 @@ def build_triton(source: Source, dtype: str) -> Binary:
             than the target has.
         BuildError: the compilation failed.
     """
-    assert source.tile is not None
     interface = source.interface
-    device = source.specs[0].gpu_tiles.device
+    device = source.specs[0].device
     extension = _EXTENSIONS[source.target.backend]
     compiled, version = _compile(source, source.tile, dtype, device)
     metadata = compiled.metadata
@@ -74,7 +73,7 @@ def build_triton(source: Source, dtype: str) -> Binary:
         preconditions=interface.preconditions,
         phase=source.phase,
         heads=source.heads,
-        table=source.table.name if source.table else "",
+        table=source.table,
     )
     by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
     entries = (
@@ -83,12 +82,12 @@ def build_triton(source: Source, dtype: str) -> Binary:
     return Binary(path, compiled.asm[extension], entries, (Tool("triton", f"{version}, fp fusion on"),))
 
 
-def _symbol(source: Source) -> str:
+def _symbol(source: GpuSource) -> str:
     (file,) = source.files
     return Path(file.path).stem
 
 
-def _compile(source: Source, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
+def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
     """Triton's CompiledKernel and Triton's version."""
     try:
         import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
@@ -149,7 +148,7 @@ def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
         yield
 
 
-def _load(source: Source, folder: Path) -> ModuleType:
+def _load(source: GpuSource, folder: Path) -> ModuleType:
     """The rendered module. Triton reads a kernel's text back from its file, so there must be one."""
     (file,) = source.files
     path = folder / Path(file.path).name

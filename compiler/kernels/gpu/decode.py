@@ -1,16 +1,17 @@
 """KernelSpecs ─▶ Sources of the two decoding kernels of a GPU target, which all of its layers share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.kernels.gpu.prefill import Shape
-from surgeon.compiler.schedule.decode_table import MAX_GROUP
-from surgeon.compiler.schedule.schedule import UNBOUNDED
+from surgeon.compiler.schedule.schedule import UNBOUNDED, LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
-from surgeon.compiler.specs.tiles import Tile, padded
+from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.compiler.specs.artifacts import GpuSource, SourceFile
+from surgeon.compiler.specs.kernel_spec import GpuSpec
+from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.system.jinja import render_template
+from surgeon.compiler.system.powers import log2, padded
 from surgeon.runtime.package.interface import DECODE, REDUCE
 
 _SPLITS_AT_ONCE = 16
@@ -40,20 +41,21 @@ class ReduceTile:
     padded_head_dim: int
 
 
-def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
+def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
+    """The tables that the decoding kernel reads, by their names in the package; none where there is no such kernel."""
+    return {f"{spec.name}.{_TABLE.name}": (spec.schedule, _TABLE) for spec in specs if spec.decode is not None}
+
+
+def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
     """Renders `decode.py` and `reduce.py` for one target; nothing where a KV head has too many query heads for a table.
 
-    Without them a single query runs on the kernel for many.
-
-    Raises:
-        TargetError: no tile fits the target.
+    `tables` are those of `wanted_tables`.
     """
-    first = specs[0]
-    shape = Shape.of(first)
-    if shape.heads_per_kv_head > MAX_GROUP:
+    first, tile = specs[0], specs[0].decode
+    if tile is None:
         return ()
-    tile = first.gpu_tiles.decode_tile(first.head_dim, shape.block_size, shape.heads_per_kv_head)
-    num_rows = first.schedule.num_rows
+    shape, num_rows = first.shape, first.schedule.num_rows
+    read = {name: tables[name] for name in wanted_tables(specs)}
     decode = render_template(
         "gpu/decode.py.jinja",
         shape=shape,
@@ -61,9 +63,9 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
             rows=tile.queries,
             keys=tile.keys,
             padded_head_dim=padded(first.head_dim),
-            key_shift=tile.keys.bit_length() - 1,
-            block_shift=shape.block_size.bit_length() - 1,
-            segments=padded(max(_TABLE.of(spec.schedule).max_segments for spec in specs)),
+            key_shift=log2(tile.keys),
+            block_shift=log2(shape.block_size),
+            segments=padded(max(table.max_segments for table in read.values())),
         ),
         num_rows=None if num_rows == UNBOUNDED else num_rows,
         arguments=DECODE.arguments,
@@ -76,13 +78,12 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
         arguments=REDUCE.arguments,
         ln_2=repr(math.log(2)),
     )
+    target, served = first.target, tuple(specs)
     return (
-        _source("decode", specs, decode, tile, _TABLE),
-        _source("reduce", specs, reduce, Tile(queries=1, keys=1, warps=4, stages=1), None),
+        GpuSource(target, served, _files("decode", target.folder, decode), "decode", tile, (), _TABLE.name, read),
+        GpuSource(target, served, _files("reduce", target.folder, reduce), "reduce", Tile(1, 1, warps=4, stages=1)),
     )
 
 
-def _source(phase: str, specs: Sequence[KernelSpec], text: str, tile: Tile, table: TableShape | None) -> Source:
-    target = specs[0].target
-    file = SourceFile(f"{target.folder}/{phase}.py", text)
-    return Source(target, tuple(specs), (file,), phase, tile, table=table)
+def _files(phase: str, folder: str, text: str) -> tuple[SourceFile, ...]:
+    return (SourceFile(f"{folder}/{phase}.py", text),)

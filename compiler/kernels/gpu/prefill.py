@@ -1,18 +1,19 @@
 """KernelSpecs ─▶ Sources of the prefill kernels of a GPU target: Triton modules with the schedules baked in."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from surgeon.compiler.kernels.gpu import decision_tree, segment_trees
-from surgeon.compiler.kernels.gpu.decision_tree import ScheduleTrees, head_groups
+from surgeon.compiler.kernels.gpu import row_trees, segment_trees
+from surgeon.compiler.kernels.gpu.row_trees import ScheduleTrees
 from surgeon.compiler.kernels.gpu.segment_trees import SegmentTrees
-from surgeon.compiler.schedule.prefill_table import prefill_table
-from surgeon.compiler.schedule.schedule import UNBOUNDED, LayerSchedule
+from surgeon.compiler.kernels.gpu.tiling import Tiling, tiling_of
+from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
-from surgeon.compiler.specs.tiles import padded
+from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.compiler.specs.artifacts import GpuSource, SourceFile
+from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.system.jinja import render_template
+from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.interface import INTERFACES
 
@@ -25,106 +26,68 @@ MAX_KERNELS = 4
 _MAX_KEY_LIST = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel's work is cut: tokens a tile of queries and of keys, and the padded head size.
+def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
+    """The tables that prefill kernels are rendered from, by the names that they would have in the package.
 
-    A tile of queries lies in one row of blocks or is `rows` of them, whose tokens `rows_shift` counts. A tile of keys
-    lies in one block or is `blocks` of them, whose tokens `unit_shift` counts. All sizes are powers of two, `*_shift`
-    their logarithms.
+    Where a tile of queries spans rows, all are; where it does not, those are whose schedule is too much to be code.
     """
-
-    query_tile: int
-    key_tile: int
-    padded_head_dim: int
-    block_shift: int
-    query_tile_shift: int
-    key_tile_shift: int
-    rows: int
-    blocks: int
-    rows_shift: int
-    unit_shift: int
+    cut = tiling_of(specs[0])
+    shape = _table_shape(cut)
+    wanted = specs if cut.rows > 1 else [spec for spec in specs if _is_too_much(spec, _row_leaves(spec))]
+    return {f"{spec.name}.{shape.name}": (spec.schedule, shape) for spec in wanted}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a template must know of the model."""
-
-    num_heads: int
-    num_key_value_heads: int
-    heads_per_kv_head: int
-    head_dim: int
-    block_size: int
-
-    @classmethod
-    def of(cls, spec: KernelSpec) -> "Shape":
-        """The shape of a kernel's layers."""
-        schedule = spec.schedule
-        num_heads, kv_heads = len(schedule.heads), schedule.num_key_value_heads
-        return cls(num_heads, kv_heads, num_heads // kv_heads, spec.head_dim, schedule.block_size)
-
-
-def tiling(spec: KernelSpec) -> Tiling:
-    """The tiles of a kernel, which follow from its block size, head size and target.
-
-    Raises:
-        TargetError: no tile of this head size or these blocks fits it.
-    """
-    block_size = spec.schedule.block_size
-    tile = spec.gpu_tiles.prefill_tile(spec.head_dim, block_size)
-    rows, blocks = max(1, tile.queries // block_size), max(1, tile.keys // block_size)
-    return Tiling(
-        query_tile=tile.queries,
-        key_tile=tile.keys,
-        padded_head_dim=padded(spec.head_dim),
-        block_shift=_log2(block_size),
-        query_tile_shift=_log2(tile.queries),
-        key_tile_shift=_log2(tile.keys),
-        rows=rows,
-        blocks=blocks,
-        rows_shift=_log2(rows * block_size),
-        unit_shift=_log2(blocks * block_size),
-    )
-
-
-def render_triton(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
+def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
     """Renders one target's layer schedules; each file is `<target>/<name>.py` and its function is called `<name>`.
 
     A schedule is code in a kernel named after its spec, or in several for consecutive heads where it has many pieces.
-    Where it has too many for that it is a table, and one kernel, `attention_by_table`, serves all such layers.
+    Where it has too many for that it is a table, and one kernel, `attention_by_table`, serves all such layers. `tables`
+    are those of `wanted_tables`.
 
     Raises:
-        TargetError: the schedule lists more keys than a 32-bit number counts, or no tile fits the target.
+        TargetError: the schedule lists more keys than a 32-bit number counts.
     """
-    cut = tiling(specs[0])
-    sources: list[Source] = []
-    by_table: list[KernelSpec] = []
+    cut = tiling_of(specs[0])
+    shape = _table_shape(cut)
+    sources: list[GpuSource] = []
+    by_table: dict[str, tuple[GpuSpec, SegmentTable]] = {}
     for spec in specs:
-        leaves = _leaves(spec.schedule, cut)
-        groups = head_groups(spec.schedule, leaves, MAX_LEAVES)
-        if max(leaves) > MAX_LEAVES or len(groups) > MAX_KERNELS:
-            by_table.append(spec)
-        else:
-            sources += (_by_code(spec, cut, heads) for heads in groups)
-    return (*sources, _by_table(by_table, cut)) if by_table else tuple(sources)
+        name = f"{spec.name}.{shape.name}"
+        table = tables.get(name)
+        leaves = _row_leaves(spec) if cut.rows == 1 else _table_leaves(spec, tables[name])
+        if table is not None and _is_too_much(spec, leaves):
+            by_table[name] = spec, table
+            continue
+        for heads in head_groups(spec.schedule, leaves, MAX_LEAVES):
+            sources.append(_by_code(spec, cut, heads, table))
+    return (*sources, _by_table(by_table, cut, shape)) if by_table else tuple(sources)
 
 
-def _leaves(schedule: LayerSchedule, cut: Tiling) -> list[int]:
+def _table_shape(cut: Tiling) -> TableShape:
+    return TableShape("prefill", cut.rows, cut.blocks)
+
+
+def _is_too_much(spec: GpuSpec, leaves: Sequence[int]) -> bool:
+    """Whether a schedule has too many leaves, one head's or all heads' together, to be code."""
+    return max(leaves) > MAX_LEAVES or len(head_groups(spec.schedule, leaves, MAX_LEAVES)) > MAX_KERNELS
+
+
+def _row_leaves(spec: GpuSpec) -> list[int]:
     """About how many leaves each head's own part of the decision trees has."""
-    if cut.rows == 1:
-        return [decision_tree.num_leaves(head) for head in schedule.heads]
-    table = prefill_table(schedule, cut.rows, cut.blocks)
-    return [segment_trees.num_leaves(table, head) for head in range(len(schedule.heads))]
+    return [row_trees.num_leaves(head) for head in spec.schedule.heads]
 
 
-def _by_code(spec: KernelSpec, cut: Tiling, heads: range) -> Source:
+def _table_leaves(spec: GpuSpec, table: SegmentTable) -> list[int]:
+    return [segment_trees.num_leaves(table, head) for head in range(len(spec.schedule.heads))]
+
+
+def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | None) -> GpuSource:
     """The kernel of some heads of a layer, with their schedule as decision trees."""
     schedule = spec.schedule
     name = spec.name if len(heads) == len(schedule.heads) else f"{spec.name}_head_{heads.start:02d}"
-    if cut.rows > 1:
-        trees = segment_trees.segment_trees(prefill_table(schedule, cut.rows, cut.blocks), heads)
-        return _source((spec,), cut, name, heads, trees, table=None)
-    keys = decision_tree.schedule_trees(schedule, heads)
+    if table is not None:
+        return _source((spec,), cut, name, heads, segment_trees.segment_trees(table, heads))
+    keys = row_trees.schedule_trees(schedule, heads)
     if keys.num_entries > _MAX_KEY_LIST:
         raise TargetError(
             name,
@@ -132,24 +95,44 @@ def _by_code(spec: KernelSpec, cut: Tiling, heads: range) -> Source:
             str(keys.num_entries),
             "lower the number of distinct cuts in a layer",
         )
-    return _source((spec,), cut, name, heads, keys, table=None)
+    return _source((spec,), cut, name, heads, keys)
 
 
-def _by_table(specs: Sequence[KernelSpec], cut: Tiling) -> Source:
+def _by_table(found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, shape: TableShape) -> GpuSource:
     """The kernel of all layers whose schedules are tables."""
+    specs = [spec for spec, _ in found.values()]
     heads = range(len(specs[0].schedule.heads))
-    return _source(specs, cut, "attention_by_table", heads, None, TableShape("prefill", cut.rows, cut.blocks))
+    tables = {name: table for name, (_, table) in found.items()}
+    return _source(specs, cut, "attention_by_table", heads, None, shape.name, tables)
+
+
+def head_groups(layer: LayerSchedule, leaves: Sequence[int], max_leaves: int) -> tuple[range, ...]:
+    """Cuts a layer's heads into consecutive groups whose trees have about `max_leaves` leaves at most, or one head.
+
+    `leaves` are what each head takes; equal heads of a group take them once.
+    """
+    begins, total = [0], 0
+    patterns: set[HeadSchedule] = set()
+    for index, (head, own) in enumerate(zip(layer.heads, leaves, strict=True)):
+        more = 0 if head in patterns else own
+        if more and total and total + more > max_leaves:
+            begins.append(index)
+            total, patterns = 0, set()
+        total += more
+        patterns.add(head)
+    return tuple(range(begin, end) for begin, end in zip(begins, [*begins[1:], len(layer.heads)], strict=True))
 
 
 def _source(
-    specs: Sequence[KernelSpec],
+    specs: Sequence[GpuSpec],
     cut: Tiling,
     name: str,
     heads: range,
     trees: ScheduleTrees | SegmentTrees | None,
-    table: TableShape | None,
-) -> Source:
-    spec, shape = specs[0], Shape.of(specs[0])
+    table: str = "",
+    tables: Mapping[str, SegmentTable] | None = None,
+) -> GpuSource:
+    spec, shape = specs[0], specs[0].shape
     num_rows = spec.schedule.num_rows
     whole = len(heads) == shape.num_heads
     template = "prefill_rows" if isinstance(trees, ScheduleTrees) else "prefill_segments"
@@ -161,25 +144,22 @@ def _source(
         heads=heads,
         tiling=cut,
         trees=trees,
-        max_segments=padded(max(table.of(spec.schedule).max_segments for spec in specs)) if table else None,
+        max_segments=padded(max(read.max_segments for read in tables.values())) if tables else None,
         num_rows=None if num_rows == UNBOUNDED else num_rows,
-        arguments=INTERFACES["prefill", table is not None].arguments,
+        arguments=INTERFACES["prefill", bool(table)].arguments,
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )
-    return Source(
+    return GpuSource(
         target=spec.target,
         specs=tuple(specs),
         files=(SourceFile(f"{spec.target.folder}/{name}.py", text),),
         phase="prefill",
-        tile=spec.gpu_tiles.prefill_tile(spec.head_dim, shape.block_size),
+        tile=spec.prefill,
         heads=() if whole else (heads.start, heads.stop),
         table=table,
+        tables=tables or {},
     )
-
-
-def _log2(power: int) -> int:
-    return power.bit_length() - 1
 
 
 def _layers_text(layers: Sequence[int]) -> str:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_sources import prefill_sources
 from surgeon.compiler.cli import main as cli
-from surgeon.compiler.kernels.gpu.prefill import render_triton
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.specs.tiles import TargetTiles, read_tiles, tiles_of
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.tune.trial import Bench
@@ -71,7 +71,7 @@ def test_what_it_writes_compiles(topology_file: Path, gpu: list[Bench], capsys: 
     tiles = read_tiles(out)
     assert tiles.keys() == {HOPPER}
     assert tiles[HOPPER].prefill[64] == tiles_of(HOPPER).prefill[64]
-    sources = render_triton(specialize(topology, schedule_layers(topology), HOPPER, tiles=tiles))
+    sources = prefill_sources(specialize_gpu(topology, schedule_layers(topology), HOPPER, tiles=tiles))
     assert {source.tile for source in sources} == {tiles[HOPPER].prefill[128]}
     assert tiles[HOPPER].prefill[128] != tiles_of(HOPPER).prefill[128]
 

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 import pytest
 
 import topologies
+from surgeon.compiler.schedule.decode_table import MAX_GROUP
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import KernelSpec
-from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize
+from surgeon.compiler.specs.kernel_spec import GpuSpec, KernelSpec
+from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize_cpu, specialize_gpu
+from surgeon.compiler.specs.tiles import tiles_of
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.target import Target
 
 
 def specs_of(topology: Topology, target: str = "cpu", dtypes: Sequence[str] | None = None) -> tuple[KernelSpec, ...]:
+    specialize = specialize_cpu if target == "cpu" else specialize_gpu
     return specialize(topology, schedule_layers(topology), Target.parse(target), dtypes)
 
 
@@ -104,3 +107,18 @@ def test_what_a_target_cannot_hold(target: str, dtypes: list[str] | None, shape:
 
 def test_the_cpu_takes_any_block_size() -> None:
     assert specs_of(three_layers(block_size=48))[0].schedule.block_size == 48
+
+
+def test_a_gpus_kernels_have_the_tiles_that_cut_their_work() -> None:
+    for spec in specs_of(three_layers(head_dim=64, block_size=32), "cuda:90"):
+        assert isinstance(spec, GpuSpec)
+        tiles = tiles_of(spec.target)
+        assert (spec.device, spec.prefill) == (tiles.device, tiles.prefill_tile(64, 32))
+        assert spec.decode == tiles.decode_tile(64, 32, spec.shape.heads_per_kv_head)
+
+
+def test_a_kv_head_with_too_many_query_heads_has_no_tile_for_one_query() -> None:
+    for heads, has_one in ((MAX_GROUP, True), (MAX_GROUP + 1, False)):
+        (spec,) = specs_of(topologies.window_topology([1] * heads), "cuda:90")
+        assert isinstance(spec, GpuSpec)
+        assert (spec.decode is not None) == has_one

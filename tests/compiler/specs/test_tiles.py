@@ -9,7 +9,8 @@ import pytest
 
 import surgeon.compiler
 from surgeon.compiler.specs.specialize import HEAD_DIMS
-from surgeon.compiler.specs.tiles import MAX_READERS, Tile, padded, parse_tiles, read_tiles, tiles_json, tiles_of
+from surgeon.compiler.specs.tiles import MAX_READERS, Tile, parse_tiles, read_tiles, tiles_json, tiles_of
+from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.target import Target
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from surgeon.compiler.kernels.cpu.build import Compiler, build_cpu, find_compiler
-from surgeon.compiler.kernels.cpu.render import PORTABLE, X86_64, render_cpu, variants_for
+from surgeon.compiler.kernels.cpu.render import render_cpu
+from surgeon.compiler.kernels.cpu.variants import PORTABLE, X86_64, variants_for
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import Source
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.specialize import specialize_cpu
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError
@@ -23,7 +24,7 @@ Golden = Callable[[str, str], None]
 
 
 def rendered(topology: Topology, machine: str = platform.machine()) -> Source:
-    specs = specialize(topology, schedule_layers(topology), Target("cpu"))
+    specs = specialize_cpu(topology, schedule_layers(topology), Target("cpu"))
     return render_cpu(specs, variants_for(machine))
 
 

@@ -7,14 +7,9 @@ import numpy.typing as npt
 import pytest
 
 import topologies
-from surgeon.compiler.kernels.gpu.decision_tree import (
-    Leaf,
-    ScheduleTrees,
-    Tree,
-    head_groups,
-    num_leaves,
-    schedule_trees,
-)
+from surgeon.compiler.kernels.gpu.decision_tree import Leaf, Tree
+from surgeon.compiler.kernels.gpu.prefill import head_groups
+from surgeon.compiler.kernels.gpu.row_trees import ScheduleTrees, num_leaves, schedule_trees
 from surgeon.compiler.schedule.schedule import schedule_layers
 
 Value = TypeVar("Value")

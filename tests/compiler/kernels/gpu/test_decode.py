@@ -13,12 +13,12 @@ import torch
 import reference
 import topologies
 from compiled_code import laid_out, parameters, spills
+from gpu_sources import decode_sources
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.kernels.gpu.decode import render_decode
 from surgeon.compiler.schedule.decode_table import MAX_GROUP, decode_table
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import KernelSpec
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.kernel_spec import GpuSpec
+from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
 from triton_interpreter import DecodeCall, interpreter, launch_decode, part_of, query_heads
@@ -36,8 +36,8 @@ def pool() -> Iterator[Executor]:
         yield executor
 
 
-def specs_of(topology: Topology, target: str = "cuda:90") -> tuple[KernelSpec, ...]:
-    return specialize(topology, schedule_layers(topology), Target.parse(target))
+def specs_of(topology: Topology, target: str = "cuda:90") -> tuple[GpuSpec, ...]:
+    return specialize_gpu(topology, schedule_layers(topology), Target.parse(target))
 
 
 def make_call(
@@ -53,7 +53,7 @@ def make_call(
 ) -> DecodeCall:
     """Random q, k, v, where every key and value that the query may not read is NaN."""
     specs = specs_of(topology)
-    decode, reduce = render_decode(specs)
+    decode, reduce = decode_sources(specs)
     table = decode_table(schedule_layers(topology)[layer])
     rng = np.random.default_rng(seed)
     batch, model = len(positions), topology.model
@@ -191,7 +191,7 @@ EVERY_TARGET = [f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)] + ["hip:g
 )
 def test_every_target_builds_without_spills(target: str, head_dim: int, tmp_path: Path) -> None:
     topology = mixed(8, 2, head_dim=head_dim, block_size=128)
-    for source in render_decode(specs_of(topology, target)):
+    for source in decode_sources(specs_of(topology, target)):
         binary = build_triton(source, "bf16")
         (entry,) = binary.kernels
         assert (entry.phase, entry.symbol, entry.layers) == (source.phase, source.phase, (0, 1))
@@ -201,7 +201,7 @@ def test_every_target_builds_without_spills(target: str, head_dim: int, tmp_path
 
 
 def test_compiling_again_gives_the_same_bytes_and_no_path() -> None:
-    for source in render_decode(specs_of(mixed(8, 2, head_dim=64, block_size=64))):
+    for source in decode_sources(specs_of(mixed(8, 2, head_dim=64, block_size=64))):
         binary = build_triton(source, "fp16")
         assert build_triton(source, "fp16") == binary
         for trace in (b"/tmp", f"{source.phase}.py".encode(), str(Path.home()).encode()):
@@ -211,11 +211,11 @@ def test_compiling_again_gives_the_same_bytes_and_no_path() -> None:
 def test_a_group_with_too_many_heads_has_no_decoding_kernels() -> None:
     topology = shaped(topologies.window_topology, [1, 2] * 16, num_kv_heads=1)
     assert MAX_GROUP < 32
-    assert render_decode(specs_of(topology)) == ()
-    assert len(render_decode(specs_of(shaped(topologies.window_topology, [1] * MAX_GROUP)))) == 2
+    assert decode_sources(specs_of(topology)) == ()
+    assert len(decode_sources(specs_of(shaped(topologies.window_topology, [1] * MAX_GROUP)))) == 2
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    decode, reduce = render_decode(specs_of(mixed(8, 2, head_dim=80, block_size=64)))
+    decode, reduce = decode_sources(specs_of(mixed(8, 2, head_dim=80, block_size=64)))
     golden("decode_triton.py.txt", decode.files[0].text)
     golden("reduce_triton.py.txt", reduce.files[0].text)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import topologies
+from gpu_sources import prefill_sources
 from prefill_calls import check, kernel_spec, make_call
-from surgeon.compiler.kernels.gpu.decision_tree import num_leaves
-from surgeon.compiler.kernels.gpu.prefill import render_triton
+from surgeon.compiler.kernels.gpu.row_trees import num_leaves
 from surgeon.compiler.topology.topology import Topology
 from triton_interpreter import interpreter, launch, part_of, query_heads
 
@@ -71,7 +71,7 @@ def test_kernels_for_groups_of_heads_give_their_heads_of_a_part(
     out, lse = pool.submit(launch, call, True).result()
     leaves = sum(map(num_leaves, kernel_spec(topology).schedule.heads[:3]))
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", leaves)
-    sources = render_triton([kernel_spec(topology)])
+    sources = prefill_sources([kernel_spec(topology)])
     assert [source.heads for source in sources] == [(0, 3), (3, 6)]  # the second KV head is in both
     first = query_heads(call, own).start
     for source in sources:

@@ -15,13 +15,13 @@ import pytest
 
 import topologies
 from compiled_code import laid_out, parameters, spills
+from gpu_sources import prefill_sources
 from prefill_calls import check, expected, kernel_spec, make_call, render_whole
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.kernels.gpu.decision_tree import num_leaves
-from surgeon.compiler.kernels.gpu.prefill import render_triton
+from surgeon.compiler.kernels.gpu.row_trees import num_leaves
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import Binary
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.specs.tiles import TargetTiles, Tile, tiles_of
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError, TargetError
@@ -160,7 +160,7 @@ def test_heads_in_kernels_of_their_own_together_make_the_layer(pool: Executor, m
     call = make_call(topology, length=6 * BLOCK)
     leaves = max(map(num_leaves, kernel_spec(topology).schedule.heads))
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", leaves)
-    sources = render_triton([kernel_spec(topology)])
+    sources = prefill_sources([kernel_spec(topology)])
     assert [source.heads for source in sources] == [(0, 1), (1, 2)]
     assert [source.files[0].path for source in sources] == [
         "cuda-90/attention_000_head_00.py",
@@ -274,7 +274,7 @@ def test_a_target_without_code_generator_is_refused_by_name(target: str) -> None
     backend, _, arch = target.partition(":")
     topology = mixed_heads()
     with pytest.raises(TargetError, match=rf"target {target}: expected {backend}: with one of .*, got {arch}; "):
-        specialize(topology, schedule_layers(topology), Target.parse(target))
+        specialize_gpu(topology, schedule_layers(topology), Target.parse(target))
 
 
 def test_a_missing_triton_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +329,7 @@ def test_more_blocks_of_the_same_pieces_are_the_same_source_but_for_numbers(bloc
 
 def test_more_blocks_seen_by_the_same_windows_are_the_same_source() -> None:
     small, large = (
-        render_triton([kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))]) for blocks in (64, 1024)
+        prefill_sources([kernel_spec(topologies.window_topology([1, 4, 9], num_blocks=blocks))])
+        for blocks in (64, 1024)
     )
     assert [source.files for source in small] == [source.files for source in large]

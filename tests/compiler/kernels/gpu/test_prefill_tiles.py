@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import topologies
+from gpu_sources import prefill_sources
 from prefill_calls import check, kernel_spec, make_call
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.kernels.gpu.prefill import render_triton, tiling
+from surgeon.compiler.kernels.gpu.tiling import tiling_of
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.specs.specialize import specialize
+from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
 from triton_interpreter import interpreter, launch
@@ -43,7 +44,7 @@ def mixed(block_size: int, seed: int = 0, **shape: Any) -> Topology:
 @pytest.mark.parametrize(("block_size", "beyond"), [(16, "window"), (32, "dense"), (64, "window")])
 def test_tiles_of_several_rows(pool: Executor, schedule_as: str, block_size: int, beyond: str) -> None:
     topology = mixed(block_size, seed=block_size, num_heads=4, num_kv_heads=2, beyond=beyond)
-    cut = tiling(kernel_spec(topology))
+    cut = tiling_of(kernel_spec(topology))
     assert (cut.query_tile, cut.rows, cut.blocks) == (128, 128 // block_size, 64 // block_size)
     call = make_call(topology, length=530)
     assert bool(call.table) == (schedule_as == "table")
@@ -98,7 +99,7 @@ def test_a_table_for_blocks_that_hold_a_tile(pool: Executor, monkeypatch: pytest
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86"])
 def test_tiles_of_keys_that_are_smaller_than_a_block(pool: Executor, schedule_as: str, target: str) -> None:
     topology = mixed(64, seed=3, head_dim=128)
-    cut = tiling(kernel_spec(topology, target))
+    cut = tiling_of(kernel_spec(topology, target))
     assert (cut.rows, cut.blocks, cut.key_tile) == (2, 1, 32)
     check(pool, topology, make_call(topology, length=300, positions=[9], target=target))
 
@@ -122,7 +123,7 @@ def test_a_layer_of_scattered_trees_is_a_table(pool: Executor, block_size: int) 
     topology = scattered(block_size)
     pieces = sum(len(head.pieces) for head in kernel_spec(topology).schedule.heads)
     assert pieces > 2000
-    (source,) = render_triton(specialize(topology, schedule_layers(topology), Target.parse("cuda:90")))
+    (source,) = prefill_sources(specialize_gpu(topology, schedule_layers(topology), Target.parse("cuda:90")))
     assert source.files[0].path == "cuda-90/attention_by_table.py"
     assert len(source.files[0].text.splitlines()) < 250  # its size has nothing to do with the pieces
     (entry,) = build_triton(source, "bf16").kernels
@@ -137,7 +138,7 @@ def test_layers_whose_schedules_are_tables_share_a_kernel(monkeypatch: pytest.Mo
     layers = [[topologies.head(0, cut)] for cut in (3.0, 6.0)] + [[windows]]
     trees = [{"linkage": topologies.tree(64, np.random.default_rng(0), contiguous=False)}]
     topology = topologies.build(layers, trees, num_blocks=64, block_size=128, head_dim=64)
-    code, table = render_triton(specialize(topology, schedule_layers(topology), Target.parse("cuda:90")))
+    code, table = prefill_sources(specialize_gpu(topology, schedule_layers(topology), Target.parse("cuda:90")))
     assert [spec.layers for spec in code.specs] == [(2,)]
     assert [spec.layers for spec in table.specs] == [(0,), (1,)]
     entries = build_triton(table, "fp16").kernels
@@ -151,5 +152,5 @@ def test_a_layer_in_too_many_groups_is_a_table(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 10)  # three heads, of three leaves each
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_KERNELS", 2)
     few, many = (topologies.window_topology(range(2, 2 + heads), block_size=128) for heads in (6, 7))
-    assert [source.table for source in render_triton([kernel_spec(few)])] == [None, None]
-    assert [source.table for source in render_triton([kernel_spec(many)])] == [TableShape("prefill")]
+    assert [source.table for source in prefill_sources([kernel_spec(few)])] == ["", ""]
+    assert [source.table for source in prefill_sources([kernel_spec(many)])] == [TableShape("prefill").name]

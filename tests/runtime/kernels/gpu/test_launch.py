@@ -26,7 +26,7 @@ from gpu_calls import (
 from gpu_standin import Standin
 from no_waiting import NoWaiting
 from surgeon.compiler import compile_package
-from surgeon.compiler.kernels.gpu.decision_tree import num_leaves
+from surgeon.compiler.kernels.gpu.row_trees import num_leaves
 from surgeon.compiler.schedule.decode_table import decode_table
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.runtime.errors import PatchError, TopologyError

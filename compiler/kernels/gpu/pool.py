@@ -1,36 +1,32 @@
-"""From sources to binaries: a C++ compiler for a CPU, Triton for GPUs, several at a time."""
+"""Compiles a GPU target's sources in several processes, and keeps what has been compiled."""
 
-import dataclasses
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from types import ModuleType
 
-from surgeon.compiler.kernels.cpu.build import build_cpu
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.specs.artifacts import Binary, Source
+from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.system.versions import version_of
 from surgeon.runtime.package.manifest import KernelEntry
 
 
-def build(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
+def build_gpu(
+    sources: Sequence[GpuSource], cache: Cache, jobs: int, progress: Progress | None = None
+) -> tuple[Binary, ...]:
     """Compiles one target's sources, `jobs` at a time; `progress` is called as (what, done, total).
 
     Raises:
         TargetError: Triton is missing or cannot compile for the target.
-        BuildError: a compiler is missing or fails.
+        BuildError: it fails.
     """
-    if sources[0].target.backend == "cpu":
-        return tuple(build_cpu(source, cache, jobs, progress) for source in sources)
-    return _build_gpu(sources, cache, jobs, progress)
-
-
-def _build_gpu(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
-    work = [(source, dtype) for source in sources for dtype in source.specs[0].dtypes]
+    # A compiler wants no tables, which may be large.
+    work = [(replace(source, tables={}), dtype) for source in sources for dtype in source.specs[0].dtypes]
     keys = [_key(source, dtype) for source, dtype in work]
     stored = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
     binaries = {index: Binary.from_bytes(entry) for index, entry in stored.items()}
@@ -70,10 +66,10 @@ def _no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _key(source: Source, dtype: str) -> str:
+def _key(source: GpuSource, dtype: str) -> str:
     """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
     names = [(spec.name, spec.layers) for spec in source.specs]
-    entry = [field.name for field in dataclasses.fields(KernelEntry)]  # an entry of another version is of no use
+    entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is of no use
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
     versions = [version_of(distribution) or "none" for distribution in ("triton", "surgeon")]
     return Cache.key([*versions, use, *(file.text for file in source.files)])

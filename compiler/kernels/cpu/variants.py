@@ -1,0 +1,55 @@
+"""The variants of a CPU library: instruction sets, each with the register tile that fits it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One instruction set and the register tile that fits it.
+
+    `flags` go to the compiler; `features` are what the processor must have, as `__builtin_cpu_supports` spells it;
+    `lanes` is floats a vector, `panel_vectors` vectors of queries a panel, `tile_keys` and `tile_dims` the other side
+    of the two matrix products' register tiles. Up to `decode_queries` queries a sequence, lanes of dimensions beat
+    half-empty panels of queries.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+    lanes: int
+    panel_vectors: int
+    tile_keys: int
+    tile_dims: int
+    decode_queries: int
+
+
+PORTABLE = Variant("portable", (), (), lanes=4, panel_vectors=2, tile_keys=6, tile_dims=6, decode_queries=2)
+X86_64 = (
+    Variant(
+        "x86_64_v4",
+        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi", "bmi2"),
+        lanes=16,
+        panel_vectors=2,
+        tile_keys=8,
+        tile_dims=8,
+        decode_queries=16,
+    ),
+    Variant(
+        "x86_64_v3",
+        ("-march=x86-64-v3",),
+        ("avx2", "fma", "f16c", "bmi", "bmi2"),
+        lanes=8,
+        panel_vectors=2,
+        tile_keys=6,
+        tile_dims=6,
+        decode_queries=6,
+    ),
+    PORTABLE,
+)
+"""The variants of an x86-64 library, fastest first."""
+
+
+def variants_for(machine: str) -> tuple[Variant, ...]:
+    """The variants to build on a machine, as `platform.machine()` names it."""
+    return X86_64 if machine in ("x86_64", "AMD64") else (PORTABLE,)

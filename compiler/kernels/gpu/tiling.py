@@ -1,0 +1,45 @@
+"""How a prefill kernel cuts its work, in the numbers that its template needs."""
+
+from dataclasses import dataclass
+
+from surgeon.compiler.specs.kernel_spec import GpuSpec
+from surgeon.compiler.system.powers import log2, padded
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel's work is cut: tokens a tile of queries and of keys, and the padded head size.
+
+    A tile of queries lies in one row of blocks or is `rows` of them, whose tokens `rows_shift` counts. A tile of keys
+    lies in one block or is `blocks` of them, whose tokens `unit_shift` counts. All sizes are powers of two, `*_shift`
+    their logarithms.
+    """
+
+    query_tile: int
+    key_tile: int
+    padded_head_dim: int
+    block_shift: int
+    query_tile_shift: int
+    key_tile_shift: int
+    rows: int
+    blocks: int
+    rows_shift: int
+    unit_shift: int
+
+
+def tiling_of(spec: GpuSpec) -> Tiling:
+    """The numbers that follow from a kernel's tile, block size and head size."""
+    block_size, tile = spec.schedule.block_size, spec.prefill
+    rows, blocks = max(1, tile.queries // block_size), max(1, tile.keys // block_size)
+    return Tiling(
+        query_tile=tile.queries,
+        key_tile=tile.keys,
+        padded_head_dim=padded(spec.head_dim),
+        block_shift=log2(block_size),
+        query_tile_shift=log2(tile.queries),
+        key_tile_shift=log2(tile.keys),
+        rows=rows,
+        blocks=blocks,
+        rows_shift=log2(rows * block_size),
+        unit_shift=log2(blocks * block_size),
+    )

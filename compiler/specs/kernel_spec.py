@@ -1,0 +1,61 @@
+"""Kernel specifications: one attention kernel to make, with all that its backend must know to write it."""
+
+from dataclasses import dataclass
+
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.specs.tiles import Device, Tile
+from surgeon.runtime.package.target import Target
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a template must know of the model."""
+
+    num_heads: int
+    num_key_value_heads: int
+    heads_per_kv_head: int
+    head_dim: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One attention kernel to make: a distinct layer schedule on one target.
+
+    `name` is unique within the package and names the schedule's tables; `layers` are the model's layers that share it.
+    """
+
+    name: str
+    target: Target
+    dtypes: tuple[str, ...]
+    layers: tuple[int, ...]
+    schedule: LayerSchedule
+    head_dim: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the kernel's layers."""
+        num_heads, kv_heads = len(self.schedule.heads), self.schedule.num_key_value_heads
+        return Shape(num_heads, kv_heads, num_heads // kv_heads, self.head_dim, self.schedule.block_size)
+
+
+@dataclass(frozen=True)
+class CpuSpec(KernelSpec):
+    """A kernel of a CPU library."""
+
+    @property
+    def symbol(self) -> str:
+        """The function in the library that runs the kernel."""
+        return f"surgeon_{self.name}"
+
+
+@dataclass(frozen=True)
+class GpuSpec(KernelSpec):
+    """The kernels of a layer on a GPU: what its processors have, and the tile of each phase.
+
+    `decode` is None where a KV head has too many query heads for a kernel of one query; those for many serve then.
+    """
+
+    device: Device
+    prefill: Tile
+    decode: Tile | None

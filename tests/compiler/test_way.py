@@ -1,0 +1,53 @@
+"""The way of a topology through the rooms of the compiler: forward, and into each room at most twice."""
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+
+from surgeon.compiler import Topology, compile_package
+from topologies import random_topology
+
+WAY = ("topology", "schedule", "specs", "kernels", "package")
+"""The rooms that make something of a topology, in the order of the stages."""
+
+
+def room_of(frame: FrameType) -> str:
+    _, _, below = str(frame.f_globals.get("__name__", "")).partition("surgeon.compiler.")
+    return below.partition(".")[0]
+
+
+def rooms_entered(topology: Topology, target: str, out: Path) -> list[str]:
+    """The rooms whose functions a compile calls from outside of them, one after the other.
+
+    The methods of what a stage hands on go with it, and are not counted.
+    """
+    entered: list[str] = []
+
+    def called(frame: FrameType, event: str, _argument: object) -> None:
+        room, name = room_of(frame), frame.f_code.co_qualname
+        if event != "call" or room not in WAY or "." in name:
+            return
+        if frame.f_back is not None and room_of(frame.f_back) != room and entered[-1:] != [room]:
+            entered.append(room)
+
+    sys.setprofile(called)
+    try:
+        compile_package(topology, out, targets=(target,), dtypes=("bf16",))
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:90"])
+def test_a_compile_enters_each_room_at_most_twice(target: str, tmp_path: Path) -> None:
+    topology = random_topology(
+        np.random.default_rng(0), num_layers=2, num_heads=4, num_kv_heads=2, num_blocks=8, head_dim=64, block_size=32
+    )
+    compile_package(topology, tmp_path / "first", targets=(target,), dtypes=("bf16",))  # and keep what compilers make
+    entered = rooms_entered(topology, target, tmp_path / "second")
+    print(" -> ".join(entered))
+    assert entered[0] == entered[-1] == "package"  # which refuses what stands in the way at once
+    assert {room: entered.count(room) for room in WAY if entered.count(room) > 2} == {}
