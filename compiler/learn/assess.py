@@ -14,8 +14,9 @@ from surgeon.compiler.learn.measure.journal import Journal
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
 from surgeon.compiler.learn.measure.text import TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
 from surgeon.compiler.system.terminal import Progress
+from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.transformers.fingerprint import fingerprint
 
 _DENSITIES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)

@@ -16,12 +16,12 @@ from surgeon.compiler.learn.measure.journal import Journal
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology, scaled
+from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.ultrametric.descent import Schedule, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.topology.topology import Topology
+from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.transformers.fingerprint import fingerprint

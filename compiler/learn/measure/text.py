@@ -107,6 +107,25 @@ def divide(
     )
 
 
+def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
+    """At most `count` sequences `[1, length]` of a text, none overlapping, spread evenly over it.
+
+    Raises:
+        ModelError: the text is shorter than one sequence.
+    """
+    available = len(text.tokens) // length
+    if not available:
+        raise ModelError(
+            text.name,
+            f"at least {length} tokens, one sequence",
+            f"{len(text.tokens)} tokens",
+            "use a longer text, or a smaller --length",
+        )
+    taken = min(count, available)
+    starts = [index * available // taken * length for index in range(taken)]
+    return [text.tokens[start : start + length][None] for start in starts]
+
+
 def _shares(wanted: Sequence[int], available: int) -> list[int]:
     """How many each use gets: one in turn to every use that still wants one, the first uses first."""
     shares = [0] * len(wanted)

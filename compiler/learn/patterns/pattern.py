@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from surgeon.compiler.learn.patterns.windows import Windows, window_patterns
+from surgeon.compiler.learn.patterns.windows import Windows, visible_pairs, window_patterns
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import cluster_pairs
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ class Pattern:
         for (layer, head), cut in self.cuts.items():
             masks[layer][head] |= cut.mask()
         return masks
+
+    def visible_pairs(self, grid: Grid) -> npt.NDArray[np.float64]:
+        """Pairs of blocks that each head sees, `[layers, heads]`."""
+        pairs = visible_pairs(grid.blocks, grid.sink)[self.windows - 1]
+        for place, cut in self.cuts.items():
+            pairs[place] += cluster_pairs(grid.blocks, grid.sink, int(self.windows[place]), cut.tree, cut.height)
+        return pairs
 
     def plain(self) -> Any:
         """The pattern as JSON holds it."""

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from surgeon.compiler.learn.measure.decoder import dense_states, pull_masks
 from surgeon.compiler.learn.measure.journal import Journal, Tensors
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import causal_pairs, window_floor, window_patterns
+from surgeon.compiler.learn.patterns.windows import window_floor, window_patterns
 from surgeon.compiler.learn.ultrametric.digits import Sample, collapsed_logits, hard_digits, sample
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 
 _RATE = 0.3

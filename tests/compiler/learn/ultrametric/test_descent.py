@@ -13,7 +13,6 @@ from surgeon.compiler.learn.measure.attention import masked_attention
 from surgeon.compiler.learn.measure.decoder import _attending, _states, dense_states, pull_masks
 from surgeon.compiler.learn.measure.sparse import block_sparse_attention
 from surgeon.compiler.learn.measure.text import TokenText
-from surgeon.compiler.learn.patterns.to_topology import spelled
 from surgeon.compiler.learn.patterns.windows import window_patterns
 from surgeon.compiler.learn.ultrametric import descent
 from surgeon.compiler.learn.ultrametric.descent import Schedule, masks_at
@@ -26,6 +25,7 @@ from surgeon.compiler.learn.ultrametric.digits import (
 )
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.write import spelled
 
 LAYERS, HEADS, BLOCKS, SIZE = 3, 4, 8, 16
 ALWAYS = window_patterns(BLOCKS, 1)[1]

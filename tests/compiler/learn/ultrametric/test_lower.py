@@ -10,9 +10,10 @@ from surgeon.compiler.learn.measure.journal import Journal
 from surgeon.compiler.learn.measure.runs import Runs, Table
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.patterns.trees import interval_tree
-from surgeon.compiler.learn.patterns.windows import causal_pairs, window_patterns
+from surgeon.compiler.learn.patterns.windows import window_patterns
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import causal_pairs
 
 LAYERS, HEADS, BLOCKS, SIZE = 3, 4, 8, 16
 TOP = 3.0  # the height of an interval tree over the blocks
