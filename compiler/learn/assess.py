@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
 from surgeon.compiler.learn.measure.text import TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
@@ -71,7 +71,7 @@ def assess(
     length = grid.block_size * grid.blocks
     divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
     with frozen(model):
-        runs = Runs(model, grid, Journal(work), {"weights": fingerprint(model)}, progress)
+        runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
         each = runs.assess(divided.calibrate, seed)
         measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)

@@ -13,9 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from surgeon.compiler.learn.measure.attention import masked_attention
-from surgeon.compiler.learn.measure.sparse import block_sparse_attention
+from surgeon.compiler.learn.measure.attention import block_sparse_attention, masked_attention
 from surgeon.runtime.evaluate.logits import hidden_states, logits_of
+from surgeon.runtime.transformers.layers import find_attention
 from surgeon.runtime.transformers.offload import entry_device, is_offloaded
 
 _IMPLEMENTATION = "surgeon_learning"
@@ -120,11 +120,6 @@ def pull_masks(
     return total / tokens.shape[1], pull
 
 
-def attention_modules(model: torch.nn.Module) -> list[Any]:
-    """The decoder's attention modules, first layer first."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
-
-
 def _states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
     embedded = model.get_input_embeddings()(tokens.to(entry_device(model)))
     if differentiable:  # the weights are frozen, so gradients start at the embedded tokens
@@ -139,7 +134,7 @@ def _attending(
 ) -> Iterator[None]:
     AttentionInterface.register(_IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
-    modules = attention_modules(model)
+    modules = [module for _, module in find_attention(model)]
     before = model.config._attn_implementation
     try:
         model.config._attn_implementation = _IMPLEMENTATION
