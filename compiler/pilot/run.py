@@ -5,7 +5,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError, PilotError
 from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
-from surgeon.runtime.evaluate.pilot_file import AgainstDense, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold, judged
 from surgeon.runtime.evaluate.processes import joined, processes_of
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
@@ -85,7 +85,6 @@ def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | No
         candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
     weights = fingerprint(dense)
     columns = run_pilot(candidates, sequences, tasks, arguments.rounds, progress)
-    beside: dict[str, AgainstDense] = {each.name: each.against_dense for each in columns if each.against_dense}
     return Pilot(
         model=Path(arguments.model).absolute().name,  # of a name on a hub, its end
         weights_sha256=weights,
@@ -94,9 +93,14 @@ def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | No
         texts=tuple(PilotText(text.name, text.sha256, len(taken)) for text, taken in zip(texts, by_text, strict=True)),
         machine=_machine(device, dtype),
         columns=columns,
-        thresholds=judged(beside, arguments.max_ppl_ratio, arguments.min_speedup),
+        thresholds=_thresholds(columns, arguments),
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def _thresholds(columns: Sequence[Column], arguments: argparse.Namespace) -> tuple[Threshold, ...]:
+    (found,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
+    return judged(found, {"perplexity_ratio": arguments.max_ppl_ratio, "first_token_speedup": arguments.min_speedup})
 
 
 def _window_candidate(
