@@ -33,7 +33,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What thinning each head would cost; tables are `[layers][heads]`.
+    """The cost of thinning each head; tables are `[layers][heads]`.
 
     `missed` is the share of the dense attention beyond the sink and a window of `window` blocks, as equal windows have;
     `cost` is each head's share of what that window costs in all heads, and `stability` the rank correlation of those
@@ -80,7 +80,7 @@ def assess(
 def summarize(
     costs: Sequence[Costs], missed: Sequence[Table], grid: Grid, equal: Windows, measured: float
 ) -> Assessment:
-    """What the costs and the missed shares of each text, `[layers, heads, blocks]`, say together."""
+    """Combines the costs and the missed shares of each text, `[layers, heads, blocks]`."""
     fisher, error = (np.sum(tables, axis=0) for tables in ([c.fisher for c in costs], [c.error for c in costs]))
     total = Costs(fisher, error)
     window = int(equal.min())

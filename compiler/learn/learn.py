@@ -29,7 +29,7 @@ from surgeon.runtime.transformers.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class Request:
-    """What to learn. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
+    """An order for a topology. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
 
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
     `cuts`, heads may also get clusters, which belong to their length and cannot be scaled. `settings` are for

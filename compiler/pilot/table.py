@@ -20,7 +20,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What stands over the cells of every row, and the rows."""
+    """The heads over the cells of every row, and the rows."""
 
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -47,7 +47,7 @@ def density_table(pilots: Sequence[Pilot]) -> Table:
 
 
 def passkeys(column: Column) -> str:
-    """How many hidden numbers a model found, of how many: a dash where none was hidden."""
+    """The count of hidden numbers that a model found, "2 of 4" for instance: a dash where none was hidden."""
     if column.passkeys_found is None:
         return "–"
     found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))

@@ -43,7 +43,7 @@ Head = DenseHead | SparseHead
 
 @dataclass(frozen=True)
 class Topology:
-    """What every head of every layer sees. Made by `read_topology`, which has checked it.
+    """The heads of every layer, and the trees that their clusters come from. `read_topology` makes and has checked it.
 
     `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
     and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows at and after `num_blocks`

@@ -1,4 +1,4 @@
-"""How well a model predicts text, and how far a patched model departs from the dense one on the same sequences.
+"""Perplexity of a model, and the departure of a patched model from the dense one on the same sequences.
 
 Several processes share the sequences; what they find is as if one had read them all. The models stay as they are.
 """
@@ -22,7 +22,7 @@ _LATE = 0.75  # the share of a sequence after which a token is late
 
 @dataclass(frozen=True)
 class Departure:
-    """What was found on one sequence: sums over its predicted tokens, all but the first, in nats.
+    """The departure on one sequence: sums over its predicted tokens, all but the first, in nats.
 
     `divergence` is KL(dense ‖ patched); late are the tokens of the last quarter; `agreements` counts the tokens where
     both models rank the same one first.

@@ -32,7 +32,7 @@ class PilotText:
 
 @dataclass(frozen=True)
 class PilotMachine:
-    """Where it ran, and when; `threads` are torch's."""
+    """The machine that it ran on, and the time; `threads` are torch's."""
 
     processor: str
     device: str
@@ -115,12 +115,12 @@ class Pilot:
 
     @property
     def weights_unchanged(self) -> bool:
-        """Whether every column ended with the weights that there were at the start."""
+        """True if every column ended with the weights that there were at the start."""
         return all(column.weights_sha256 == self.weights_sha256 for column in self.columns)
 
     @property
     def passed(self) -> bool:
-        """Whether every threshold is met and no weight has changed."""
+        """True if every threshold is met and no weight has changed."""
         return self.weights_unchanged and all(threshold.met for threshold in self.thresholds)
 
     def to_json(self) -> str:

@@ -26,7 +26,7 @@ _KEPT_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer's attention did with one sequence, and how much its output matters.
+    """One layer's attention on one sequence, and the gradient that says how much its output matters.
 
     `q`, `output` and `gradient` (of the loss with respect to the output) are `[heads, length, head_dim]`, `k` and `v`
     `[KV heads, length, head_dim]`; all are detached.

@@ -35,7 +35,7 @@ Quantities = Mapping[str, Callable[[Observation], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Costs:
-    """What each window costs each head at the dense model, summed over the calibration text: `[layers, heads, blocks]`.
+    """The cost of each window for each head at the dense model, summed over the text: `[layers, heads, blocks]`.
 
     `fisher` is the expected squared response of the log-likelihood, `error` the squared error behind W_o; entry w - 1
     is for a window of w blocks.
@@ -83,12 +83,12 @@ class Runs:
         self._missed: Quantities = {"missed": lambda layer: missed_shares(layer, windows)}
 
     def calibrate(self, sequences: Sequence[torch.Tensor], seed: int) -> Costs:
-        """What every window costs at the dense model; next tokens are drawn with the seed."""
+        """Measures the cost of every window at the dense model; next tokens are drawn with the seed."""
         total = _total(self._at_dense("calibrate", sequences, self._window_costs, seed))
         return Costs(total["fisher"], total["error"])
 
     def assess(self, sequences: Sequence[torch.Tensor], seed: int) -> list[tuple[Costs, Table]]:
-        """Of each sequence, the costs of every window, and the share of the dense attention that it misses."""
+        """Measures, for each sequence, each window's costs and the share of the dense attention that it misses."""
         each = self._at_dense("assess", sequences, {**self._window_costs, **self._missed}, seed)
         return [(Costs(found["fisher"].numpy(), found["error"].numpy()), found["missed"].numpy()) for found in each]
 
@@ -143,7 +143,7 @@ class Runs:
     def _at_dense(
         self, step: str, sequences: Sequence[torch.Tensor], quantities: Quantities, seed: int
     ) -> list[Tensors]:
-        """Quantities at the dense model, of each sequence."""
+        """Measures quantities at the dense model, for each sequence."""
 
         def compute(tokens: torch.Tensor) -> Tensors:
             generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ class Runs:
         quantities: Quantities,
         **key: object,
     ) -> dict[str, Table]:
-        """Quantities at the sparse model, summed over the sequences."""
+        """Measures quantities at the sparse model and sums them over the sequences."""
         masks = pattern.masks(self._grid)
 
         def compute(tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
@@ -180,7 +180,7 @@ class Runs:
         compute: Callable[[torch.Tensor, torch.Tensor], Tensors],
         **key: object,
     ) -> list[Tensors]:
-        """What `compute` finds of each sequence and the dense model's last hidden states of it, under a pattern."""
+        """Measures a step under a pattern; `compute` gets a sequence and the dense model's last hidden states of it."""
 
         def find(tokens: torch.Tensor) -> Tensors:
             dense = self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]
@@ -191,7 +191,7 @@ class Runs:
     def _each(
         self, what: str, sequences: Sequence[torch.Tensor], find: Callable[[torch.Tensor], Tensors]
     ) -> list[Tensors]:
-        """What is found on each sequence, in their order whatever process finds it, so that sums are equal in all."""
+        """Collects the results of all sequences in their order, whatever process finds them: sums are equal in all."""
 
         def find_own(number: int) -> Tensors:
             if self._progress is not None:

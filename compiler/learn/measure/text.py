@@ -68,7 +68,7 @@ def divide(
     seed: int,
     cuts: int = 0,
 ) -> Sequences:
-    """Cuts every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
+    """Divides every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
 
     The counts are for each text. A text of too few sequences gives each use its share, and at least validation and
     calibration one; rounds of refinement that get none from any text fall back on the calibration sequences.
@@ -127,7 +127,7 @@ def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
 
 
 def _shares(wanted: Sequence[int], available: int) -> list[int]:
-    """How many each use gets: one in turn to every use that still wants one, the first uses first."""
+    """Shares sequences out among the uses: one in turn to each that still wants one, the first uses first."""
     shares = [0] * len(wanted)
     while available and shares != list(wanted):
         for use in range(len(wanted)):

@@ -12,7 +12,7 @@ Windows = npt.NDArray[np.int64]
 
 
 def window_patterns(blocks: int, sink: int) -> torch.Tensor:
-    """What windows of 1 to `blocks` blocks see beside the sink: bool `[windows, blocks, blocks]`."""
+    """Masks of the sink and windows of 1 to `blocks` blocks: bool `[windows, blocks, blocks]`."""
     row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
     near = row - column < torch.arange(1, blocks + 1)[:, None, None]
     return (column <= row) & ((column < sink) | near)

@@ -171,7 +171,7 @@ def _pull(
 
 
 def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int) -> Pattern:
-    """What the hard digits and the rounded cuts let every head see."""
+    """The pattern of the hard digits and the rounded cuts."""
     paths = hard_digits(logits).argmax(dim=-1)
     found = {
         place: Cut(
