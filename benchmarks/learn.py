@@ -30,9 +30,10 @@ from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.cli.main import main as surgeon
 from surgeon.compiler.learn.measure.checkpoint import model_shape
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology
+from surgeon.compiler.learn.patterns.to_topology import pattern_topology
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.system.cache import cache_folder
+from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import Comparison, compare

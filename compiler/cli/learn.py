@@ -10,11 +10,11 @@ from pathlib import Path
 from surgeon.compiler.learn.learn import Request, learn
 from surgeon.compiler.learn.measure.checkpoint import read_model
 from surgeon.compiler.learn.measure.text import read_text
-from surgeon.compiler.learn.patterns.to_topology import mean_density, write_topology
-from surgeon.compiler.learn.ultrametric.descent import Schedule
+from surgeon.compiler.learn.patterns.to_topology import write_topology
+from surgeon.compiler.learn.ultrametric.descent import Settings
 from surgeon.compiler.system.main_process import is_first
 from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
-from surgeon.compiler.topology.topology import Topology
+from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import joined
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         seed=arguments.seed,
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
-        schedule=Schedule(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
+        settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
     # Before the work and not after it: that it cannot be written.

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
 from surgeon.compiler.learn.measure.text import TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
 from surgeon.compiler.system.terminal import Progress
+from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.transformers.fingerprint import fingerprint
 
 _DENSITIES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
@@ -32,7 +33,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What thinning each head would cost; tables are `[layers][heads]`.
+    """The cost of thinning each head; tables are `[layers][heads]`.
 
     `missed` is the share of the dense attention beyond the sink and a window of `window` blocks, as equal windows have;
     `cost` is each head's share of what that window costs in all heads, and `stability` the rank correlation of those
@@ -70,7 +71,7 @@ def assess(
     length = grid.block_size * grid.blocks
     divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
     with frozen(model):
-        runs = Runs(model, grid, Journal(work), {"weights": fingerprint(model)}, progress)
+        runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
         each = runs.assess(divided.calibrate, seed)
         measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
@@ -79,7 +80,7 @@ def assess(
 def summarize(
     costs: Sequence[Costs], missed: Sequence[Table], grid: Grid, equal: Windows, measured: float
 ) -> Assessment:
-    """What the costs and the missed shares of each text, `[layers, heads, blocks]`, say together."""
+    """Combines the costs and the missed shares of each text, `[layers, heads, blocks]`."""
     fisher, error = (np.sum(tables, axis=0) for tables in ([c.fisher for c in costs], [c.error for c in costs]))
     total = Costs(fisher, error)
     window = int(equal.min())

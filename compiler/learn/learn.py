@@ -12,29 +12,27 @@ from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
-from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology, scaled
+from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
-from surgeon.compiler.learn.ultrametric.descent import Schedule, Trained, train_digits
+from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.topology.topology import Topology
+from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.transformers.fingerprint import fingerprint
 
-METHODS = ("budget", "ultrametric", "window")
-
 
 @dataclass(frozen=True)
 class Request:
-    """What to learn. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
+    """An order for a topology. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
 
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
-    `cuts`, heads may also get clusters, which belong to their length and cannot be scaled. `schedule` is for
+    `cuts`, heads may also get clusters, which belong to their length and cannot be scaled. `settings` are for
     the method "ultrametric", whose heads have clusters as well.
     """
 
@@ -46,7 +44,7 @@ class Request:
     sink: int = 1
     measured_length: int | None = None
     cuts: bool = False
-    schedule: Schedule = field(default_factory=Schedule)
+    settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -113,22 +111,20 @@ def learn(
         request.seed,
         effort.cuts if request.cuts else 0,
     )
-    journal = Journal(work)
+    store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
-        runs = Runs(model, grid, journal, identity, progress)
+        runs = Runs(model, grid, store, identity, progress)
         if request.method == "ultrametric":
             fresh = [*sequences.calibrate, *(tokens for each in sequences.refine for tokens in each)]
-            trained = train_digits(
-                model, fresh, grid, size, request.schedule, request.seed, journal, identity, progress
-            )
+            trained = train_digits(model, fresh, grid, size, request.settings, request.seed, store, identity, progress)
             changes_of = partial(runs.mask_changes, sequences=sequences.calibrate, what="lowering cuts")
             pattern = lowered(trained.pattern, grid, changes_of)
             figures = _trained_figures(trained, pattern, runs, sequences, grid, size)
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
-    own = (journal.computed, journal.found, time.process_time() - started_cpu + journal.found_seconds)
+    own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
     topology = pattern_topology(shape, grid, pattern, provenance)
     if blocks != measured:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surgeon.compiler.package.contents import packaged_layers, packaged_topology
-from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers, visible_blocks
+from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.kernels.cpu.dense_rows import RATES, DenseRows, dense_tokens
@@ -122,11 +122,8 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
 
 
 def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
-    """Measures the schedules of a topology's layers without expanding any; equal ones are one object."""
-    causal = topology.num_blocks * (topology.num_blocks + 1) / 2
-    heads = {id(head): head for layer in layers for head in layer.heads}
-    densities = {key: visible_blocks(head, topology.num_blocks) / causal for key, head in heads.items()}
-    density = tuple(tuple(densities[id(head)] for head in layer.heads) for layer in layers)
+    """Describes a topology and its layers' schedules, of which equal ones are one object."""
+    density = tuple(tuple(topology.density(layer).tolist()) for layer in range(len(topology.layers)))
     numbers: dict[int, int] = {}
     for layer in layers:
         if layer.heads:
@@ -139,7 +136,7 @@ def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
         beyond=topology.beyond,
         dendrograms=len(topology.dendrograms),
         distinct_layers=len(numbers),
-        distinct_heads=len(heads),
+        distinct_heads=len({id(head) for layer in layers for head in layer.heads}),
         layers=tuple(
             _summary(layer, numbers[id(layer)], found) if layer.heads else None
             for layer, found in zip(layers, density, strict=True)

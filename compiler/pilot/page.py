@@ -102,7 +102,7 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
 
 
 def _terms(pilot: Pilot) -> dict[str, str]:
-    """What pilots must have in common, in words."""
+    """The terms that pilots must have in common, in words."""
     cells = pilot.columns[0].passkeys
     lengths = sorted({cell.length for cell in cells})
     return {

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
-from surgeon.compiler.pilot import figures
 from surgeon.compiler.pilot.svg import Figure, figure
 from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.evaluate.figures import FIGURES
 from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell, Pilot
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 _STYLES = (("#6b7280", "D"), ("#1d4ed8", "o"), ("#d97706", "s"), ("#15803d", "^"))
 """Colour and marker of the columns, the dense model first."""
 _INCHES = (3.2, 2.4)
-Limits = tuple[float, float]
-_SHARE: Limits = (-0.05, 1.05)
+Extent = tuple[float, float]
+_SHARE: Extent = (-0.05, 1.05)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
     """Quality and speed of all pilots against density, relative to the dense model, which every pilot ran too."""
     dense = pilots[0].columns[0]
     charts = [
-        _against_density(pilots, _title(beside.name), beside.of, Estimate(beside.of_dense, None))
-        for beside in figures.ALL
+        _against_density(pilots, _title(shown.name), methodcaller("beside_dense", name), Estimate(shown.of_dense, None))
+        for name, shown in FIGURES.items()
     ]
     found = dense.passkeys_found
     if found is not None:
@@ -74,7 +75,7 @@ def _against_density(
     title: str,
     figure_of: Callable[[Column], Estimate | None],
     dense: Estimate,
-    limits: Limits | None = None,
+    extent: Extent | None = None,
 ) -> Figure:
     drawn = curves(pilots, figure_of, dense)
 
@@ -83,19 +84,19 @@ def _against_density(
             _line(axes, name, index, points)
         _line(axes, "dense", 0, [Point(1.0, dense)])  # over where the others end
         axes.set_xlim(0, 1.05)
-        _finish(axes, "density", limits)
+        _finish(axes, "density", extent)
 
     return figure(title, draw, _INCHES)
 
 
 def _by_depth(
-    pilot: Pilot, length: int, what: str, value: Callable[[PasskeyCell], float], limits: Limits | None = None
+    pilot: Pilot, length: int, what: str, value: Callable[[PasskeyCell], float], extent: Extent | None = None
 ) -> Figure:
     def draw(axes: "Axes") -> None:
         for index, column in enumerate(pilot.columns):
             cells = [cell for cell in column.passkeys if cell.length == length]
             _line(axes, column.name, index, [Point(cell.depth, Estimate(value(cell), None)) for cell in cells])
-        _finish(axes, "depth", limits)
+        _finish(axes, "depth", extent)
 
     return figure(f"{what}, {length:,} tokens", draw, _INCHES)
 
@@ -116,10 +117,10 @@ def _line(axes: "Axes", name: str, index: int, points: Sequence[Point]) -> None:
     )
 
 
-def _finish(axes: "Axes", across: str, limits: Limits | None) -> None:
+def _finish(axes: "Axes", across: str, extent: Extent | None) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.set_ylim(limits)
+    axes.set_ylim(extent)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(across)
     axes.legend(fontsize=7, frameon=False)

@@ -1,13 +1,11 @@
 """`surgeon pilot`: a package on its model, beside the dense model and equal windows, measured, judged and written."""
 
 import argparse
-import dataclasses
-import math
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,20 +15,19 @@ import transformers
 from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
-from surgeon.compiler.learn.measure.text import TokenText, read_text
-from surgeon.compiler.learn.patterns.trees import interval_tree
-from surgeon.compiler.learn.patterns.windows import causal_pairs, uniform_windows
+from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
+from surgeon.compiler.pilot.baseline import density_at, window_baseline
 from surgeon.compiler.pilot.table import pilot_lines
 from surgeon.compiler.pipeline import compile_package
 from surgeon.compiler.system.atomic_files import write_file
 from surgeon.compiler.system.main_process import is_first
 from surgeon.compiler.system.terminal import Progress, progress_bar, quiet_unless_watched
-from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError, PilotError
 from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
-from surgeon.runtime.evaluate.pilot_file import AgainstDense, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold, judged
 from surgeon.runtime.evaluate.processes import joined, processes_of
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
@@ -63,63 +60,6 @@ def run(arguments: argparse.Namespace) -> tuple[Iterable[str], bool]:
     return (*pilot_lines(pilot, encoding), f"{out}: written in {pilot.seconds:.0f} s"), pilot.passed
 
 
-def window_baseline(topology: Topology, length: int) -> Topology:
-    """Equal windows and a sink over the same layers, as dense as the topology is at so many tokens.
-
-    The density is met from below, to less than one head's next block. Where it leaves no room for a sink, there is
-    none.
-
-    Raises:
-        TopologyError: the length is beyond the topology's own, and the topology refuses that.
-    """
-    blocks = -(-length // topology.block_size)
-    pairs = causal_pairs(blocks)
-    # A sum of whole numbers of pairs: rounding must not cost the last of them.
-    visible = round(density_at(topology, length) * pairs * len(topology.covered) * topology.model.num_attention_heads)
-    density = visible / (pairs * len(topology.covered) * topology.model.num_attention_heads)
-    sink = 1 if density * pairs >= 2 * blocks - 1 else 0
-    windows = uniform_windows(len(topology.covered), topology.model.num_attention_heads, blocks, sink, density)
-    rows = iter(windows.tolist())
-    layers = tuple(
-        tuple(SparseHead(0, 0.0, sink, window) for window in next(rows)) if heads else () for heads in topology.layers
-    )
-    provenance = {"method": "window", "density_of": topology.sha256}
-    return dataclasses.replace(
-        topology,
-        num_blocks=blocks,
-        dendrograms=(interval_tree(blocks),),
-        layers=layers,
-        beyond="window",
-        provenance=provenance,
-    )
-
-
-def density_at(topology: Topology, length: int) -> float:
-    """Visible pairs over causal pairs of blocks at so many tokens, over the covered layers' heads."""
-    blocks = -(-length // topology.block_size)
-    densities = [float(value) for layer in topology.covered for value in topology.density(layer, blocks)]
-    return math.fsum(densities) / len(densities)
-
-
-def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
-    """At most `count` sequences `[1, length]` of a text, none overlapping, spread evenly over it.
-
-    Raises:
-        ModelError: the text is shorter than one sequence.
-    """
-    available = len(text.tokens) // length
-    if not available:
-        raise ModelError(
-            text.name,
-            f"at least {length} tokens, one sequence",
-            f"{len(text.tokens)} tokens",
-            "use a longer text, or a smaller --length",
-        )
-    taken = min(count, available)
-    starts = [index * available // taken * length for index in range(taken)]
-    return [text.tokens[start : start + length][None] for start in starts]
-
-
 def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | None) -> Pilot:
     started = time.perf_counter()
     topology = packaged_topology(read_package(arguments.package))
@@ -145,7 +85,6 @@ def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | No
         candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
     weights = fingerprint(dense)
     columns = run_pilot(candidates, sequences, tasks, arguments.rounds, progress)
-    beside: dict[str, AgainstDense] = {each.name: each.against_dense for each in columns if each.against_dense}
     return Pilot(
         model=Path(arguments.model).absolute().name,  # of a name on a hub, its end
         weights_sha256=weights,
@@ -154,9 +93,14 @@ def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | No
         texts=tuple(PilotText(text.name, text.sha256, len(taken)) for text, taken in zip(texts, by_text, strict=True)),
         machine=_machine(device, dtype),
         columns=columns,
-        thresholds=judged(beside, arguments.max_ppl_ratio, arguments.min_speedup),
+        thresholds=_thresholds(columns, arguments),
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def _thresholds(columns: Sequence[Column], arguments: argparse.Namespace) -> tuple[Threshold, ...]:
+    (found,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
+    return judged(found, {"perplexity_ratio": arguments.max_ppl_ratio, "first_token_speedup": arguments.min_speedup})
 
 
 def _window_candidate(

@@ -1,20 +1,12 @@
 """A pilot as a table for people, in the terminal and in the report, and its verdict in words."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from surgeon.compiler.package.inspection_text import can_show
-from surgeon.compiler.pilot.figures import (
-    AGREEMENT,
-    DECODE_SPEEDUP,
-    DIVERGENCE,
-    FIRST_TOKEN_SPEEDUP,
-    LATE_DIVERGENCE,
-    PERPLEXITY_RATIO,
-    BesideDense,
-)
 from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.evaluate.figures import FIGURES, RelativeFigure
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot
 
 
@@ -28,7 +20,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What stands over the cells of every row, and the rows."""
+    """The heads over the cells of every row, and the rows."""
 
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -55,7 +47,7 @@ def density_table(pilots: Sequence[Pilot]) -> Table:
 
 
 def passkeys(column: Column) -> str:
-    """How many hidden numbers a model found, of how many: a dash where none was hidden."""
+    """The count of hidden numbers that a model found, "2 of 4" for instance: a dash where none was hidden."""
     if column.passkeys_found is None:
         return "–"
     found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
@@ -115,26 +107,30 @@ class _Figure:
     by_density: bool = True
 
 
-def _beside(figure: BesideDense, pattern: str, by_density: bool = True) -> _Figure:
+_OWN = {
+    "density": _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
+    "perplexity": _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
+    "passkeys_found": _Figure("passkeys found", passkeys),
+    "first_token": _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
+    "decode": _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
+    "peak_bytes": _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
+    "kept_cache_bytes": _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
+}
+"""The figures of a model by itself, by their fields of `Column`."""
+
+
+def _relative(field: str, figure: RelativeFigure) -> _Figure:
     def cell(column: Column) -> str:
-        estimate = figure.of(column)
-        return "–" if estimate is None else _shown(estimate, pattern)
+        estimate = column.beside_dense(field)
+        return "–" if estimate is None else _shown(estimate, figure.pattern)
 
-    return _Figure(figure.name, cell, by_density)
+    return _Figure(figure.name, cell, figure.by_density)
 
 
-_FIGURES = (
-    _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
-    _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
-    _beside(PERPLEXITY_RATIO, "{:.4f}"),
-    _beside(DIVERGENCE, "{:.5f}"),
-    _beside(LATE_DIVERGENCE, "{:.5f}", by_density=False),
-    _beside(AGREEMENT, "{:.2%}"),
-    _Figure("passkeys found", passkeys),
-    _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
-    _beside(FIRST_TOKEN_SPEEDUP, "{:.2f}"),
-    _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
-    _beside(DECODE_SPEEDUP, "{:.2f}"),
-    _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
-    _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
-)
+def _ordered() -> Iterator[_Figure]:
+    for own, figure in _OWN.items():
+        yield figure
+        yield from (_relative(field, relative) for field, relative in FIGURES.items() if relative.follows == own)
+
+
+_FIGURES = tuple(_ordered())

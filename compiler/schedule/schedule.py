@@ -8,7 +8,6 @@ description follows the number of cluster fragments, not the square of the lengt
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -160,20 +159,6 @@ def rows_longest_first(layer: LayerSchedule, num_rows: int) -> npt.NDArray[np.in
             begin = piece.last_begin + (rows if piece.follows_row else 0)
             work[rows] += lengths[piece.end_run] - lengths[piece.first_run] + rows + 1 - begin
     return np.lexsort((-np.arange(num_rows), -work))
-
-
-def visible_blocks(head: HeadSchedule, num_rows: int) -> int:
-    """How many blocks the first `num_rows` rows of a head read together, counted from the pieces without expanding."""
-    lengths = (0, *accumulate(run.end - run.begin for run in head.runs))
-    total = 0
-    for piece in head.pieces:
-        first, end = piece.first_row, min(piece.end_row, num_rows)
-        if first >= end:
-            break
-        total += (end - first) * (lengths[piece.end_run] - lengths[piece.first_run] + 1 - piece.last_begin)
-        if not piece.follows_row:  # the last run also grows with its row: add first + … + (end − 1)
-            total += (first + end - 1) * (end - first) // 2
-    return total
 
 
 def _dense_schedule() -> HeadSchedule:

@@ -135,15 +135,6 @@ class Dendrogram:
         nodes = nx.dfs_preorder_nodes(self._arborescence, self._root)
         return tuple(node for node in nodes if node < self.num_blocks)
 
-    def distance(self, first: int, second: int) -> float:
-        """d(first, second): the height of the lowest common ancestor, 0 for a block and itself."""
-        import networkx as nx
-
-        if first == second:
-            return 0.0
-        ancestor = nx.lowest_common_ancestor(self._arborescence, first, second)
-        return self._height(ancestor)
-
     def distances(self) -> npt.NDArray[np.float64]:
         """d(i,j) for all pairs, `[num_blocks, num_blocks]`: SciPy's cophenetic distances in square form."""
         table = np.zeros((self.num_blocks, self.num_blocks))
@@ -159,24 +150,31 @@ class Dendrogram:
 
         Each cluster is in ascending order; clusters are ordered by their first block.
         """
-        # From the root down over the merges themselves: a model has a cut a head, and building a graph for each
-        # would take most of the time of scheduling it.
-        cluster_of = list(range(self._root + 1))
-        for row in range(len(self.linkage) - 1, -1, -1):
-            left, right, height, _ = self.linkage[row]
-            if height <= cut:
-                cluster_of[left] = cluster_of[right] = cluster_of[self.num_blocks + row]
         members: dict[int, list[int]] = {}
-        for block in range(self.num_blocks):
-            members.setdefault(cluster_of[block], []).append(block)
+        for block, label in enumerate(self.labels(cut).tolist()):
+            members.setdefault(label, []).append(block)
         return tuple(tuple(blocks) for blocks in members.values())
+
+    def labels(self, cut: float) -> npt.NDArray[np.int64]:
+        """A number for the cluster that each block is in under the cut, `[num_blocks]`."""
+        # Without a graph and without a loop over the merges: a model has a cut a head.
+        children, heights = self._merges
+        up = np.arange(self._root + 1)
+        merged = np.flatnonzero(heights <= cut)
+        up[children[merged]] = self.num_blocks + merged[:, None]
+        while not np.array_equal(further := up[up], up):  # twice as far up each time
+            up = further
+        return up[: self.num_blocks]
 
     @property
     def _root(self) -> int:
         return self.num_blocks + len(self.linkage) - 1
 
-    def _height(self, node: int) -> float:
-        return self.linkage[node - self.num_blocks][2] if node >= self.num_blocks else 0.0
+    @cached_property
+    def _merges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The nodes that each row merges, `[rows, 2]`, and its height, `[rows]`."""
+        children = np.array([row[:2] for row in self.linkage], dtype=np.int64).reshape(-1, 2)
+        return children, np.array([row[2] for row in self.linkage], dtype=np.float64)
 
     @cached_property
     def _arborescence(self) -> "nx.DiGraph[int]":

@@ -5,6 +5,7 @@ Source: topology.json version 1 (`topology.schema.json` beside this file).
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import causal_pairs, cluster_pairs, window_pairs
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 
@@ -41,7 +43,7 @@ Head = DenseHead | SparseHead
 
 @dataclass(frozen=True)
 class Topology:
-    """What every head of every layer sees. Made by `read_topology`, which has checked it.
+    """The heads of every layer, and the trees that their clusters come from. `read_topology` makes and has checked it.
 
     `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
     and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows at and after `num_blocks`
@@ -64,13 +66,7 @@ class Topology:
         Raises:
             TopologyError: the length is beyond the topology's own and `beyond` is "error".
         """
-        if num_blocks > self.num_blocks and self.beyond == "error":
-            raise TopologyError(
-                "block_mask",
-                f"at most {self.num_blocks} blocks, which the topology covers (beyond: error)",
-                str(num_blocks),
-                'shorten the sequence, or set "beyond" to "window" or "dense"',
-            )
+        self._check_length(num_blocks, "block_mask")
         row = np.arange(num_blocks)[:, None]
         column = np.arange(num_blocks)[None, :]
         causal = column <= row
@@ -94,11 +90,43 @@ class Topology:
         """The layers that are covered, ascending."""
         return tuple(layer for layer, heads in enumerate(self.layers) if heads)
 
-    def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
-        """Visible pairs over causal pairs of blocks, a figure a head: `[num_attention_heads]`."""
+    def visible_pairs(self, head: Head, num_blocks: int | None = None) -> int:
+        """Pairs of blocks that one of its heads sees, at `num_blocks` or its own length: those of the mask, counted.
+
+        Raises:
+            TopologyError: as `block_mask`.
+        """
         length = self.num_blocks if num_blocks is None else num_blocks
-        visible = self.block_mask(layer, length).sum(axis=(1, 2))
-        return np.asarray(visible / (length * (length + 1) / 2), dtype=np.float64)
+        self._check_length(length, "density")
+        if isinstance(head, DenseHead):
+            return causal_pairs(length)
+        known = min(length, self.num_blocks)
+        sparse = known if self.beyond == "dense" else length
+        return (
+            window_pairs(sparse, head.sink, head.window)
+            + cluster_pairs(known, head.sink, head.window, self.dendrograms[head.dendrogram], head.cut)
+            + causal_pairs(length)
+            - causal_pairs(sparse)
+        )
+
+    def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
+        """Visible pairs over causal pairs of blocks, a figure a head: `[num_attention_heads]`.
+
+        Raises:
+            TopologyError: as `block_mask`.
+        """
+        pairs = {head: self.visible_pairs(head, num_blocks) for head in set(self.layers[layer])}
+        causal = causal_pairs(self.num_blocks if num_blocks is None else num_blocks)
+        return np.array([pairs[head] / causal for head in self.layers[layer]], dtype=np.float64)
+
+    def _check_length(self, num_blocks: int, where: str) -> None:
+        if num_blocks > self.num_blocks and self.beyond == "error":
+            raise TopologyError(
+                where,
+                f"at most {self.num_blocks} blocks, which the topology covers (beyond: error)",
+                str(num_blocks),
+                'shorten the sequence, or set "beyond" to "window" or "dense"',
+            )
 
     def canonical(self) -> str:
         """The topology as JSON in one fixed spelling: keys sorted, trees as linkages, without provenance."""
@@ -121,6 +149,17 @@ class Topology:
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def mean_density(topology: Topology, num_blocks: int | None = None) -> float:
+    """Visible pairs over causal pairs of blocks, over the heads of all layers that are covered.
+
+    Raises:
+        TopologyError: as `Topology.block_mask`.
+    """
+    heads = Counter(head for layer in topology.layers for head in layer)
+    pairs = sum(topology.visible_pairs(head, num_blocks) * count for head, count in heads.items())
+    return pairs / (causal_pairs(topology.num_blocks if num_blocks is None else num_blocks) * heads.total())
 
 
 def _layer_json(heads: tuple[Head, ...]) -> dict[str, Any] | None:

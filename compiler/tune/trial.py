@@ -38,7 +38,7 @@ def device_here() -> tuple[torch.device, Target]:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where candidates are tried: layer 0 of a topology at its whole length, on a device of a target.
+    """A bench to try candidates on: layer 0 of a topology at its whole length, on a device of a target.
 
     `work` is an empty folder for packages.
     """

@@ -1,4 +1,4 @@
-"""How well a model predicts text, and how far a patched model departs from the dense one on the same sequences.
+"""Perplexity of a model, and the departure of a patched model from the dense one on the same sequences.
 
 Several processes share the sequences; what they find is as if one had read them all. The models stay as they are.
 """
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.estimates import Estimate, exponential, ratio
+from surgeon.runtime.evaluate.logits import hidden_states, logits_of
 from surgeon.runtime.evaluate.processes import Processes, processes_of
-from surgeon.runtime.transformers.offload import entry_device
 
 _LOGITS = 2**24  # made at a time, 64 MB of them
 _LATE = 0.75  # the share of a sequence after which a token is late
@@ -22,7 +22,7 @@ _LATE = 0.75  # the share of a sequence after which a token is late
 
 @dataclass(frozen=True)
 class Departure:
-    """What was found on one sequence: sums over its predicted tokens, all but the first, in nats.
+    """The departure on one sequence: sums over its predicted tokens, all but the first, in nats.
 
     `divergence` is KL(dense ‖ patched); late are the tokens of the last quarter; `agreements` counts the tokens where
     both models rank the same one first.
@@ -132,11 +132,11 @@ def _check(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> None:
 
 
 def _loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    states, targets = _states(model, tokens), tokens[0, 1:]
+    states, targets = hidden_states(model, tokens)[:-1], tokens[0, 1:]
     chunk = _chunk(model)
     losses = []
     for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
-        losses.append(_loss(_logits(model, part), wanted))
+        losses.append(_loss(logits_of(model, part), wanted))
     return math.fsum(losses)
 
 
@@ -146,9 +146,9 @@ def _departure(dense: PreTrainedModel, patched: PreTrainedModel, tokens: torch.T
     late = int(count * _LATE)
     chunk = _chunk(dense)
     dense_losses, patched_losses, divergences, agreements = [], [], [], 0
-    states = (_states(model, tokens).split(chunk) for model in (dense, patched))
+    states = (hidden_states(model, tokens)[:-1].split(chunk) for model in (dense, patched))
     for dense_states, patched_states, wanted in zip(*states, targets.split(chunk), strict=True):
-        expected, found = _logits(dense, dense_states), _logits(patched, patched_states)
+        expected, found = logits_of(dense, dense_states), logits_of(patched, patched_states)
         dense_losses.append(_loss(expected, wanted))
         patched_losses.append(_loss(found, wanted))
         agreements += int((expected.argmax(dim=-1) == found.to(expected.device).argmax(dim=-1)).sum())
@@ -181,37 +181,6 @@ def _from_row(
 
 def _chunk(model: PreTrainedModel) -> int:
     return max(1, _LOGITS // int(model.config.get_text_config().vocab_size))
-
-
-def _states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The last hidden states `[length - 1, hidden_size]` that predict a token of the sequence."""
-    kept = []
-    hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output[0]))
-    try:
-        logits = model(input_ids=tokens.to(entry_device(model)), use_cache=False, logits_to_keep=1).logits
-    finally:
-        hook.remove()
-    states: torch.Tensor = kept[0][0]
-    last = _logits(model, states[-1:])
-    if not torch.allclose(last, logits[0].float().to(last.device), rtol=0.05, atol=0.05):
-        raise ModelError(
-            type(model).__name__,
-            "logits that are the output embedding of the last hidden state, scaled or capped as the config says",
-            "others",
-            "this model cannot be evaluated",
-        )
-    return states[:-1]
-
-
-def _logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """fp32 logits `[positions, vocabulary]`, as the model's own forward makes them."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    logits: torch.Tensor = head(states).float()
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits
 
 
 def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> float:

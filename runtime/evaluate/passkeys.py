@@ -32,7 +32,7 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Whether greedy decoding would write the number, and its mean log-probability in nats a token."""
+    """The answer to a task: `found` if greedy decoding would write the number; log-probability in nats a token."""
 
     found: bool
     log_probability: float
@@ -83,7 +83,7 @@ def retrieve(model: PreTrainedModel, task: Passkey) -> Retrieval:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: a token of the beginning, or nothing."""
+    """The tokens that the tokenizer puts before every text: one of the beginning, or none."""
     first = tokenizer("a")["input_ids"][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from surgeon.runtime.errors import ModelError, PackageError
 from surgeon.runtime.evaluate.comparison import Comparison, compare
 from surgeon.runtime.evaluate.estimates import Estimate, middle, ratio
+from surgeon.runtime.evaluate.figures import AgainstDense
 from surgeon.runtime.evaluate.passkeys import Passkey, Retrieval, retrieve
-from surgeon.runtime.evaluate.pilot_file import AgainstDense, Column, PasskeyCell
+from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 from surgeon.runtime.evaluate.speed import Speed, measure_speed
 from surgeon.runtime.loading import Package

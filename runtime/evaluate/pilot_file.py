@@ -1,4 +1,4 @@
-"""What a pilot found, as frozen dataclasses: the writer and the strict reader of pilot.json, version 1.
+"""The findings of a pilot as frozen dataclasses: the writer and the strict reader of pilot.json, version 1.
 
 The columns are the models that were measured side by side on the same sequences: first the dense one, then others.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from surgeon.runtime.errors import PilotError, shown
 from surgeon.runtime.evaluate.estimates import Estimate
+from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
 from surgeon.runtime.package.strict_json import read_plain
 
 MAX_PILOT_BYTES = 16 * 2**20
@@ -31,7 +32,7 @@ class PilotText:
 
 @dataclass(frozen=True)
 class PilotMachine:
-    """Where it ran, and when; `threads` are torch's."""
+    """The machine that it ran on, and the time; `threads` are torch's."""
 
     processor: str
     device: str
@@ -58,22 +59,6 @@ class PasskeyCell:
 
 
 @dataclass(frozen=True)
-class AgainstDense:
-    """A column beside the dense one on the same sequences; a speed-up above 1 is faster than dense.
-
-    Divergences are KL(dense ‖ column) in nats a token, late ones over the last quarter of each sequence; agreement is
-    the share of tokens where both rank the same one first.
-    """
-
-    perplexity_ratio: Estimate
-    divergence: Estimate
-    late_divergence: Estimate
-    agreement: Estimate
-    first_token_speedup: Estimate
-    decode_speedup: Estimate
-
-
-@dataclass(frozen=True)
 class Column:
     """One model's figures.
 
@@ -97,6 +82,10 @@ class Column:
     peak_bytes: int | None
     kept_cache_bytes: int | None
     weights_sha256: str
+
+    def beside_dense(self, figure: str) -> Estimate | None:
+        """A figure by its field of `AgainstDense`; None for the dense model."""
+        return None if self.against_dense is None else self.against_dense.estimate(figure)
 
 
 @dataclass(frozen=True)
@@ -126,12 +115,12 @@ class Pilot:
 
     @property
     def weights_unchanged(self) -> bool:
-        """Whether every column ended with the weights that there were at the start."""
+        """True if every column ended with the weights that there were at the start."""
         return all(column.weights_sha256 == self.weights_sha256 for column in self.columns)
 
     @property
     def passed(self) -> bool:
-        """Whether every threshold is met and no weight has changed."""
+        """True if every threshold is met and no weight has changed."""
         return self.weights_unchanged and all(threshold.met for threshold in self.thresholds)
 
     def to_json(self) -> str:
@@ -186,20 +175,13 @@ def read_pilot(path: str | os.PathLike[str]) -> Pilot:
         raise PilotError(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
 
 
-def judged(
-    columns: Mapping[str, AgainstDense], max_perplexity_ratio: float | None, min_speedup: float | None
-) -> tuple[Threshold, ...]:
-    """The thresholds that are given, held against the column "patched"; the speed-up is that of the first token."""
-    found = columns["patched"]
-    ratio, speedup = found.perplexity_ratio.value, found.first_token_speedup.value
+def judged(found: AgainstDense, limits: Mapping[str, float | None]) -> tuple[Threshold, ...]:
+    """The patched model's figures held against limits, of those in `LIMITS`; None where a limit is not given."""
     thresholds = []
-    if max_perplexity_ratio is not None:
-        met = ratio <= max_perplexity_ratio
-        thresholds.append(Threshold("perplexity ratio", "at most", max_perplexity_ratio, ratio, met))
-    if min_speedup is not None:
-        thresholds.append(
-            Threshold("speed-up of the first token", "at least", min_speedup, speedup, speedup >= min_speedup)
-        )
+    for figure, limit in limits.items():
+        kind, value = LIMITS[figure], found.estimate(figure).value
+        if limit is not None:
+            thresholds.append(Threshold(kind.name, kind.bound, limit, value, kind.met(value, limit)))
     return tuple(thresholds)
 
 

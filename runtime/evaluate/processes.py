@@ -62,7 +62,7 @@ class Processes:
         return [math.fsum(column) for column in zip(*rows, strict=True)]
 
     def share(self, items: int, make: Callable[[int], Made]) -> Iterator[Made]:
-        """What `make` finds for each item, in their order and in every process; each process makes its own items.
+        """Yields what `make` finds for each item, in order and in every process; each process makes its own items.
 
         As many are made at a time as there are processes, and what is found is pickled on its way. An error of
         Surgeon's or of the system in one process is raised in all. Every process must take all.
@@ -79,7 +79,7 @@ class Processes:
                 yield found  # type: ignore[misc]  # the owner's, who had an item
 
     def first(self, make: Callable[[], Made]) -> Made:
-        """What the first process makes, in every process; the others wait. Otherwise as `share`."""
+        """Returns what the first process makes, in every process; the others wait. Otherwise as `share`."""
         return next(self.share(1, lambda _: make()))
 
 
@@ -91,7 +91,7 @@ def all_processes() -> Processes:
 
 
 def processes_of(model: PreTrainedModel) -> Processes:
-    """Those that can share what a model reads: all, or this one alone where they share the model itself."""
+    """Finds the processes that can share what a model reads: all, or this one where they share the model itself."""
     return Processes() if is_sharded(model) else replace(all_processes(), device=entry_device(model))
 
 

@@ -16,7 +16,7 @@ from surgeon.runtime.transformers.offload import entry_device
 
 @dataclass(frozen=True)
 class Speed:
-    """Of each round: seconds to the first token, and seconds a decoded token; the peak of memory in bytes, if known."""
+    """The seconds to the first token and a decoded token, of each round; the peak of memory in bytes, if known."""
 
     first_token: tuple[float, ...]
     decoded_token: tuple[float, ...]

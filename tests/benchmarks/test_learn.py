@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import learn
-from surgeon.compiler.learn.patterns.to_topology import mean_density
 from surgeon.compiler.topology.read import read_topology
+from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime.evaluate.comparison import Comparison, Departure
 
 ROWS: list[dict[str, Any]] = json.loads(learn.RESULTS.read_text(encoding="utf-8"))["rows"]

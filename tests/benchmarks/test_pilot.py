@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import pilot
-from surgeon.compiler.learn.patterns.to_topology import mean_density
 from surgeon.compiler.topology.read import read_topology
+from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime.evaluate.pilot_file import read_pilot
 
 

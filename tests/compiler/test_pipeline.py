@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 from surgeon.compiler import compile_package, parse_topology
-from surgeon.compiler.learn.patterns.to_topology import spelled
 from surgeon.compiler.schedule.decode_table import decode_table
 from surgeon.compiler.schedule.schedule import HeadSchedule, Piece, Run, schedule_layers
+from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.package.reader import read_package
 from topologies import build, head, tree, window_topology

@@ -6,6 +6,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
+from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.topology import Topology
 
@@ -61,6 +62,18 @@ def balanced_tree(num_blocks: int) -> list[list[float]]:
             above.append((num_blocks + len(rows) - 1, left_count + right_count))
         nodes = above + nodes[2 * len(above) :]
     return rows
+
+
+def distance(tree: Dendrogram, first: int, second: int) -> float:
+    """The height of two blocks' lowest common ancestor, found by walking up from both; 0 for a block and itself."""
+    above = {child: tree.num_blocks + row for row, merge in enumerate(tree.linkage) for child in merge[:2]}
+    path = [first]
+    while path[-1] in above:
+        path.append(above[path[-1]])
+    node = second
+    while node not in path:
+        node = above[node]
+    return tree.linkage[node - tree.num_blocks][2] if node >= tree.num_blocks else 0.0
 
 
 def paths(num_blocks: int, arity: int, depth: int, rng: np.random.Generator) -> list[list[int]]:

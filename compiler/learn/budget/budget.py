@@ -15,7 +15,8 @@ from surgeon.compiler.learn.budget.refine import Trust, refined_windows
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
 from surgeon.compiler.learn.measure.text import Sequences
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import Windows, causal_pairs, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.topology.pairs import causal_pairs
 
 _LEAST_REACH = 0.25
 

@@ -15,6 +15,7 @@ from surgeon.compiler.learn.measure.runs import CutChanges, Table
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.patterns.trees import cuts_of, interval_tree, learned_tree, residue_tree
 from surgeon.compiler.learn.patterns.windows import visible_pairs
+from surgeon.compiler.topology.pairs import cluster_pairs
 
 _PRIMES = (2, 3)
 _LEARNED = 4
@@ -51,7 +52,6 @@ def with_cuts(
     downward) than the window does that sees as many pairs, between windows linearly.
     """
     pairs = visible_pairs(grid.blocks, grid.sink)
-    masks = pattern.masks(grid)
     places = [(layer, head) for layer in range(len(cuts)) for head in range(len(cuts[0]))]
     blocks: list[Table] = []
     costs: list[Table] = []
@@ -62,7 +62,7 @@ def with_cuts(
         sizes = [float(pairs[w - 1]) for w, _ in options]
         values = [float(row[w - 1]) for w, _ in options]
         for index, cut in enumerate(cuts[layer][head]):
-            size = float((masks[layer][head] | cut.mask()).sum())
+            size = float(pairs[window - 1]) + cluster_pairs(grid.blocks, grid.sink, window, cut.tree, cut.height)
             value = float(changes.cuts[layer, head, index])
             if size > pairs[window - 1] and value < min(0.0, float(np.interp(size, pairs, row))):
                 options.append((window, cut))

@@ -12,7 +12,7 @@ from surgeon.compiler.learn.patterns.windows import Windows, visible_pairs
 
 @dataclass(frozen=True)
 class Trust:
-    """How far a window may move from w in one round: to at least w / (1 + reach), to at most w + reach · (w + 2).
+    """The range of one round's moves: from a window w to at least w / (1 + reach) and at most w + reach · (w + 2).
 
     The gains are linear, so they hold near the present windows only: with the whole range open to it, a round moves
     blocks to where a gradient was large and makes the divergence worse.

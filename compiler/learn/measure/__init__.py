@@ -1,1 +1,1 @@
-"""The frozen model run under patterns: what each would cost, step by step, in a journal."""
+"""The frozen model run under patterns: what each would cost, each step kept once done."""

@@ -1,20 +1,113 @@
-"""Attention under a mask that is differentiable itself: for learning the mask by gradient."""
+"""Attention over visible blocks in plain torch, differentiable: in q, k and v, or in the mask itself.
 
-from typing import cast
+The compiled kernels need a package, and have a backward pass on a CPU alone. This works wherever torch does and takes
+every pattern of blocks. Its backward pass has the formula of `runtime/kernels/backward.py`, which goes through padded
+sequences and chunks a tile at a time; here all rows of a head are one batch, a few launches on a GPU instead of some
+hundred.
+
+Source: the backward pass of FlashAttention-2 (arXiv 2307.08691), a head at a time instead of a tile at a time.
+"""
+
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 
+def block_sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention over the visible blocks: `[heads, length, head_dim]`, differentiable in q, k and v.
+
+    `q` is `[heads, length, head_dim]`, `k` and `v` `[KV heads, length, head_dim]`, `visible` bool
+    `[heads, blocks, blocks]`, lower triangular with a full diagonal; the blocks divide the length equally.
+    """
+    return cast(torch.Tensor, _BlockSparse.apply(q, k, v, visible, scale))  # type: ignore[no-untyped-call]
+
+
 def masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention with each block's weights times the block's mask, normalised again: as `q` in shape.
+    """Causal attention with each block's weights times the block's mask, normalised again: differentiable in the mask.
 
-    `q` is `[heads, length, head_dim]`, `k` and `v` `[KV heads, length, head_dim]`, `mask` `[heads, blocks, blocks]` of
-    0 to 1 with a diagonal of 1. The weights are made again in the backward pass instead of kept.
+    Shapes as of `block_sparse_attention`; `mask` holds numbers of 0 to 1 with a diagonal of 1. The weights are made
+    again in the backward pass instead of kept.
     """
     return cast(torch.Tensor, checkpoint(_masked, q, k, v, mask, scale, use_reentrant=False))
+
+
+class _BlockSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        group, blocks = q.shape[0] // k.shape[0], visible.shape[1]
+        output = torch.empty_like(q)
+        log_sum_exp = torch.empty(q.shape[:2], dtype=q.dtype, device=q.device)
+        for head in range(q.shape[0]):
+            keys, hidden = _gathered(visible[head], q.shape[1] // blocks)
+            scores = _scores(_split(q[head], blocks), _split(k[head // group], blocks), keys, hidden, scale)
+            total = torch.logsumexp(scores, dim=-1)
+            weights = torch.exp(scores - total[..., None])
+            output[head] = (weights @ _take(_split(v[head // group], blocks), keys)).flatten(0, 1)
+            log_sum_exp[head] = total.flatten()
+        ctx.save_for_backward(q, k, v, output, log_sum_exp, visible)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, output, log_sum_exp, visible = ctx.saved_tensors
+        (upstream,) = gradients
+        group, blocks = q.shape[0] // k.shape[0], visible.shape[1]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for head in range(q.shape[0]):
+            shared = head // group
+            keys, hidden = _gathered(visible[head], q.shape[1] // blocks)
+            queries, gradient = _split(q[head], blocks), _split(upstream[head], blocks)
+            k_seen, v_seen = _take(_split(k[shared], blocks), keys), _take(_split(v[shared], blocks), keys)
+            scores = _scores(queries, _split(k[shared], blocks), keys, hidden, ctx.scale)
+            weights = torch.exp(scores - _split(log_sum_exp[head], blocks)[..., None])
+            mean = (gradient * _split(output[head], blocks)).sum(dim=-1, keepdim=True)
+            inner = weights * (gradient @ v_seen.transpose(1, 2) - mean) * ctx.scale
+            dq[head] = (inner @ k_seen).flatten(0, 1)
+            _add(_split(dk[shared], blocks), keys, inner.transpose(1, 2) @ queries)
+            _add(_split(dv[shared], blocks), keys, weights.transpose(1, 2) @ gradient)
+        return dq, dk, dv, None, None
+
+
+def _gathered(visible: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's visible blocks, `[blocks, most]`, and which of its keys are hidden, bool `[blocks, size, most, size]`.
+
+    A row with fewer blocks than the fullest repeats its own block, hidden. Its own block is hidden above the diagonal.
+    """
+    counts = visible.sum(dim=1)
+    row = torch.arange(visible.shape[0], device=visible.device)
+    order = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    absent = torch.arange(order.shape[1], device=visible.device) >= counts[:, None]
+    keys = torch.where(absent, row[:, None], order)
+    above = torch.ones(size, size, dtype=torch.bool, device=visible.device).triu(1)
+    diagonal = (keys == row[:, None])[:, None, :, None] & above[:, None, :]
+    return keys, absent[:, None, :, None] | diagonal
+
+
+def _split(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    return tensor.reshape(blocks, -1, *tensor.shape[1:])
+
+
+def _take(tensor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return tensor[keys].flatten(1, 2)
+
+
+def _add(target: torch.Tensor, keys: torch.Tensor, gathered: torch.Tensor) -> None:
+    target.index_add_(0, keys.flatten(), gathered.reshape(keys.numel(), *target.shape[1:]))
+
+
+def _scores(
+    queries: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
+    scores = queries @ _take(k, keys).transpose(1, 2) * scale
+    return scores.masked_fill_(hidden.flatten(2, 3), -torch.inf)
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from surgeon.compiler.learn.measure.decoder import attention_modules
 from surgeon.runtime.errors import ModelError, shown
 from surgeon.runtime.evaluate.processes import all_processes
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.transformers.layers import find_attention, layer_of
 
 DeviceMap = str | Mapping[str, str | int]
 """A device for the whole model, a way to spread it, or a device for each of its modules, "disk" among them."""
@@ -101,19 +101,19 @@ def check_decoder(model: torch.nn.Module) -> None:
     for layer, kind in enumerate(getattr(model.config, "layer_types", None) or ()):
         if kind != "full_attention":
             raise ModelError(f"config.layer_types[{layer}]", "'full_attention'", shown(kind), _REMEDY)
-    modules = attention_modules(model)
+    modules = [module for _, module in find_attention(model)]
     layers = getattr(model.config, "num_hidden_layers", None)
-    if [module.layer_idx for module in modules] != list(range(layers or 0)) or not modules:
+    if (found := [layer_of(module) for module in modules]) != list(range(layers or 0)) or not modules:
         raise ModelError(
             type(model).__name__,
             f"one attention module in each of {layers} layers",
-            f"those of layers {shown([module.layer_idx for module in modules])}",
+            f"those of layers {shown(found)}",
             _REMEDY,
         )
     for module in modules:
         if not module.is_causal or not isinstance(getattr(module, "o_proj", None), torch.nn.Linear):
             raise ModelError(
-                f"attention of layer {module.layer_idx}",
+                f"attention of layer {layer_of(module)}",
                 "causal attention with an output projection o_proj",
                 "another",
                 _REMEDY,

@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from surgeon.compiler.learn.measure.attention import masked_attention
-from surgeon.compiler.learn.measure.sparse import block_sparse_attention
+from surgeon.compiler.learn.measure.attention import block_sparse_attention, masked_attention
+from surgeon.runtime.evaluate.logits import hidden_states, logits_of
+from surgeon.runtime.transformers.layers import find_attention
 from surgeon.runtime.transformers.offload import entry_device, is_offloaded
 
 _IMPLEMENTATION = "surgeon_learning"
@@ -25,7 +26,7 @@ _KEPT_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer's attention did with one sequence, and how much its output matters.
+    """One layer's attention on one sequence, and the gradient that says how much its output matters.
 
     `q`, `output` and `gradient` (of the loss with respect to the output) are `[heads, length, head_dim]`, `k` and `v`
     `[KV heads, length, head_dim]`; all are detached.
@@ -51,9 +52,13 @@ class _Task:
 
 
 def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's last hidden states of one sequence `[1, length]`: `[length, hidden]`, on the CPU."""
+    """The dense model's last hidden states of one sequence `[1, length]`: `[length, hidden]`, on the CPU.
+
+    Raises:
+        ModelError: the model makes its logits of them in a way that is not known.
+    """
     with torch.inference_mode(), _attending(model, None, None):
-        return _states(model, tokens).clone().cpu()
+        return hidden_states(model, tokens).clone().cpu()
 
 
 def sparse_divergence(
@@ -64,7 +69,7 @@ def sparse_divergence(
     `dense` are the dense model's last hidden states; `visible` holds bool `[heads, blocks, blocks]` for each layer.
     """
     with torch.inference_mode(), _attending(model, visible, None):
-        return _divergence(model.get_output_embeddings(), dense, _states(model, tokens))[0] / tokens.shape[1]
+        return _divergence(model, dense, _states(model, tokens))[0] / tokens.shape[1]
 
 
 def observe_dense(
@@ -77,7 +82,7 @@ def observe_dense(
     """
     with _attending(model, None, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
-        gradient = _sampled_gradient(model.get_output_embeddings(), states.detach(), generator)
+        gradient = _sampled_gradient(model, states.detach(), generator)
         states.backward(gradient)
     return states.detach()
 
@@ -95,7 +100,7 @@ def observe_sparse(
     """
     with _attending(model, visible, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
-        total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
+        total, gradient = _divergence(model, dense, states.detach(), differentiate=True)
         states.backward(gradient)
     return total / tokens.shape[1]
 
@@ -110,14 +115,9 @@ def pull_masks(
     varied = masks.detach().requires_grad_()
     with _attending(model, varied.unbind(), None), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens)
-        total, gradient = _divergence(model.get_output_embeddings(), dense, states.detach(), differentiate=True)
+        total, gradient = _divergence(model, dense, states.detach(), differentiate=True)
         (pull,) = torch.autograd.grad(states, varied, gradient / tokens.shape[1])
     return total / tokens.shape[1], pull
-
-
-def attention_modules(model: torch.nn.Module) -> list[Any]:
-    """The decoder's attention modules, first layer first."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
 
 
 def _states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
@@ -134,7 +134,7 @@ def _attending(
 ) -> Iterator[None]:
     AttentionInterface.register(_IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
-    modules = attention_modules(model)
+    modules = [module for _, module in find_attention(model)]
     before = model.config._attn_implementation
     try:
         model.config._attn_implementation = _IMPLEMENTATION
@@ -226,27 +226,27 @@ class _Observed(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _sampled_gradient(head: Any, states: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _sampled_gradient(model: PreTrainedModel, states: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     parts = []
     for part in states.split(_CHUNK):
         part = part.clone().requires_grad_()
-        scores = _log_probabilities(head, part)
+        scores = _log_probabilities(model, part)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
         parts.append(torch.autograd.grad(scores.gather(1, drawn).sum(), part)[0])
     return torch.cat(parts)
 
 
 def _divergence(
-    head: Any, dense: torch.Tensor, sparse: torch.Tensor, differentiate: bool = False
+    model: PreTrainedModel, dense: torch.Tensor, sparse: torch.Tensor, differentiate: bool = False
 ) -> tuple[float, torch.Tensor]:
     """The divergence summed over the tokens, and its gradient with respect to the sparse states where asked for."""
     total, parts = 0.0, []
     for reference, part in zip(dense.split(_CHUNK), sparse.split(_CHUNK), strict=True):
         with torch.no_grad():
-            expected = _log_probabilities(head, reference.to(part.device))
+            expected = _log_probabilities(model, reference.to(part.device))
         if differentiate:
             part = part.clone().requires_grad_()
-        found = _log_probabilities(head, part)
+        found = _log_probabilities(model, part)
         loss = torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
         total += float(loss.detach())
         if differentiate:
@@ -254,6 +254,5 @@ def _divergence(
     return total, torch.cat(parts) if parts else torch.empty(0)
 
 
-def _log_probabilities(head: Any, states: torch.Tensor) -> torch.Tensor:
-    logits = head(states)
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+def _log_probabilities(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits_of(model, states), dim=-1)

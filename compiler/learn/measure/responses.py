@@ -1,4 +1,4 @@
-"""What would happen to a layer's loss if a head saw other blocks: exact responses of its output to a pattern.
+"""Responses of a layer's loss to other patterns of its heads, exact in the layer's output.
 
 For query t, block j has the share a_tj of the dense attention and the partial output p_tj; a pattern's output is
 sum(p_tj) / sum(a_tj) over its visible blocks. For a loss whose gradient with respect to the output is d_t, all that a

@@ -68,7 +68,7 @@ def divide(
     seed: int,
     cuts: int = 0,
 ) -> Sequences:
-    """Cuts every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
+    """Divides every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
 
     The counts are for each text. A text of too few sequences gives each use its share, and at least validation and
     calibration one; rounds of refinement that get none from any text fall back on the calibration sequences.
@@ -107,8 +107,27 @@ def divide(
     )
 
 
+def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
+    """At most `count` sequences `[1, length]` of a text, none overlapping, spread evenly over it.
+
+    Raises:
+        ModelError: the text is shorter than one sequence.
+    """
+    available = len(text.tokens) // length
+    if not available:
+        raise ModelError(
+            text.name,
+            f"at least {length} tokens, one sequence",
+            f"{len(text.tokens)} tokens",
+            "use a longer text, or a smaller --length",
+        )
+    taken = min(count, available)
+    starts = [index * available // taken * length for index in range(taken)]
+    return [text.tokens[start : start + length][None] for start in starts]
+
+
 def _shares(wanted: Sequence[int], available: int) -> list[int]:
-    """How many each use gets: one in turn to every use that still wants one, the first uses first."""
+    """Shares sequences out among the uses: one in turn to each that still wants one, the first uses first."""
     shares = [0] * len(wanted)
     while available and shares != list(wanted):
         for use in range(len(wanted)):

@@ -1,1 +1,1 @@
-"""What heads may see while learning: windows and clusters, and how they become a topology."""
+"""Patterns that heads may have while learning, windows and clusters, and topologies made of them."""

@@ -1,18 +1,21 @@
-"""What every head sees while it is being learned: a window, and a cut where one was admitted."""
+"""A pattern while it is being learned: a window for every head, and a cut where one was admitted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from surgeon.compiler.learn.patterns.windows import Windows, window_patterns
+from surgeon.compiler.learn.patterns.windows import Windows, visible_pairs, window_patterns
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import cluster_pairs
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is learned for: tokens a block, blocks a sequence, blocks of sink, and the share of pairs to be visible."""
+    """The frame of learning: tokens a block, blocks a sequence, blocks of sink, the share of pairs to be visible."""
 
     block_size: int
     blocks: int
@@ -40,12 +43,19 @@ class Pattern:
     cuts: Mapping[tuple[int, int], Cut] = field(default_factory=dict)
 
     def masks(self, grid: Grid) -> Sequence[torch.Tensor]:
-        """What the heads of each layer see: bool `[heads, blocks, blocks]` a layer."""
+        """Expands the pattern: bool `[heads, blocks, blocks]` for each layer."""
         windows = window_patterns(grid.blocks, grid.sink)
         masks = [windows[torch.from_numpy(layer) - 1] for layer in self.windows]
         for (layer, head), cut in self.cuts.items():
             masks[layer][head] |= cut.mask()
         return masks
+
+    def visible_pairs(self, grid: Grid) -> npt.NDArray[np.float64]:
+        """Counts the pairs of blocks that each head sees, `[layers, heads]`."""
+        pairs = visible_pairs(grid.blocks, grid.sink)[self.windows - 1]
+        for place, cut in self.cuts.items():
+            pairs[place] += cluster_pairs(grid.blocks, grid.sink, int(self.windows[place]), cut.tree, cut.height)
+        return pairs
 
     def plain(self) -> Any:
         """The pattern as JSON holds it."""

@@ -1,7 +1,6 @@
 """Topologies made by learning: built, scaled to other lengths, and written."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from surgeon.compiler.learn.patterns.trees import interval_tree
 from surgeon.compiler.system.atomic_files import write_file
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 
@@ -58,31 +58,6 @@ def scaled(topology: Topology, blocks: int) -> Topology:
     return dataclasses.replace(topology, num_blocks=blocks, dendrograms=(interval_tree(blocks),), layers=layers)
 
 
-def mean_density(topology: Topology) -> float:
-    """Visible pairs over causal pairs of blocks, over the heads of all layers that are covered."""
-    densities = [topology.density(layer).mean() for layer in topology.covered]
-    return float(sum(densities) / len(densities))
-
-
-def spelled(topology: Topology) -> str:
-    """The text of topology.json, with a line for each head and each merge."""
-    plain = json.loads(topology.canonical())
-    trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
-    layers = [layer and _listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
-    parts = {
-        "format": json.dumps(plain["format"]),
-        "version": json.dumps(plain["version"]),
-        "model": json.dumps(plain["model"]),
-        "block_size": json.dumps(plain["block_size"]),
-        "num_blocks": json.dumps(plain["num_blocks"]),
-        "dendrograms": _listed([f'{{"linkage": {tree}}}' for tree in trees], 2),
-        "layers": _listed([f'{{"heads": {layer}}}' if layer else "null" for layer in layers], 2),
-        "beyond": json.dumps(plain["beyond"]),
-        "provenance": json.dumps(dict(topology.provenance), indent=1).replace("\n", "\n "),
-    }
-    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
-
-
 def write_topology(topology: Topology, file: Path) -> None:
     """Checks a topology as its reader will, and writes it beside its place and renames it into it.
 
@@ -92,10 +67,3 @@ def write_topology(topology: Topology, file: Path) -> None:
     text = spelled(topology)
     parse_topology(text)
     write_file(file, text)
-
-
-def _listed(items: list[str], indent: int) -> str:
-    if not items:
-        return "[]"
-    space = " " * indent
-    return "[\n" + ",\n".join(space + item for item in items) + "\n" + " " * (indent - 1) + "]"

@@ -61,7 +61,7 @@ def learned_tree(gains: Gains) -> Dendrogram:
 
 
 def cuts_of(tree: Dendrogram, most: int) -> Iterator[float]:
-    """Up to `most` heights at which a cut makes other clusters, from fine to coarse; the root's is left out."""
+    """Yields up to `most` heights at which a cut makes other clusters, from fine to coarse, without the root's."""
     heights = sorted({height for _, _, height, _ in tree.linkage})[:-1]
     if heights:
         places = np.unique(np.linspace(0, len(heights) - 1, most).round().astype(int))

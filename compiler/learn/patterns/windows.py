@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from surgeon.compiler.topology.pairs import causal_pairs, window_pairs
 from surgeon.runtime.errors import TopologyError
 
 Windows = npt.NDArray[np.int64]
@@ -11,7 +12,7 @@ Windows = npt.NDArray[np.int64]
 
 
 def window_patterns(blocks: int, sink: int) -> torch.Tensor:
-    """What windows of 1 to `blocks` blocks see beside the sink: bool `[windows, blocks, blocks]`."""
+    """Masks of the sink and windows of 1 to `blocks` blocks: bool `[windows, blocks, blocks]`."""
     row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
     near = row - column < torch.arange(1, blocks + 1)[:, None, None]
     return (column <= row) & ((column < sink) | near)
@@ -19,13 +20,7 @@ def window_patterns(blocks: int, sink: int) -> torch.Tensor:
 
 def visible_pairs(blocks: int, sink: int) -> npt.NDArray[np.float64]:
     """Visible pairs of blocks under windows of 1 to `blocks` blocks, `[windows]`."""
-    pairs: npt.NDArray[np.float64] = window_patterns(blocks, sink).sum(dim=(1, 2)).numpy().astype(np.float64)
-    return pairs
-
-
-def causal_pairs(blocks: int) -> int:
-    """Pairs of blocks that a dense head sees."""
-    return blocks * (blocks + 1) // 2
+    return np.array([window_pairs(blocks, sink, window) for window in range(1, blocks + 1)], dtype=np.float64)
 
 
 def uniform_windows(layers: int, heads: int, blocks: int, sink: int, density: float) -> Windows:

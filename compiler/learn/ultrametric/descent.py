@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
 from surgeon.compiler.learn.measure.decoder import dense_states, pull_masks
-from surgeon.compiler.learn.measure.journal import Journal, Tensors
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import causal_pairs, window_floor, window_patterns
+from surgeon.compiler.learn.patterns.windows import window_floor, window_patterns
 from surgeon.compiler.learn.ultrametric.digits import Sample, collapsed_logits, hard_digits, sample
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 
 _RATE = 0.3
@@ -25,8 +26,8 @@ _SAVED_EVERY = 5
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How the training goes: temperature falls geometrically, noise and penalties rise over the first half.
+class Settings:
+    """The settings of the training: temperature falls geometrically, noise and penalties rise over the first half.
 
     A step is the mean of `batch` sequences.
     """
@@ -62,9 +63,9 @@ def train_digits(
     sequences: Sequence[torch.Tensor],
     grid: Grid,
     shape: tuple[int, int],
-    schedule: Schedule,
+    settings: Settings,
     seed: int,
-    journal: Journal,
+    store: CheckpointStore,
     identity: dict[str, object],
     progress: Progress | None = None,
 ) -> Trained:
@@ -79,35 +80,36 @@ def train_digits(
     window = window_floor(grid.blocks, grid.sink, grid.density)
     always = window_patterns(grid.blocks, grid.sink)[window - 1]
     processes = processes_of(model)
-    described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(schedule), "seed": seed}
-    logits = torch.stack([collapsed_logits(shape[1], grid.blocks, schedule.arity) for _ in range(shape[0])])
+    # "schedule" is what older versions called the settings: what they kept is found again.
+    described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(settings), "seed": seed}
+    logits = torch.stack([collapsed_logits(shape[1], grid.blocks, settings.arity) for _ in range(shape[0])])
     state: Tensors = {"logits": logits, "cuts": torch.zeros(shape), "divergences": torch.zeros(0)}
-    for begin in range(0, schedule.steps, _SAVED_EVERY):
-        end = min(begin + _SAVED_EVERY, schedule.steps)
+    for begin in range(0, settings.steps, _SAVED_EVERY):
+        end = min(begin + _SAVED_EVERY, settings.steps)
         chunk = [
-            [sequences[(step * schedule.batch + item) % len(sequences)] for item in range(schedule.batch)]
+            [sequences[(step * settings.batch + item) % len(sequences)] for item in range(settings.batch)]
             for step in range(begin, end)
         ]
         if progress is not None:
             lately = f", {float(state['divergences'][-1]):.4f} nats a token" if begin else ""
-            progress(f"descending the KL divergence{lately}", begin, schedule.steps)
+            progress(f"descending the KL divergence{lately}", begin, settings.steps)
         read = [tokens[0].tolist() for batch in chunk for tokens in batch]
         named = {"step": "ultrametric", "tokens": read, "begin": begin} | described
         # All go on from what the first one finds, or all descend: nobody may be left waiting for the others' gradients.
-        found = processes.first(partial(journal.find, named))
+        found = processes.first(partial(store.find, named))
         if found is None:
             started = time.process_time()
-            reached = _descend(model, chunk, grid, schedule, seed, always, processes, state, begin)
+            reached = _descend(model, chunk, grid, settings, seed, always, processes, state, begin)
             (seconds,) = processes.totals((time.process_time() - started,))
-            found = processes.first(partial(journal.keep, named, reached, seconds))
+            found = processes.first(partial(store.keep, named, reached, seconds))
         state = found
     return Trained(_pattern(state["logits"], state["cuts"], window), tuple(state["divergences"].tolist()))
 
 
-def masks_at(state: Tensors, schedule: Schedule, step: int, seed: int, always: torch.Tensor) -> list[Sample]:
+def masks_at(state: Tensors, settings: Settings, step: int, seed: int, always: torch.Tensor) -> list[Sample]:
     """The samples of all layers at a step, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    temperature, noise = schedule.temperature(step), schedule.ramp(step)
+    temperature, noise = settings.temperature(step), settings.ramp(step)
     return [
         sample(logits, cuts, always, temperature, noise, generator)
         for logits, cuts in zip(state["logits"], state["cuts"], strict=True)
@@ -118,7 +120,7 @@ def _descend(
     model: PreTrainedModel,
     batches: Sequence[Sequence[torch.Tensor]],
     grid: Grid,
-    schedule: Schedule,
+    settings: Settings,
     seed: int,
     always: torch.Tensor,
     processes: Processes,
@@ -136,13 +138,13 @@ def _descend(
             }
     divergences = before["divergences"].tolist()
     for step, batch in enumerate(batches, start=begin):
-        samples = masks_at(learned, schedule, step, seed, always)
+        samples = masks_at(learned, settings, step, seed, always)
         masks = torch.stack([found.masks for found in samples])
         visible = masks.sum()
         density = visible / (causal_pairs(grid.blocks) * learned["cuts"].numel())
         excess = torch.relu(density - grid.density) / (1 - grid.density)
         balance = torch.stack([found.balance for found in samples]).mean()
-        penalty = schedule.ramp(step) * (schedule.density_weight * excess**2 + schedule.balance_weight * balance)
+        penalty = settings.ramp(step) * (settings.density_weight * excess**2 + settings.balance_weight * balance)
         pulls = processes.share(len(batch), partial(_pull, model, batch, masks))
         divergence, gradient = 0.0, torch.zeros_like(masks)
         for found, pull in pulls:
@@ -169,7 +171,7 @@ def _pull(
 
 
 def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int) -> Pattern:
-    """What the hard digits and the rounded cuts let every head see."""
+    """The pattern of the hard digits and the rounded cuts."""
     paths = hard_digits(logits).argmax(dim=-1)
     found = {
         place: Cut(

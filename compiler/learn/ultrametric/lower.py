@@ -8,7 +8,7 @@ import torch
 from surgeon.compiler.learn.budget.knapsack import allocate
 from surgeon.compiler.learn.measure.runs import Table
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
-from surgeon.compiler.learn.patterns.windows import causal_pairs
+from surgeon.compiler.topology.pairs import causal_pairs
 
 Changes = Callable[[Pattern, torch.Tensor], Table]
 """The linear change of the divergence, `[layers, heads, candidates]`, if a head had another mask than the pattern's:
@@ -22,9 +22,9 @@ def lowered(pattern: Pattern, grid: Grid, changes_of: Changes) -> Pattern:
     those fall that cost least for each pair of blocks. A cut below the last level is no cut.
     """
     budget = grid.density * causal_pairs(grid.blocks) * pattern.windows.size
-    while pattern.cuts and _pairs(pattern, grid).sum() > budget:
+    while pattern.cuts and pattern.visible_pairs(grid).sum() > budget:
         below = Pattern(pattern.windows, {place: cut for place in pattern.cuts if (cut := _below(pattern.cuts[place]))})
-        fewer, more = (_pairs(each, grid).ravel() for each in (below, pattern))
+        fewer, more = (each.visible_pairs(grid).ravel() for each in (below, pattern))
         candidates = torch.stack(list(below.masks(grid)))[:, :, None]
         changes = changes_of(pattern, candidates).ravel()
         kept = allocate(
@@ -41,12 +41,5 @@ def lowered(pattern: Pattern, grid: Grid, changes_of: Changes) -> Pattern:
 
 def _below(cut: Cut) -> Cut | None:
     """The next lower level of a cut, at which fewer blocks see each other; None where only each itself would."""
-    distances = cut.tree.distances()
-    levels = np.unique(distances[np.triu_indices_from(distances, 1)])
-    levels = levels[levels <= cut.height]
-    return Cut(cut.tree, float(levels[-2])) if levels.size > 1 else None
-
-
-def _pairs(pattern: Pattern, grid: Grid) -> Table:
-    """The pairs of blocks that each head sees, `[layers, heads]`."""
-    return np.array([mask.sum(dim=(1, 2)).numpy() for mask in pattern.masks(grid)], dtype=np.float64)
+    levels = sorted({height for _, _, height, _ in cut.tree.linkage if height <= cut.height})
+    return Cut(cut.tree, levels[-2]) if len(levels) > 1 else None

@@ -16,7 +16,7 @@ from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure import checkpoint
 from surgeon.compiler.learn.measure.checkpoint import read_model
 from surgeon.compiler.learn.measure.text import read_text
-from surgeon.compiler.learn.ultrametric.descent import Schedule
+from surgeon.compiler.learn.ultrametric.descent import Settings
 from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime import fingerprint
 from surgeon.runtime.errors import ModelError
@@ -35,7 +35,7 @@ SPLIT = {
     "lm_head": "disk",
 }
 REQUEST = Request(density=0.5, length=128, block_size=16, cuts=True)
-DESCENT = Request(density=0.5, length=128, block_size=16, method="ultrametric", schedule=Schedule(steps=6))
+DESCENT = Request(density=0.5, length=128, block_size=16, method="ultrametric", settings=Settings(steps=6))
 EFFORT = Effort(calibrate=1, validate=1, refine=(1,), cuts=1)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,9 @@ from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure import runs
 from surgeon.compiler.learn.measure.checkpoint import check_decoder
 from surgeon.compiler.learn.measure.text import TokenText
-from surgeon.compiler.learn.patterns.to_topology import spelled
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.compiler.topology.write import spelled
 from surgeon.runtime import fingerprint
 from surgeon.runtime.errors import ModelError, TopologyError
 

@@ -1,22 +1,15 @@
-"""`surgeon pilot`: equal windows of equal density, what it writes and prints, and how it ends."""
+"""`surgeon pilot`: what it writes and prints, and how it ends."""
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from models import sparse_topology, tiny_config, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
-from surgeon.compiler.learn.measure.text import TokenText
-from surgeon.compiler.pilot.run import density_at, spread, window_baseline
-from surgeon.compiler.topology.topology import SparseHead
-from surgeon.runtime.errors import ModelError
+from surgeon.compiler.pilot.baseline import density_at
 from surgeon.runtime.evaluate.pilot_file import read_pilot
-from topologies import dense_topology, random_topology, window_topology
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,36 +23,6 @@ def command(folder: Path, package: Path, out: Path, *more: str) -> list[str]:
     text = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
     size = ["--length", "96", "--sequences", "2", "--passkeys", "1", "--rounds", "1", "--out", str(out)]
     return ["pilot", str(folder / "model"), str(package), *text, *size, *more]
-
-
-@pytest.mark.parametrize("length", [512, 500, 1024])
-def test_the_windows_are_equal_and_as_dense(length: int) -> None:
-    topology = random_topology(
-        np.random.default_rng(3), num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, block_size=16, num_blocks=32
-    )
-    baseline = window_baseline(topology, length)
-    heads = [head for layer in baseline.layers for head in layer]
-    windows = [head.window for head in heads if isinstance(head, SparseHead)]
-    assert len(windows) == 12
-    assert max(windows) - min(windows) <= 1
-    wanted, found = density_at(topology, length), density_at(baseline, length)
-    blocks = math.ceil(length / 16)
-    assert wanted - 1 / 12 / (blocks + 1) * 2 < found <= wanted + 1e-12
-
-
-def test_windows_of_windows_are_the_same_windows() -> None:
-    topology = window_topology([3, 3], num_layers=2)
-    assert list(window_baseline(topology, 512).layers) == list(topology.layers)
-    assert density_at(window_baseline(dense_topology(), 512), 512) == 1
-    assert density_at(window_baseline(window_topology([1], sink=0), 512), 512) == pytest.approx(1 / 4.5)
-
-
-def test_sequences_are_spread_over_a_text() -> None:
-    text = TokenText("a", "", torch.arange(105))
-    assert [int(each[0, 0]) for each in spread(text, 10, 3)] == [0, 30, 60]
-    assert len(spread(text, 10, 99)) == 10
-    with pytest.raises(ModelError, match="at least 106 tokens"):
-        spread(text, 106, 1)
 
 
 def test_it_writes_its_file_prints_a_table_and_passes(

@@ -23,7 +23,6 @@ from surgeon.compiler.schedule.schedule import (
     last_readers,
     rows_longest_first,
     schedule_layers,
-    visible_blocks,
 )
 from surgeon.compiler.topology.topology import Topology
 
@@ -167,14 +166,6 @@ def test_rows_are_ordered_by_their_visible_blocks(drawn: tuple[Topology, int]) -
         work = topology.block_mask(index, length).sum(axis=(0, 2)).tolist()
         expected = sorted((-blocks, -row) for row, blocks in enumerate(work))
         assert rows_longest_first(layer, length).tolist() == [-row for _, row in expected]
-
-
-@given(topologies_and_lengths())
-def test_visible_blocks_are_counted_as_in_the_mask(drawn: tuple[Topology, int]) -> None:
-    topology, length = drawn
-    for index, layer in enumerate(schedule_layers(topology)):
-        counted = [visible_blocks(head, length) for head in layer.heads]
-        assert counted == topology.block_mask(index, length).sum(axis=(1, 2)).tolist()
 
 
 # A 32-layer, 32-head topology with 1,024 blocks

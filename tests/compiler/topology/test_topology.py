@@ -24,7 +24,7 @@ def visible(topology: Topology, head: DenseHead | SparseHead, i: int, j: int) ->
         return True
     if i >= topology.num_blocks:
         return topology.beyond == "dense"
-    return topology.dendrograms[head.dendrogram].distance(i, j) <= head.cut
+    return topologies.distance(topology.dendrograms[head.dendrogram], i, j) <= head.cut
 
 
 @given(strategies.checked_topologies(max_blocks=7), st.sampled_from([-3, -1, 0, 1, 5]))
@@ -73,13 +73,6 @@ def test_beyond_error_refuses_longer_lengths_only() -> None:
         "block_mask: expected at most 4 blocks, which the topology covers (beyond: error), got 5; "
         'shorten the sequence, or set "beyond" to "window" or "dense"'
     )
-
-
-def test_density_is_visible_pairs_over_causal_pairs() -> None:
-    heads = [topologies.DENSE, topologies.head(), topologies.head(0, 0.5), topologies.head(0, 0.0, 1, 2)]
-    topology = topologies.build([heads], [SCATTERED], num_blocks=4)
-    np.testing.assert_allclose(topology.density(0), [1.0, 4 / 10, 6 / 10, 9 / 10])
-    np.testing.assert_allclose(topology.density(0, 6), [1.0, 6 / 21, 8 / 21, 15 / 21])
 
 
 def test_a_collapsed_topology_is_dense() -> None:

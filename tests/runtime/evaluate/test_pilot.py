@@ -201,9 +201,10 @@ def test_thresholds_and_changed_weights_decide(compiled: dict[str, Compiled], se
     beside = pilot.columns[1].against_dense
     assert beside is not None
     quality, speed = beside.perplexity_ratio.value, beside.first_token_speedup.value
-    assert judged({"patched": beside}, None, None) == ()
-    assert [each.met for each in judged({"patched": beside}, quality, speed)] == [True, True]
-    missed = judged({"patched": beside}, quality * 0.99, speed * 1.01)
+    assert judged(beside, {"perplexity_ratio": None}) == ()
+    reached = {"perplexity_ratio": quality, "first_token_speedup": speed}
+    assert [each.met for each in judged(beside, reached)] == [True, True]
+    missed = judged(beside, {"perplexity_ratio": quality * 0.99, "first_token_speedup": speed * 1.01})
     assert [(each.found, each.met) for each in missed] == [(quality, False), (speed, False)]
     assert pilot.passed
     assert not dataclasses.replace(pilot, thresholds=missed[:1]).passed

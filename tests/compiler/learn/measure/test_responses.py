@@ -10,16 +10,16 @@ from transformers import LlamaForCausalLM
 
 from models import tiny_llama, tokens
 from surgeon.compiler.learn.measure import decoder
+from surgeon.compiler.learn.measure.attention import block_sparse_attention
 from surgeon.compiler.learn.measure.decoder import (
     Observation,
-    attention_modules,
     dense_states,
     observe_dense,
     observe_sparse,
     sparse_divergence,
 )
 from surgeon.compiler.learn.measure.responses import block_responses, missed_shares, output_errors, responses
-from surgeon.compiler.learn.measure.sparse import block_sparse_attention
+from surgeon.runtime.transformers.layers import find_attention
 
 SIZE, BLOCKS, HEADS, LAYERS = 16, 5, 4, 3
 
@@ -27,6 +27,10 @@ SIZE, BLOCKS, HEADS, LAYERS = 16, 5, 4, 3
 def frozen() -> LlamaForCausalLM:
     model: LlamaForCausalLM = tiny_llama().double().requires_grad_(False)
     return model
+
+
+def attention(model: LlamaForCausalLM, layer: int) -> Any:
+    return find_attention(model)[layer][1]
 
 
 def patterns(count: int, seed: int) -> torch.Tensor:
@@ -87,7 +91,7 @@ def test_a_block_responds_as_a_pattern_with_that_block_does(dense_layers: list[O
 def test_output_errors_are_those_behind_the_projection(dense_layers: list[Observation]) -> None:
     model, candidates = frozen(), patterns(3, seed=2)
     for layer in dense_layers:
-        projection = attention_modules(model)[layer.layer].o_proj.weight
+        projection = attention(model, layer.layer).o_proj.weight
         found = output_errors(layer, candidates, projection)
         for index, pattern in enumerate(candidates):
             error = under(layer, pattern) - layer.output
@@ -121,7 +125,7 @@ def shifted(model: LlamaForCausalLM, layer: int, shift: torch.Tensor) -> Callabl
         (output,) = arguments
         return (output + shift.transpose(0, 1).reshape(1, shift.shape[1], -1),)
 
-    return attention_modules(model)[layer].o_proj.register_forward_pre_hook(move).remove  # type: ignore[no-any-return]
+    return attention(model, layer).o_proj.register_forward_pre_hook(move).remove  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

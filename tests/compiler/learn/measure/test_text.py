@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.compiler.learn.measure.text import TokenText, divide, read_text
+from surgeon.compiler.learn.measure.text import TokenText, divide, read_text, spread
 from surgeon.runtime.errors import ModelError
 
 
@@ -74,3 +74,11 @@ def test_short_texts_give_what_they_have() -> None:
 def test_a_text_of_one_sequence_is_too_short() -> None:
     with pytest.raises(ModelError, match=r"b: expected at least 20 tokens: two sequences, .*, got 19 tokens"):
         divide([made("a", 0, 50), made("b", 0, 19)], 10, calibrate=1, validate=1, refine=(), seed=0)
+
+
+def test_sequences_are_spread_over_a_text() -> None:
+    text = TokenText("a", "", torch.arange(105))
+    assert [int(each[0, 0]) for each in spread(text, 10, 3)] == [0, 30, 60]
+    assert len(spread(text, 10, 99)) == 10
+    with pytest.raises(ModelError, match="at least 106 tokens"):
+        spread(text, 106, 1)

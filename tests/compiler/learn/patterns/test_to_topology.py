@@ -8,9 +8,10 @@ import pytest
 
 from models import sparse_topology
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology, scaled, spelled, write_topology
+from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled, write_topology
 from surgeon.compiler.topology.read import parse_topology, read_topology
 from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 
@@ -29,6 +30,12 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["t.json"]
 
 
+def test_what_breaks_the_format_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(TopologyError, match="block_size"):
+        write_topology(dataclasses.replace(made(), block_size=17), tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("blocks", [4, 12, 16, 17])
 def test_windows_scale_and_sinks_stay(blocks: int) -> None:
     heads = [head for layer in scaled(made(), blocks).layers for head in layer]
@@ -43,12 +50,7 @@ def test_a_topology_with_clusters_is_not_scaled() -> None:
         scaled(sparse_topology(), 8)
 
 
-def test_the_density_is_the_mean_over_layers_and_heads() -> None:
-    assert mean_density(made()) == pytest.approx(np.mean([made().density(layer) for layer in (0, 1)]))
-
-
 def test_a_layer_that_is_not_covered_stays_so() -> None:
     bare = dataclasses.replace(made(), layers=(made().layers[0], ()))
     assert parse_topology(spelled(bare)).sha256 == bare.sha256
     assert scaled(bare, 16).covered == (0,)
-    assert mean_density(bare) == pytest.approx(bare.density(0).mean())

@@ -5,7 +5,7 @@ import pytest
 
 from surgeon.compiler.learn.budget.refine import Trust, refined_windows
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
-from surgeon.compiler.learn.patterns.to_topology import mean_density, pattern_topology
+from surgeon.compiler.learn.patterns.to_topology import pattern_topology
 from surgeon.compiler.learn.patterns.trees import interval_tree, residue_tree
 from surgeon.compiler.learn.patterns.windows import (
     Windows,
@@ -14,6 +14,7 @@ from surgeon.compiler.learn.patterns.windows import (
     visible_pairs,
     window_floor,
 )
+from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 

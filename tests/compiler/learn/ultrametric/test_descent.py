@@ -9,14 +9,11 @@ import torch
 
 from models import tiny_llama, tokens
 from surgeon.compiler.learn.learn import Effort, Request, learn
-from surgeon.compiler.learn.measure.attention import masked_attention
 from surgeon.compiler.learn.measure.decoder import _attending, _states, dense_states, pull_masks
-from surgeon.compiler.learn.measure.sparse import block_sparse_attention
 from surgeon.compiler.learn.measure.text import TokenText
-from surgeon.compiler.learn.patterns.to_topology import spelled
 from surgeon.compiler.learn.patterns.windows import window_patterns
 from surgeon.compiler.learn.ultrametric import descent
-from surgeon.compiler.learn.ultrametric.descent import Schedule, masks_at
+from surgeon.compiler.learn.ultrametric.descent import Settings, masks_at
 from surgeon.compiler.learn.ultrametric.digits import (
     collapsed_logits,
     depth_for,
@@ -26,10 +23,11 @@ from surgeon.compiler.learn.ultrametric.digits import (
 )
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.write import spelled
 
 LAYERS, HEADS, BLOCKS, SIZE = 3, 4, 8, 16
 ALWAYS = window_patterns(BLOCKS, 1)[1]
-REQUEST = Request(0.6, BLOCKS * SIZE, SIZE, method="ultrametric", schedule=Schedule(steps=12))
+REQUEST = Request(0.6, BLOCKS * SIZE, SIZE, method="ultrametric", settings=Settings(steps=12))
 EFFORT = Effort(calibrate=2, validate=1, refine=())
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +79,7 @@ def test_the_first_step_is_the_dense_model() -> None:
         "logits": torch.stack([collapsed_logits(HEADS, BLOCKS, 2)] * LAYERS),
         "cuts": torch.zeros(LAYERS, HEADS),
     }
-    masks = [found.masks for found in masks_at(state, Schedule(), 0, 0, ALWAYS)]
+    masks = [found.masks for found in masks_at(state, Settings(), 0, 0, ALWAYS)]
     causal = torch.ones(BLOCKS, BLOCKS).tril().expand(HEADS, BLOCKS, BLOCKS)
     assert all(torch.equal(mask.round(), causal) for mask in masks)
     with torch.no_grad():
@@ -89,16 +87,8 @@ def test_the_first_step_is_the_dense_model() -> None:
         with _attending(model, masks, None):
             found = model.lm_head(_states(model, ids))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
-    later = [found.masks for found in masks_at(state, Schedule(), 59, 0, ALWAYS)]
+    later = [found.masks for found in masks_at(state, Settings(), 59, 0, ALWAYS)]
     assert not all(torch.equal(mask.round(), causal) for mask in later), "noise rises"
-
-
-def test_masked_attention_under_a_hard_mask_is_block_sparse_attention() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(heads, BLOCKS * SIZE, 32, generator=generator) for heads in (HEADS, 2, 2))
-    visible = ALWAYS.expand(HEADS, BLOCKS, BLOCKS)
-    found = masked_attention(q, k, v, visible.float(), 0.2)
-    torch.testing.assert_close(found, block_sparse_attention(q, k, v, visible, 0.2), atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_are_finite_in_fp16_autocast() -> None:
@@ -108,7 +98,7 @@ def test_gradients_are_finite_in_fp16_autocast() -> None:
     dense = dense_states(model, ids)
     for step in (1, 40, 59):
         with torch.autocast("cpu", torch.float16):
-            samples = masks_at({"logits": logits, "cuts": cuts}, Schedule(arity=3), step, 0, ALWAYS)
+            samples = masks_at({"logits": logits, "cuts": cuts}, Settings(arity=3), step, 0, ALWAYS)
             penalty = torch.stack([found.balance for found in samples]).mean()
             masks = torch.stack([found.masks for found in samples])
             divergence, pull = pull_masks(model, ids, dense, masks)
@@ -143,6 +133,6 @@ def test_training_reaches_the_density_and_repeats_and_continues(
 
 
 def test_other_arities_and_seeds_give_other_trees() -> None:
-    other = dataclasses.replace(REQUEST, schedule=Schedule(steps=12, arity=3))
+    other = dataclasses.replace(REQUEST, settings=Settings(steps=12, arity=3))
     seeded = dataclasses.replace(REQUEST, seed=1)
     assert len({learn(tiny_llama(), texts(), request, EFFORT).sha256 for request in (REQUEST, other, seeded)}) == 3

@@ -6,13 +6,14 @@ import torch
 
 from models import tiny_llama, tokens
 from surgeon.compiler.learn.measure.checkpoint import frozen
-from surgeon.compiler.learn.measure.journal import Journal
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Runs, Table
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.patterns.trees import interval_tree
-from surgeon.compiler.learn.patterns.windows import causal_pairs, window_patterns
+from surgeon.compiler.learn.patterns.windows import window_patterns
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.pairs import causal_pairs
 
 LAYERS, HEADS, BLOCKS, SIZE = 3, 4, 8, 16
 TOP = 3.0  # the height of an interval tree over the blocks
@@ -95,7 +96,7 @@ def test_the_change_of_a_mask_is_that_of_the_same_window() -> None:
     windows = window_patterns(BLOCKS, 1)
     candidates = windows.expand(LAYERS, HEADS, *windows.shape).clone()
     with frozen(model):
-        runs = Runs(model, grid(0.6), Journal(None), {}, None)
+        runs = Runs(model, grid(0.6), CheckpointStore(None), {}, None)
         narrow = Pattern(np.full((LAYERS, HEADS), 3))
         found = runs.mask_changes(narrow, candidates, sequences, "masks")
         np.testing.assert_allclose(found, runs.changes(narrow, sequences, "windows"), atol=1e-9)

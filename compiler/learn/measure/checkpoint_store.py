@@ -1,4 +1,4 @@
-"""The steps of a long run, each done once: what makes learning resumable."""
+"""The results of a long run's steps, each computed once, so that an interrupted run continues."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from surgeon.runtime.errors import ModelError
 Tensors = dict[str, torch.Tensor]
 
 
-class Journal:
-    """Keeps the results of steps in a folder, by what they depend on; with no folder, in memory.
+class CheckpointStore:
+    """Keeps the results of steps in a folder, by what each depends on; with no folder, in memory.
 
     A result is written beside its place and renamed into it, so a step that is interrupted leaves nothing. `computed`
     and `found` count the steps that this run did, and those that had been done before; `found_seconds` is the CPU time

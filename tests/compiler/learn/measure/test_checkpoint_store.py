@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from surgeon.compiler.learn.measure.journal import Journal, Tensors
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
 
 BUSY = 0.05
 
@@ -18,14 +18,14 @@ def busy() -> Tensors:
 
 
 def test_a_step_found_says_what_it_took(tmp_path: Path) -> None:
-    first = Journal(tmp_path)
+    first = CheckpointStore(tmp_path)
     done = first.once({"step": "busy"}, busy)
     assert (first.computed, first.found, first.found_seconds) == (1, 0, 0.0)
     for _ in range(2):
         assert torch.equal(first.once({"step": "busy"}, busy)["a"], done["a"])
     assert (first.computed, first.found, first.found_seconds) == (1, 0, 0.0)  # its own, not an earlier run's
 
-    second = Journal(tmp_path)
+    second = CheckpointStore(tmp_path)
     for _ in range(2):
         assert torch.equal(second.once({"step": "busy"}, busy)["a"], done["a"])
     assert (second.computed, second.found) == (0, 1)

@@ -1,0 +1,31 @@
+"""Writes a topology as the text of topology.json, for people: a line for each head and each merge."""
+
+import json
+
+from surgeon.compiler.topology.topology import Topology
+
+
+def spelled(topology: Topology) -> str:
+    """The text of topology.json, with a line for each head and each merge."""
+    plain = json.loads(topology.canonical())
+    trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
+    layers = [layer and _listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]
+    parts = {
+        "format": json.dumps(plain["format"]),
+        "version": json.dumps(plain["version"]),
+        "model": json.dumps(plain["model"]),
+        "block_size": json.dumps(plain["block_size"]),
+        "num_blocks": json.dumps(plain["num_blocks"]),
+        "dendrograms": _listed([f'{{"linkage": {tree}}}' for tree in trees], 2),
+        "layers": _listed([f'{{"heads": {layer}}}' if layer else "null" for layer in layers], 2),
+        "beyond": json.dumps(plain["beyond"]),
+        "provenance": json.dumps(dict(topology.provenance), indent=1).replace("\n", "\n "),
+    }
+    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+
+
+def _listed(items: list[str], indent: int) -> str:
+    if not items:
+        return "[]"
+    space = " " * indent
+    return "[\n" + ",\n".join(space + item for item in items) + "\n" + " " * (indent - 1) + "]"

@@ -1,0 +1,73 @@
+"""The figures of a model beside the dense one: one table for pilot.json, what is printed and drawn, and thresholds."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from surgeon.runtime.evaluate.estimates import Estimate
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit that may be set to a figure: its name in a verdict, and `bound`, "at most" or "at least"."""
+
+    name: str
+    bound: str
+
+    def met(self, value: float, limit: float) -> bool:
+        """True where a value keeps to the limit."""
+        return value <= limit if self.bound == "at most" else value >= limit
+
+
+@dataclass(frozen=True)
+class RelativeFigure:
+    """The appearance of a figure: its name with its unit, the dense model's own value, and its numbers' format.
+
+    In a table it stands below `follows`, a field of `Column`; with `by_density` the table of several pilots has it too.
+    """
+
+    name: str
+    of_dense: float
+    pattern: str
+    follows: str
+    by_density: bool = True
+    limit: Limit | None = None
+
+
+def _shown(*appearance: Any, **more: Any) -> dict[str, RelativeFigure]:
+    return {"figure": RelativeFigure(*appearance, **more)}
+
+
+_RATIO = Limit("perplexity ratio", "at most")
+_SPEEDUP = Limit("speed-up of the first token", "at least")
+
+
+@dataclass(frozen=True)
+class AgainstDense:
+    """A column beside the dense one on the same sequences; a speed-up above 1 is faster than dense.
+
+    Divergences are KL(dense ‖ column) in nats a token, late ones over the last quarter of each sequence; agreement is
+    the share of tokens where both rank the same one first.
+    """
+
+    perplexity_ratio: Estimate = field(
+        metadata=_shown("perplexity, times dense", 1.0, "{:.4f}", "perplexity", limit=_RATIO)
+    )
+    divergence: Estimate = field(metadata=_shown("KL from dense, nats a token", 0.0, "{:.5f}", "perplexity"))
+    late_divergence: Estimate = field(
+        metadata=_shown("KL in the last quarter", 0.0, "{:.5f}", "perplexity", by_density=False)
+    )
+    agreement: Estimate = field(metadata=_shown("same first token", 1.0, "{:.2%}", "perplexity"))
+    first_token_speedup: Estimate = field(
+        metadata=_shown("first token, times as fast", 1.0, "{:.2f}", "first_token", limit=_SPEEDUP)
+    )
+    decode_speedup: Estimate = field(metadata=_shown("decoding, times as fast", 1.0, "{:.2f}", "decode"))
+
+    def estimate(self, figure: str) -> Estimate:
+        """The value of a figure by its field."""
+        return cast(Estimate, getattr(self, figure))
+
+
+FIGURES: dict[str, RelativeFigure] = {each.name: each.metadata["figure"] for each in fields(AgainstDense)}
+"""All figures, by their fields of `AgainstDense`, in the order of a table."""
+LIMITS: dict[str, Limit] = {name: figure.limit for name, figure in FIGURES.items() if figure.limit}
+"""The limits that may be set, by the figures' fields."""

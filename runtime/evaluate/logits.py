@@ -1,0 +1,43 @@
+"""A model's last hidden states, and the logits that its own forward makes of them."""
+
+import torch
+from transformers import PreTrainedModel
+
+from surgeon.runtime.errors import ModelError
+from surgeon.runtime.transformers.offload import entry_device
+
+
+def hidden_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The last hidden states `[length, hidden_size]` of one sequence `[1, length]`.
+
+    Raises:
+        ModelError: the model makes its logits of them in another way than `logits_of`.
+    """
+    kept = []
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output[0]))
+    try:
+        logits = model(input_ids=tokens.to(entry_device(model)), use_cache=False, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    states: torch.Tensor = kept[0][0]
+    last = logits_of(model, states[-1:])
+    if not torch.allclose(last, logits[0].to(last), rtol=0.05, atol=0.05):
+        raise ModelError(
+            type(model).__name__,
+            "logits that are the output embedding of the last hidden state, scaled or capped as the config says",
+            "others",
+            "this model cannot be evaluated or learned on",
+        )
+    return states
+
+
+def logits_of(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Logits `[positions, vocabulary]`, in fp32 or wider, of hidden states `[positions, hidden_size]`."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    logits: torch.Tensor = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits

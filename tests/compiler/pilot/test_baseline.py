@@ -1,0 +1,38 @@
+"""Equal windows beside a topology: as dense, to less than one head's next block."""
+
+import math
+
+import numpy as np
+import pytest
+
+from surgeon.compiler.pilot.baseline import density_at, window_baseline
+from surgeon.compiler.topology.topology import SparseHead
+from surgeon.runtime.errors import TopologyError
+from topologies import dense_topology, random_topology, window_topology
+
+
+@pytest.mark.parametrize("length", [512, 500, 1024])
+def test_the_windows_are_equal_and_as_dense(length: int) -> None:
+    topology = random_topology(
+        np.random.default_rng(3), num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, block_size=16, num_blocks=32
+    )
+    baseline = window_baseline(topology, length)
+    heads = [head for layer in baseline.layers for head in layer]
+    windows = [head.window for head in heads if isinstance(head, SparseHead)]
+    assert len(windows) == 12
+    assert max(windows) - min(windows) <= 1
+    wanted, found = density_at(topology, length), density_at(baseline, length)
+    blocks = math.ceil(length / 16)
+    assert wanted - 1 / 12 / (blocks + 1) * 2 < found <= wanted + 1e-12
+
+
+def test_windows_of_windows_are_the_same_windows() -> None:
+    topology = window_topology([3, 3], num_layers=2)
+    assert list(window_baseline(topology, 512).layers) == list(topology.layers)
+    assert density_at(window_baseline(dense_topology(), 512), 512) == 1
+    assert density_at(window_baseline(window_topology([1], sink=0), 512), 512) == pytest.approx(1 / 4.5)
+
+
+def test_a_length_that_the_topology_refuses() -> None:
+    with pytest.raises(TopologyError, match="expected at most 8 blocks, which the topology covers"):
+        window_baseline(window_topology([2], beyond="error"), 9 * 64)
