@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.package.inspection_text import can_show
 from surgeon.compiler.pilot.figures import (
     AGREEMENT,
     DECODE_SPEEDUP,
@@ -14,6 +13,7 @@ from surgeon.compiler.pilot.figures import (
     PERPLEXITY_RATIO,
     BesideDense,
 )
+from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot
 

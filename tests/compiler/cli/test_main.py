@@ -15,7 +15,7 @@ import packages
 import topologies
 from command_line import RUN, fails
 from surgeon.compiler.cli import main as cli
-from surgeon.compiler.cli.commands import COMMANDS
+from surgeon.compiler.cli.main import COMMANDS
 
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -40,7 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
         return float(tiles.listed(phase, bench.topology.model.head_dim).stages)
 
     monkeypatch.setattr(Bench, "measure", measure)
-    monkeypatch.setattr("surgeon.compiler.cli.tune.device_here", lambda: (torch.device("cuda", 0), HOPPER))
+    monkeypatch.setattr("surgeon.compiler.tune.run.device_here", lambda: (torch.device("cuda", 0), HOPPER))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a test's card")
     return benches
 
