@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgeon.compiler.dump import Dump
-from surgeon.compiler.kernels.build import build
+from surgeon.compiler.kernels.build import build, check_compiler
 from surgeon.compiler.kernels.render import render
 from surgeon.compiler.package.write import check_replaceable, write_package
 from surgeon.compiler.schedule.schedule import schedule_layers
@@ -46,9 +46,11 @@ def compile_package(
 
     layers = schedule_layers(topology)
     stages.schedules(topology, layers)
-    # Every target's specs come before the first compiler, so that what cannot be made is refused at once.
+    # What cannot be made is refused before the first compiler starts.
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
     specs = {target: specialize(topology, layers, target, dtypes, tiles) for target in chosen}
+    for target in chosen:
+        check_compiler(target)
     sources: list[Source] = []
     binaries: list[Binary] = []
     for target in chosen:

@@ -61,8 +61,9 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.ultrametric.descent import Schedule
     from surgeon.compiler.system.main_process import is_first
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
-    from surgeon.runtime.errors import TopologyError
+    from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.evaluate.processes import joined
+    from surgeon.runtime.installation import required
 
     started = time.perf_counter()
     request = Request(
@@ -76,10 +77,12 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         schedule=Schedule(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
-    # Before the work and not after it: that it cannot be written.
+    # Before the work and not after it: that it cannot be written, and that SciPy is missing.
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise TopologyError(str(out), "a file to write", "a folder", "name a file, for instance topology.json")
+    if request.cuts:
+        required("scipy", ModelError, "--cuts")
     work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_unless_watched()
     with joined():

@@ -62,9 +62,9 @@ class _ShowVersion(argparse.Action):
     """As argparse's own, which wants to know the version before anybody has asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from surgeon.compiler.system.versions import version_of
+        from surgeon.runtime.installation import DISTRIBUTION, version
 
-        print(f"surgeon {version_of('surgeon') or 'of a source tree that is not installed'}")
+        print(f"{DISTRIBUTION} {version()}")
         parser.exit()
 
 

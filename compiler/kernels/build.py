@@ -9,12 +9,23 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from surgeon.compiler.kernels.cpu.build import build_cpu
-from surgeon.compiler.kernels.gpu.compile import build_triton
+from surgeon.compiler.kernels.gpu.compile import build_triton, check_triton
 from surgeon.compiler.specs.artifacts import Binary, Source
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.system.versions import version_of
+from surgeon.compiler.system.versions import versions
 from surgeon.runtime.package.manifest import KernelEntry
+from surgeon.runtime.package.target import Target
+
+
+def check_compiler(target: Target) -> None:
+    """Checks, before any compiler starts, that what compiles for a GPU is installed.
+
+    Raises:
+        TargetError: Triton is missing.
+    """
+    if target.backend != "cpu":
+        check_triton(target)
 
 
 def build(sources: tuple[Source, ...], cache: Cache, jobs: int, progress: Progress | None) -> tuple[Binary, ...]:
@@ -75,5 +86,4 @@ def _key(source: Source, dtype: str) -> str:
     names = [(spec.name, spec.layers) for spec in source.specs]
     entry = [field.name for field in dataclasses.fields(KernelEntry)]  # an entry of another version is of no use
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
-    versions = [version_of(distribution) or "none" for distribution in ("triton", "surgeon")]
-    return Cache.key([*versions, use, *(file.text for file in source.files)])
+    return Cache.key([*versions("triton"), use, *(file.text for file in source.files)])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from surgeon.compiler.kernels.build import check_compiler
 from surgeon.compiler.specs.specialize import check_head_dim
 from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
 from surgeon.compiler.system.terminal import Progress
@@ -44,10 +45,11 @@ def tune_here(
 
     Raises:
         TopologyError: the topology has no such layer.
-        TargetError: there is no GPU, or Surgeon does not know it, or no candidate works.
+        TargetError: there is no GPU, or Surgeon does not know it, or Triton is missing, or no candidate works.
     """
     timed_layer = one_layer(topology, layer)
     device, target = device_here()
+    check_compiler(target)  # said now, and not as every candidate's fault
     start = start or {}
     tiles = tiles_of(target, start)
     sizes = tuple(dict.fromkeys(head_dims or (topology.model.head_dim,)))
