@@ -53,5 +53,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@

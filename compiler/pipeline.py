@@ -45,12 +45,14 @@ def compile_package(
     layers = schedule_layers(topology)
     last_readers = liveness_tables(layers)
     stages.schedules(topology, layers)
-    # Every target's specs come before the first compiler, so that what cannot be made is refused at once.
+    # What cannot be made is refused before the first compiler starts.
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
     backends = {target: BACKENDS[target.backend] for target in chosen}
     specs = {
         target: backend.specialize(topology, layers, target, dtypes, tiles) for target, backend in backends.items()
     }
+    for target, backend in backends.items():
+        backend.check_compiler(target)
     sources: list[Source] = []
     binaries: list[Binary] = []
     for target, backend in backends.items():

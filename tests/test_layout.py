@@ -1,7 +1,7 @@
 """The rooms of the source tree, the order that their imports follow, and what a wheel carries."""
 
 import ast
-import shutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from surgeon.runtime.installation import EXTRAS
+from wheels import build_wheel
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("compiler", "runtime", "templates")
 ROOMS = (
     "runtime.errors",
+    "runtime.installation",
     "runtime.package",
     "runtime.operands",
     "runtime.cache",
@@ -202,6 +206,15 @@ def test_the_runtime_never_imports_the_compiler(file: Path) -> None:
     assert not [name for name in imported(file) if name.startswith(("compiler", "templates", "relative"))]
 
 
+def test_every_library_is_one_that_the_project_declares() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    ours = {*FOLDERS, "surgeon", *sys.stdlib_module_names}
+    names = {name.split(".")[0] for file in sources(*FOLDERS) for name in imported(file)} - ours
+    assert names - base - EXTRAS.keys() - {"cuda"} == set(), "of the extra gpu; the runtime goes on without it"
+    assert base - names == set(), "what nothing imports need not be installed"
+
+
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
 def test_formats_are_read_without_torch(room: str) -> None:
     files = sources(room.replace(".", "/"))
@@ -254,23 +267,14 @@ def test_every_folder_with_python_files_is_a_listed_package() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="77")
-    copy = tmp_path / "project"
-    for name in FOLDERS:  # a copy, so that the build leaves nothing behind
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy / name)
-    script = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
+    wheel = build_wheel(tmp_path)
+    assert wheel.name.startswith("surgeon_compile-")
     expected = {
-        "surgeon/" + file.relative_to(copy).as_posix()
+        f"surgeon/{file.relative_to(ROOT).as_posix()}"
         for name in FOLDERS
-        for file in (copy / name).rglob("*")
-        if file.is_file() and "egg-info" not in str(file)
+        for file in (ROOT / name).rglob("*")
+        if file.is_file() and file.parent.name != "__pycache__"
     }
-    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         carried = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert carried == expected

@@ -1,40 +1,50 @@
-"""`surgeon assess`: a terminal picture of an assessment, or JSON."""
+"""`surgeon assess`: the cost of thinning each head of a model, as a picture for the terminal or as JSON."""
 
 import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import numpy as np
+from surgeon.compiler.cli.command import Command
+from surgeon.compiler.cli.values import add_json, add_measured, density, path
 
-from surgeon.compiler.learn.assess import Assessment, assess
-from surgeon.compiler.learn.learn import blocks_of
-from surgeon.compiler.learn.measure.checkpoint import read_model
-from surgeon.compiler.learn.measure.text import read_text
-from surgeon.compiler.learn.patterns.pattern import Grid
-from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
-from surgeon.runtime.evaluate.processes import joined
+if TYPE_CHECKING:
+    from surgeon.compiler.learn.assess import Assessment
 
 
-def run(arguments: argparse.Namespace) -> Iterable[str]:
-    """Assesses and returns the lines to print.
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_measured(parser)
+    parser.add_argument(
+        "--density", type=density, default=0.25, help="visible share of the block pairs to assess at; default: 0.25"
+    )
+    parser.add_argument("--work", type=path, metavar="FOLDER", help="where finished steps are kept; default: nowhere")
+    add_json(parser)
 
-    Raises:
-        ModelError: the model or a text cannot be used.
-        TopologyError: a length or density cannot be had.
-    """
+
+def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.learn.assess import assess
+    from surgeon.compiler.learn.learn import blocks_of
+    from surgeon.compiler.learn.measure.checkpoint import read_model
+    from surgeon.compiler.learn.measure.text import read_text
+    from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.runtime.evaluate.processes import joined
+
     grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
     quiet_unless_watched()
     with joined():
         model, tokenizer = read_model(arguments.model, arguments.device_map)
-        texts = [read_text(path, tokenizer) for path in arguments.text]
+        texts = [read_text(file, tokenizer) for file in arguments.text]
         with progress_bar() as progress:
             found = assess(model, texts, grid, arguments.seed, arguments.work, progress)
     return (json.dumps(dataclasses.asdict(found)),) if arguments.json else tuple(picture(found))
 
 
-def picture(found: Assessment) -> Iterator[str]:
+def picture(found: "Assessment") -> Iterator[str]:
     """The assessment in lines of text: a digit a head, then the figures."""
+    import numpy as np
+
     cost = np.array(found.cost)
     ranks = cost.ravel().argsort(kind="stable").argsort(kind="stable").reshape(cost.shape)
     tenths = ranks * 10 // cost.size
@@ -56,3 +66,6 @@ def picture(found: Assessment) -> Iterator[str]:
             f"  at {point.density:.0%} of the blocks expect {point.allocated:.4f} with windows by cost, "
             f"{point.equal:.4f} with equal ones"
         )
+
+
+ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _add_arguments, _run)

@@ -1,4 +1,4 @@
-"""`surgeon learn`: the arguments' values become a topology file."""
+"""`surgeon learn`: a frozen model and text become a topology file."""
 
 import argparse
 import json
@@ -6,26 +6,65 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from surgeon.compiler.learn.learn import Request, learn
-from surgeon.compiler.learn.measure.checkpoint import read_model
-from surgeon.compiler.learn.measure.text import read_text
-from surgeon.compiler.learn.patterns.to_topology import write_topology
-from surgeon.compiler.learn.ultrametric.descent import Settings
-from surgeon.compiler.system.main_process import is_first
-from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
-from surgeon.compiler.topology.topology import Topology, mean_density
-from surgeon.runtime.errors import TopologyError
-from surgeon.runtime.evaluate.processes import joined
+from surgeon.compiler.cli.command import Command
+from surgeon.compiler.cli.values import add_json, add_measured, density, path, positive
+
+if TYPE_CHECKING:
+    from surgeon.compiler.topology.topology import Topology
 
 
-def run(arguments: argparse.Namespace) -> Iterable[str]:
-    """Learns and writes the topology; returns the lines to print.
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_measured(parser)
+    parser.add_argument(
+        "--density", required=True, type=density, help="visible share of the block pairs, for instance 0.25"
+    )
+    parser.add_argument("--out", required=True, type=path, metavar="topology.json", help="the file to write")
+    parser.add_argument(
+        "--measured-length",
+        type=positive,
+        metavar="TOKENS",
+        help="learn on sequences of this length and scale the windows to --length; default: --length",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("budget", "ultrametric", "window"),
+        default="budget",
+        help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
+    )
+    parser.add_argument("--steps", type=positive, default=60, metavar="N", help="steps of ultrametric; default: 60")
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="sequences of a step of ultrametric; default: 1"
+    )
+    parser.add_argument(
+        "--arity", type=int, choices=(2, 3, 5, 7), default=2, help="of ultrametric's digits; default: 2"
+    )
+    parser.add_argument(
+        "--cuts", action="store_true", help="also try clusters; a head gets one where it pays on text not used for it"
+    )
+    parser.add_argument(
+        "--work",
+        type=path,
+        metavar="FOLDER",
+        help="where finished steps are kept, so that the same command continues an interrupted run; default: a folder"
+        " beside --out, removed at the end",
+    )
+    add_json(parser)
 
-    Raises:
-        ModelError: the model or a text cannot be used.
-        TopologyError: a length or density cannot be had, or the file cannot be written.
-    """
+
+def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.learn.learn import Request, learn
+    from surgeon.compiler.learn.measure.checkpoint import read_model
+    from surgeon.compiler.learn.measure.text import read_text
+    from surgeon.compiler.learn.patterns.to_topology import write_topology
+    from surgeon.compiler.learn.ultrametric.descent import Settings
+    from surgeon.compiler.system.main_process import is_first
+    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.runtime.errors import ModelError, TopologyError
+    from surgeon.runtime.evaluate.processes import joined
+    from surgeon.runtime.installation import required
+
     started = time.perf_counter()
     request = Request(
         density=arguments.density,
@@ -38,15 +77,17 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
-    # Before the work and not after it: that it cannot be written.
+    # Before the work and not after it: that it cannot be written, and that SciPy is missing.
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise TopologyError(str(out), "a file to write", "a folder", "name a file, for instance topology.json")
+    if request.cuts:
+        required("scipy", ModelError, "--cuts")
     work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_unless_watched()
     with joined():
         model, tokenizer = read_model(arguments.model, arguments.device_map)
-        texts = [read_text(path, tokenizer) for path in arguments.text]
+        texts = [read_text(file, tokenizer) for file in arguments.text]
         with progress_bar() as progress:
             topology = learn(model, texts, request, work=work, progress=progress)
     if is_first():
@@ -56,15 +97,20 @@ def run(arguments: argparse.Namespace) -> Iterable[str]:
     return _lines(topology, out, time.perf_counter() - started, arguments.json)
 
 
-def _lines(topology: Topology, out: Path, seconds: float, as_json: bool) -> Iterable[str]:
-    density = mean_density(topology)
+def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> Iterable[str]:
+    from surgeon.compiler.topology.topology import mean_density
+
+    seen = mean_density(topology)
     if as_json:
-        made = {"path": str(out), "topology_sha256": topology.sha256, "density": density, "seconds": round(seconds, 3)}
+        made = {"path": str(out), "topology_sha256": topology.sha256, "density": seen, "seconds": round(seconds, 3)}
         return (json.dumps(made | {"provenance": dict(topology.provenance)}),)
-    lines = [f"{out}: {topology.provenance['method']}, {density:.1%} of the blocks, {seconds:.0f} s"]
+    lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks, {seconds:.0f} s"]
     if figures := topology.provenance.get("validation"):
         lines.append(
             f"KL divergence from the dense model on validation text: {figures['divergence']:.4f} nats a token,"
             f" equal windows {figures['equal_windows']:.4f}"
         )
     return lines
+
+
+LEARN = Command("learn", "Learn a topology from a frozen model and text.", _add_arguments, _run)

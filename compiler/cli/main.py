@@ -1,6 +1,6 @@
 """The command line: `surgeon COMMAND …`, and `surgeon-compile …` for its first command.
 
-What holds for every command is here once: errors, the exit status, safe printing. commands.py has the commands.
+What holds for every command is here once: errors, the exit status, safe printing. Each command has a file of its own.
 """
 
 import argparse
@@ -10,9 +10,19 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from surgeon.compiler.cli.commands import COMMANDS, COMPILE, Command, Outcome
+from surgeon.compiler.cli.assess import ASSESS
+from surgeon.compiler.cli.command import Command, Outcome
+from surgeon.compiler.cli.compile import COMPILE
+from surgeon.compiler.cli.export import EXPORT
+from surgeon.compiler.cli.inspect import INSPECT
+from surgeon.compiler.cli.learn import LEARN
+from surgeon.compiler.cli.pilot import PILOT
+from surgeon.compiler.cli.report import REPORT
+from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_first, let_the_first_speak
 from surgeon.runtime.errors import BuildError, SurgeonError
+
+COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
 DONE = 0
 FAILED = 1
@@ -52,9 +62,9 @@ class _ShowVersion(argparse.Action):
     """As argparse's own, which wants to know the version before anybody has asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from surgeon.compiler.system.versions import version_of
+        from surgeon.runtime.installation import DISTRIBUTION, version
 
-        print(f"surgeon {version_of('surgeon') or 'of a source tree that is not installed'}")
+        print(f"{DISTRIBUTION} {version()}")
         parser.exit()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 from surgeon.compiler.kernels.cpu.build import build_cpu
 from surgeon.compiler.kernels.cpu.render import render_cpu
 from surgeon.compiler.kernels.cpu.variants import variants_for
+from surgeon.compiler.kernels.gpu.compile import check_triton
 from surgeon.compiler.kernels.gpu.pool import build_gpu
 from surgeon.compiler.kernels.gpu.render import render_gpu
 from surgeon.compiler.schedule.schedule import LayerSchedule
@@ -26,13 +27,15 @@ Made = TypeVar("Made")
 class Backend(Generic[Spec, Made]):
     """The stages of one kind of target, from schedules to specifications, to sources, to binaries.
 
-    `render` takes the build machine too, as `platform.machine()` names it.
+    `render` takes the build machine too, as `platform.machine()` names it. `check_compiler` raises a TargetError where
+    what compiles for the target is not installed.
     """
 
     specialize: Callable[
         [Topology, Sequence[LayerSchedule], Target, Sequence[str] | None, Tiles | None], tuple[Spec, ...]
     ]
     render: Callable[[tuple[Spec, ...], str], tuple[Made, ...]]
+    check_compiler: Callable[[Target], None]
     build: Callable[[tuple[Made, ...], Cache, int, Progress | None], tuple[Binary, ...]]
 
 
@@ -50,8 +53,8 @@ def _render_gpu(specs: tuple[GpuSpec, ...], _machine: str) -> tuple[GpuSource, .
     return render_gpu(specs)
 
 
-CPU = Backend(specialize_cpu, _render_cpu, _build_cpu)
-GPU = Backend(specialize_gpu, _render_gpu, build_gpu)
+CPU = Backend(specialize_cpu, _render_cpu, lambda _target: None, _build_cpu)
+GPU = Backend(specialize_gpu, _render_gpu, check_triton, build_gpu)
 
 BACKENDS: Mapping[str, Backend[Any, Any]] = {"cpu": CPU, "cuda": GPU, "hip": GPU}
 """By the backend that a target names."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.errors import PackageError
+from surgeon.runtime.installation import DISTRIBUTION
 from surgeon.runtime.package.reader import MANIFEST, PackageFiles, read_package
 from surgeon.runtime.package.target import Target
 
@@ -104,7 +105,12 @@ def _readme(files: PackageFiles, chosen: Sequence[Variant]) -> bytes:
 
 def _description(files: PackageFiles) -> Mapping[str, object]:
     manifest = files.manifest
-    return {"model": manifest.model, "block_size": manifest.block_size, "num_blocks": manifest.num_blocks}
+    return {
+        "distribution": DISTRIBUTION,
+        "model": manifest.model,
+        "block_size": manifest.block_size,
+        "num_blocks": manifest.num_blocks,
+    }
 
 
 def _metadata(variant: Variant, package_id: str, contents: Mapping[str, bytes]) -> bytes:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from surgeon.compiler.package.inspection import LayerRun, PackageReport, Pattern, TopologyReport
+from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.package.manifest import KernelEntry
 
@@ -21,15 +22,6 @@ def report_lines(report: TopologyReport | PackageReport, width: int, encoding: s
     head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
     layers = _layer_lines(report)
     return (*head, *_pattern_lines(report.pattern), "", *layers, "", *_picture(report.pattern, width, encoding))
-
-
-def can_show(encoding: str, characters: str) -> bool:
-    """Whether an encoding has all these characters."""
-    try:
-        characters.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _topology_lines(report: TopologyReport) -> Iterator[str]:

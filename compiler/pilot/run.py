@@ -1,11 +1,8 @@
-"""`surgeon pilot`: a package on its model, beside the dense model and equal windows, measured, judged and written."""
+"""A pilot: a package on its model, beside the dense model and equal windows, measured and judged."""
 
-import argparse
 import platform
-import sys
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,21 +11,18 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
-from surgeon.compiler.pilot.table import pilot_lines
 from surgeon.compiler.pipeline import compile_package
-from surgeon.compiler.system.atomic_files import write_file
-from surgeon.compiler.system.main_process import is_first
-from surgeon.compiler.system.terminal import Progress, progress_bar, quiet_unless_watched
+from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime.errors import ModelError, PilotError
+from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold, judged
-from surgeon.runtime.evaluate.processes import joined, processes_of
+from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
 from surgeon.runtime.transformers.fingerprint import fingerprint
@@ -37,70 +31,76 @@ from surgeon.runtime.transformers.patching import patch
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run(arguments: argparse.Namespace) -> tuple[Iterable[str], bool]:
-    """Runs the pilot and writes its file; returns the lines to print and whether it passed.
+@dataclass(frozen=True)
+class PilotRequest:
+    """A package, its model and texts, and how to measure them.
+
+    `length` None means the topology's own, `device_map` None the device that the package is for. `sequences` are taken
+    of each text; `passkeys` numbers are hidden for each of five depths and two lengths; `rounds` are of timing;
+    `window` adds the model with equal windows. The thresholds are None where there is none.
+    """
+
+    model: str
+    texts: tuple[Path, ...]
+    package: Path
+    device_map: DeviceMap | None = None
+    length: int | None = None
+    sequences: int = 4
+    passkeys: int = 2
+    rounds: int = 5
+    window: bool = True
+    max_ppl_ratio: float | None = None
+    min_speedup: float | None = None
+
+
+def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) -> Pilot:
+    """Measures and judges the patched model beside the dense one and equal windows.
+
+    `scratch` is an empty folder for the package of equal windows; of several processes all read the first one's.
 
     Raises:
         PackageError: the package cannot be read.
         ModelError: the model or a text cannot be used.
         PatchError: the package does not fit the model.
     """
-    out: Path = arguments.out
-    if not out.parent.is_dir():  # said now, not after minutes
-        raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
-    quiet_unless_watched()
-    # The baseline's package lies in the first process's folder, until all have long loaded it.
-    with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
-        pilot = _pilot(arguments, Path(scratch), progress)
-    if is_first():
-        write_file(out, pilot.to_json())
-    if arguments.json:
-        return (" ".join(pilot.to_json().split("\n")),), pilot.passed
-    encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
-    return (*pilot_lines(pilot, encoding), f"{out}: written in {pilot.seconds:.0f} s"), pilot.passed
-
-
-def _pilot(arguments: argparse.Namespace, scratch: Path, progress: Progress | None) -> Pilot:
     started = time.perf_counter()
-    topology = packaged_topology(read_package(arguments.package))
-    package = load(arguments.package)
+    topology = packaged_topology(read_package(request.package))
+    package = load(request.package)
     device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
     dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
-    length: int = arguments.length or topology.num_blocks * topology.block_size
-    dense, tokenizer = read_checkpoint(arguments.model, _DTYPES[dtype], arguments.device_map)
-    if arguments.device_map is None:
+    length: int = request.length or topology.num_blocks * topology.block_size
+    dense, tokenizer = read_checkpoint(request.model, _DTYPES[dtype], request.device_map)
+    if request.device_map is None:
         dense.eval().to(device)
     _check_length(dense, length)
     patched = twin(dense)
     patch(patched, package)
-    texts = [read_text(path, tokenizer) for path in arguments.text]
-    by_text = [spread(text, length, arguments.sequences) for text in texts]
+    texts = [read_text(path, tokenizer) for path in request.texts]
+    by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
-    tasks = passkeys(tokenizer, sequences, (length // 2, length), arguments.passkeys) if arguments.passkeys else ()
+    tasks = passkeys(tokenizer, sequences, (length // 2, length), request.passkeys) if request.passkeys else ()
     candidates = [
         Candidate("dense", dense, None, 1.0),
         Candidate("patched", patched, package, density_at(topology, length)),
     ]
-    if not arguments.no_window:
+    if request.window:
         candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
     weights = fingerprint(dense)
-    columns = run_pilot(candidates, sequences, tasks, arguments.rounds, progress)
+    columns = run_pilot(candidates, sequences, tasks, request.rounds, progress)
+    (beside,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
     return Pilot(
-        model=Path(arguments.model).absolute().name,  # of a name on a hub, its end
+        model=Path(request.model).absolute().name,  # of a name on a hub, its end
         weights_sha256=weights,
         package_id=package.id,
         length=length,
         texts=tuple(PilotText(text.name, text.sha256, len(taken)) for text, taken in zip(texts, by_text, strict=True)),
         machine=_machine(device, dtype),
         columns=columns,
-        thresholds=_thresholds(columns, arguments),
+        thresholds=judged(
+            beside, {"perplexity_ratio": request.max_ppl_ratio, "first_token_speedup": request.min_speedup}
+        ),
         seconds=round(time.perf_counter() - started, 1),
     )
-
-
-def _thresholds(columns: Sequence[Column], arguments: argparse.Namespace) -> tuple[Threshold, ...]:
-    (found,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
-    return judged(found, {"perplexity_ratio": arguments.max_ppl_ratio, "first_token_speedup": arguments.min_speedup})
 
 
 def _window_candidate(

@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from surgeon.runtime.errors import PilotError
+from surgeon.runtime.installation import required
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +56,9 @@ def figure(title: str, draw: Callable[["Axes"], None], inches: tuple[float, floa
 @contextmanager
 def _settings() -> Iterator[None]:
     """Matplotlib as it comes, whatever the user has set, and as a page needs it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PilotError(
-            "surgeon report", "matplotlib", "an installation without it", "run pip install 'surgeon[learn]'"
-        ) from None
+    required("matplotlib", PilotError, "surgeon report")
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_DRAWN)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.package.inspection_text import can_show
+from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import FIGURES, RelativeFigure
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot

@@ -1,4 +1,4 @@
-"""The progress bar of long work: on standard error, of one process, and only where that is a terminal."""
+"""The terminal: the characters that it can show, and progress bars where somebody watches."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +34,20 @@ def quiet_unless_watched() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def can_show(encoding: str, characters: str) -> bool:
+    """Tells whether an encoding has all these characters."""
+    try:
+        characters.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def stdout_encoding() -> str:
+    """The encoding of standard output, ASCII where it is closed or has none."""
+    return (sys.stdout and sys.stdout.encoding) or "ascii"
 
 
 def _is_watched() -> bool:

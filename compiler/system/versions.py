@@ -1,11 +1,17 @@
-"""The versions of what is installed here."""
+"""The versions of what makes compiled parts."""
 
 from importlib.metadata import PackageNotFoundError, version
 
+from surgeon.runtime.installation import version as own_version
 
-def version_of(distribution: str) -> str | None:
-    """A distribution's version, or None where it is not installed, as surgeon itself in a bare source tree."""
+
+def versions(*distributions: str) -> tuple[str, ...]:
+    """The versions of these distributions, "none" for one that is not installed, and Surgeon's own at the end."""
+    return (*map(_version, distributions), own_version())
+
+
+def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return None
+        return "none"

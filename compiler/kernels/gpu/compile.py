@@ -13,7 +13,9 @@ from typing import Any
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.runtime.errors import BuildError, TargetError
+from surgeon.runtime.installation import required
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
+from surgeon.runtime.package.target import Target
 
 _SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
@@ -22,6 +24,15 @@ _POINTEES = (
     | dict.fromkeys(("first_key", "position"), "i64")
     | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
 )
+
+
+def check_triton(target: Target) -> None:
+    """Imports Triton, which only who compiles for a GPU needs.
+
+    Raises:
+        TargetError: it is missing.
+    """
+    required("triton", TargetError, f"target {target}", "leave the target out")
 
 
 def build_triton(source: GpuSource, dtype: str) -> Binary:
@@ -89,17 +100,11 @@ def _symbol(source: GpuSource) -> str:
 
 def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
     """Triton's CompiledKernel and Triton's version."""
-    try:
-        import triton  # slow to import and missing on some platforms, so only who compiles for a GPU needs it
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError as error:
-        raise TargetError(
-            f"target {source.target}",
-            "the Python package triton",
-            str(error),
-            "pip install triton, or leave the target out",
-        ) from None
+    check_triton(source.target)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
         raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
     interface = source.interface

@@ -12,7 +12,7 @@ from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.system.versions import version_of
+from surgeon.compiler.system.versions import versions
 from surgeon.runtime.package.manifest import KernelEntry
 
 
@@ -71,5 +71,4 @@ def _key(source: GpuSource, dtype: str) -> str:
     names = [(spec.name, spec.layers) for spec in source.specs]
     entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is of no use
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
-    versions = [version_of(distribution) or "none" for distribution in ("triton", "surgeon")]
-    return Cache.key([*versions, use, *(file.text for file in source.files)])
+    return Cache.key([*versions("triton"), use, *(file.text for file in source.files)])

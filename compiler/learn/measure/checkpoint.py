@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from surgeon.runtime.errors import ModelError, shown
 from surgeon.runtime.evaluate.processes import all_processes
+from surgeon.runtime.installation import required
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.layers import find_attention, layer_of
 
@@ -39,7 +40,7 @@ def read_checkpoint(
     Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
 
     Raises:
-        ModelError: it cannot be read, or does not go where it should.
+        ModelError: it cannot be read, or does not go where it should, or a package that this takes is missing.
     """
     processes = all_processes().count
     if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
@@ -49,9 +50,13 @@ def read_checkpoint(
             f"{shown(device_map)} in {processes} processes",
             "start one process, or name a device",
         )
+    if device_map is not None:
+        required("accelerate", ModelError, "--device-map", "leave it out")
     where: str | Path = name
     options: dict[str, Any] = {}
     if Path(name).suffix == ".gguf":
+        for package in ("gguf", "accelerate"):  # Transformers wants both
+            required(package, ModelError, name)
         where, options = Path(name).parent, {"gguf_file": Path(name).name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)

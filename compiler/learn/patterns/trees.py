@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from surgeon.compiler.topology.dendrogram import Dendrogram, Merge
 from surgeon.runtime.errors import ModelError
+from surgeon.runtime.installation import required
 
 Gains = npt.NDArray[np.float64]
 
@@ -44,11 +45,10 @@ def learned_tree(gains: Gains) -> Dendrogram:
     Raises:
         ModelError: SciPy is not installed.
     """
-    try:
-        from scipy.cluster.hierarchy import linkage
-        from scipy.spatial.distance import squareform
-    except ImportError:
-        raise ModelError("--cuts", "SciPy, which makes the trees", "none", "pip install 'surgeon[learn]'") from None
+    required("scipy", ModelError, "--cuts")
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
     blocks = len(gains)
     lower = np.tril(gains, -1)
     pairs = squareform(lower + lower.T, checks=False)

@@ -1,21 +1,23 @@
 """The command line: what it prints where, and with which status it ends."""
 
-import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 import packages
+import surgeon.runtime
 import topologies
 from command_line import RUN, fails
 from surgeon.compiler.cli import main as cli
-from surgeon.compiler.cli.commands import COMMANDS
+from surgeon.compiler.cli.main import COMMANDS
 
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +32,9 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
 
 
 def test_both_scripts_are_declared() -> None:
-    scripts = importlib.metadata.entry_points(group="console_scripts")
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    scripts = {name: EntryPoint(name, value, "console_scripts") for name, value in project["scripts"].items()}
+    assert scripts.keys() == {"surgeon", "surgeon-compile"}
     assert scripts["surgeon"].load() is cli.main
     assert scripts["surgeon-compile"].load() is cli.main_compile
 
@@ -92,7 +96,7 @@ def test_control_characters_of_the_input_reach_no_terminal(tmp_path: Path, capsy
 @pytest.mark.parametrize("program", [cli.main, cli.main_compile])
 def test_version(program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     assert program(["--version"]) == 0
-    assert capsys.readouterr().out == f"surgeon {importlib.metadata.version('surgeon')}\n"
+    assert capsys.readouterr().out == f"surgeon-compile {surgeon.runtime.__version__}\n"
 
 
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:

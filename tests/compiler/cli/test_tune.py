@@ -1,12 +1,14 @@
 """`surgeon tune` from the command line to a table that `surgeon compile` takes."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from command_line import fails
 from gpu_sources import prefill_sources
 from surgeon.compiler.cli import main as cli
 from surgeon.compiler.schedule.schedule import schedule_layers
@@ -40,7 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
         return float(tiles.listed(phase, bench.topology.model.head_dim).stages)
 
     monkeypatch.setattr(Bench, "measure", measure)
-    monkeypatch.setattr("surgeon.compiler.cli.tune.device_here", lambda: (torch.device("cuda", 0), HOPPER))
+    monkeypatch.setattr("surgeon.compiler.tune.run.device_here", lambda: (torch.device("cuda", 0), HOPPER))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a test's card")
     return benches
 
@@ -52,6 +54,17 @@ def test_without_a_gpu_it_says_so(topology_file: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr()
     line = "surgeon: surgeon tune: expected a GPU that torch can use, got none; run it on the machine that will serve\n"
     assert (printed.out, printed.err) == ("", line)
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_without_triton_it_says_so_before_any_trial(
+    topology_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    out = topology_file.with_name("tiles.json")
+    line = fails(capsys, 2, "tune", topology_file, "--out", out)
+    assert line.startswith("surgeon: target cuda:90: expected the Python package triton, got none; run pip install ")
     assert not out.exists()
 
 

@@ -1,10 +1,10 @@
-"""A progress bar is for terminals only."""
+"""What a terminal is shown: progress only where there is one, characters only that it has."""
 
 import sys
 
 import pytest
 
-from surgeon.compiler.system.terminal import progress_bar
+from surgeon.compiler.system.terminal import can_show, progress_bar, stdout_encoding
 
 
 class Screen:
@@ -45,3 +45,17 @@ def test_progress_is_silent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress_bar() as progress:
         assert progress is None
     assert screen.text == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", True), ("latin-1", False), ("ascii", False), ("no-such-encoding", False)]
+)
+def test_an_encoding_has_characters_or_not(encoding: str, shown: bool) -> None:
+    assert can_show(encoding, "─±–") == shown
+
+
+def test_a_closed_standard_output_takes_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Screen(is_terminal=False))
+    assert stdout_encoding() == "utf-8"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert stdout_encoding() == "ascii"

@@ -1,0 +1,74 @@
+"""`surgeon pilot`: a package is tried on its model, and the figures are written and shown."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from surgeon.compiler.cli.command import Command, Outcome
+from surgeon.compiler.cli.values import add_json, add_model_and_text, natural, path, positive, ratio
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_and_text(parser)
+    parser.add_argument("package", type=path, metavar="PACKAGE", help="the kernel package to try")
+    parser.add_argument("--out", type=path, default=Path("pilot.json"), metavar="FILE", help="default: pilot.json")
+    parser.add_argument("--length", type=positive, metavar="TOKENS", help="default: the topology's own")
+    parser.add_argument(
+        "--sequences", type=positive, default=4, metavar="N", help="sequences of each text, spread over it; default: 4"
+    )
+    parser.add_argument(
+        "--passkeys",
+        type=natural,
+        default=2,
+        metavar="N",
+        help="numbers to be found, for each of five depths and two lengths; default: 2",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="of timing; default: 5")
+    parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
+    parser.add_argument(
+        "--max-ppl-ratio", type=ratio, metavar="X", help="exit with 3 where perplexity over dense is above this"
+    )
+    parser.add_argument(
+        "--min-speedup", type=ratio, metavar="X", help="exit with 3 where the first token's speed-up is below this"
+    )
+    add_json(parser)
+
+
+def _run(arguments: argparse.Namespace) -> Outcome:
+    from surgeon.compiler.pilot.run import PilotRequest, run
+    from surgeon.compiler.pilot.table import pilot_lines
+    from surgeon.compiler.system.atomic_files import write_file
+    from surgeon.compiler.system.main_process import is_first
+    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
+    from surgeon.runtime.errors import PilotError
+    from surgeon.runtime.evaluate.processes import joined
+
+    out: Path = arguments.out
+    if not out.parent.is_dir():  # said now, not after minutes
+        raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
+    request = PilotRequest(
+        model=arguments.model,
+        texts=tuple(arguments.text),
+        package=arguments.package,
+        device_map=arguments.device_map,
+        length=arguments.length,
+        sequences=arguments.sequences,
+        passkeys=arguments.passkeys,
+        rounds=arguments.rounds,
+        window=not arguments.no_window,
+        max_ppl_ratio=arguments.max_ppl_ratio,
+        min_speedup=arguments.min_speedup,
+    )
+    quiet_unless_watched()
+    # The baseline's package lies in the first process's folder, until all have long loaded it.
+    with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+        pilot = run(request, Path(scratch), progress)
+    if is_first():
+        write_file(out, pilot.to_json())
+    if arguments.json:
+        return Outcome((" ".join(pilot.to_json().split("\n")),), pilot.passed)
+    lines = (*pilot_lines(pilot, stdout_encoding()), f"{out}: written in {pilot.seconds:.0f} s")
+    return Outcome(lines, pilot.passed)
+
+
+PILOT = Command("pilot", "Try a package on its model: quality, speed, memory.", _add_arguments, _run)

@@ -1,0 +1,104 @@
+"""The types of the arguments' values, and the arguments that several commands share."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+
+def add_model_and_text(parser: argparse.ArgumentParser) -> None:
+    """Declares a model, its place and texts."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
+    parser.add_argument(
+        "--device-map",
+        type=device_map,
+        metavar="MAP",
+        help="where the model goes, as from_pretrained takes it: auto, a device, or a JSON object; default: the CPU,"
+        " or for a pilot where the package runs",
+    )
+    parser.add_argument(
+        "--text", action="append", required=True, type=path, metavar="FILE", help="UTF-8 text; repeatable"
+    )
+
+
+def add_measured(parser: argparse.ArgumentParser) -> None:
+    """Declares a model, texts, and the sequences of them that the model is measured on."""
+    add_model_and_text(parser)
+    parser.add_argument("--length", type=positive, default=2048, metavar="TOKENS", help="default: 2048")
+    parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Declares `--jobs`, and tells in the help's last lines where compiled parts are kept."""
+    parser.epilog = (
+        "What has been compiled is kept in ~/.cache/surgeon/compiled, or below $SURGEON_CACHE, and not compiled again."
+        " It takes 1 GB at most, or what $SURGEON_CACHE_SIZE says: 500M, 2G, or 0 for no limit."
+    )
+    parser.add_argument("--jobs", type=positive, metavar="N", help="compilers at once; default: one a processor")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Declares `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def density(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def device_map(text: str) -> str | dict[str, str | int]:
+    """A name for the whole model's place, or a JSON object with a device for each module."""
+    if not text.startswith("{"):
+        return text
+    try:
+        places: dict[str, str | int] = json.loads(text)
+    except (ValueError, RecursionError):
+        places = {}
+    if not places or not all(isinstance(place, str | int) for place in places.values()):
+        raise argparse.ArgumentTypeError(
+            f"expected a name, or a JSON object with a device for each module, got {text!r}"
+        )
+    return places
+
+
+def path(text: str) -> Path:
+    """A path; an empty one, as an unset variable of a shell gives it, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # which no comparison takes
