@@ -23,5 +23,5 @@ def environment() -> Environment:
 
 
 def render_template(name: str, /, **values: object) -> str:
-    """The text of one template, for instance `gpu/attention.py.jinja`, with `values` filled in."""
+    """The text of one template, for instance `gpu/prefill.py.jinja`, with `values` filled in."""
     return environment().get_template(name).render(**values)

@@ -70,7 +70,7 @@ def render_decode(specs: Sequence[KernelSpec]) -> tuple[Source, ...]:
         log2_e=repr(math.log2(math.e)),
     )
     reduce = render_template(
-        "gpu/reduce.py.jinja",
+        "gpu/combine.py.jinja",
         shape=shape,
         tile=ReduceTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
         arguments=REDUCE.arguments,
