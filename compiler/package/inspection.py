@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surgeon.compiler.package.contents import packaged_layers, packaged_topology
-from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers, visible_blocks
+from surgeon.compiler.schedule.analysis import visible_blocks
+from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.kernels.cpu.dense_rows import RATES, DenseRows, dense_tokens
 from surgeon.runtime.package.manifest import Manifest, ModelShape
 from surgeon.runtime.package.reader import read_package
-from surgeon.runtime.package.schedule import read_schedules
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,8 @@ def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: to make them again would take most of the time.
-    schedules = read_schedules(package)
-    pattern = pattern_of(topology, packaged_layers(package.manifest, schedules))
+    pattern = pattern_of(topology, packaged_layers(package))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
-    tokens = dense_tokens(package.manifest, schedules)
+    tokens = dense_tokens(package.manifest, package.schedules)
     on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
     return PackageReport(str(folder), package.id, size, pattern, package.manifest, on_cpu)

@@ -35,7 +35,7 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
 def _library(specs: Sequence[KernelSpec]) -> Binary:
     path = "cpu/attention.so"
     entries = tuple(
-        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, 0, ())
+        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, ())
         for spec in specs
         for dtype in spec.dtypes
     )
@@ -46,6 +46,6 @@ def _code(spec: KernelSpec, dtype: str) -> Binary:
     path, interface = f"{spec.target.folder}/{spec.name}.{dtype}.bin", INTERFACES["prefill", False]
     launch = Launch(interface.grid, 64, 128, 0)
     entry = KernelEntry(
-        str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, 0, (), "prefill"
+        str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, (), "prefill"
     )
     return Binary(path, CODE, (entry,), (Tool("triton", "3.9.0"),))

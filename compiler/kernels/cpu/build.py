@@ -88,7 +88,6 @@ def build_cpu(source: Source, cache: Cache, jobs: int, progress: Progress | None
                 symbol=symbol_of(spec),
                 arguments=(Argument("call", "struct"),),
                 launch=None,
-                scratch_bytes=0,
                 preconditions=(),
             )
             for spec in source.specs

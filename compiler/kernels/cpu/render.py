@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from surgeon.compiler.schedule.schedule import HeadSchedule
 from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
+from surgeon.runtime.package.schedule import HeadSchedule
 from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from surgeon.compiler.schedule.schedule import HeadSchedule, LayerSchedule, Piece, Run
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.runtime.package.schedule import HeadSchedule, Piece, Run
 
 Value = TypeVar("Value")
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgeon.compiler.kernels.gpu.prefill import Shape
-from surgeon.compiler.schedule.decode_table import MAX_GROUP
-from surgeon.compiler.schedule.schedule import UNBOUNDED
-from surgeon.compiler.schedule.segment_tables import TableShape
+from surgeon.compiler.schedule.segment_tables import MAX_GROUP, TableShape
 from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
 from surgeon.compiler.specs.tiles import Tile, padded
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.package.interface import DECODE, REDUCE
+from surgeon.runtime.package.schedule import UNBOUNDED
 
 _SPLITS_AT_ONCE = 16
 _TABLE = TableShape("decode")

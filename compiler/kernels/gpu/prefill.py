@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from surgeon.compiler.kernels.gpu import decision_tree, segment_trees
 from surgeon.compiler.kernels.gpu.decision_tree import ScheduleTrees, head_groups
 from surgeon.compiler.kernels.gpu.segment_trees import SegmentTrees
-from surgeon.compiler.schedule.prefill_table import prefill_table
-from surgeon.compiler.schedule.schedule import UNBOUNDED, LayerSchedule
-from surgeon.compiler.schedule.segment_tables import TableShape
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.schedule.segment_tables import TableShape, prefill_table
 from surgeon.compiler.specs.artifacts import KernelSpec, Source, SourceFile
 from surgeon.compiler.specs.tiles import padded
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.interface import INTERFACES
+from surgeon.runtime.package.schedule import UNBOUNDED
 
 MAX_LEAVES = 512
 """The leaves of a kernel's decision trees above which a layer is cut into groups of heads: its compile time grows."""

@@ -15,8 +15,8 @@ import topologies
 from compiled_code import laid_out, parameters, spills
 from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.kernels.gpu.decode import render_decode
-from surgeon.compiler.schedule.decode_table import MAX_GROUP, decode_table
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.segment_tables import MAX_GROUP, decode_table
 from surgeon.compiler.specs.artifacts import KernelSpec
 from surgeon.compiler.specs.specialize import specialize
 from surgeon.compiler.topology.topology import Topology
