@@ -14,7 +14,7 @@ from surgeon.runtime.package.strict_json import read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 4
+CPU_ABI_VERSION = 5
 """Version of the call structure between the runtime and a CPU library."""
 
 _ROOT = {"format": "surgeon.package", "version": 1}
