@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
+from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.artifacts import Binary, Source
 from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
 from surgeon.runtime.package.target import Target
 
 

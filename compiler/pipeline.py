@@ -8,7 +8,8 @@ from pathlib import Path
 from surgeon.compiler.dump import Dump
 from surgeon.compiler.kernels.backend import BACKENDS
 from surgeon.compiler.package.write import check_replaceable, write_package
-from surgeon.compiler.schedule.schedule import liveness_tables, schedule_layers
+from surgeon.compiler.schedule.liveness import liveness_tables
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import Binary, Source
 from surgeon.compiler.specs.tiles import TargetTiles
 from surgeon.compiler.system.cache import Cache

@@ -6,7 +6,7 @@ from typing import NoReturn, cast
 
 import torch
 
-from surgeon.runtime.cache.liveness import Liveness, read_liveness
+from surgeon.runtime.cache.liveness import Liveness
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.kernels.devices import placed
 from surgeon.runtime.kernels.run import LayerKernels
@@ -131,7 +131,10 @@ class Package:
         Raises:
             PackageError: the package does not say.
         """
-        return read_liveness(self._files)
+        return {
+            layer: Liveness(torch.from_numpy(schedule.last_readers).long())
+            for layer, schedule in self._files.schedules.items()
+        }
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
         """The package itself: a copy of a patched model runs on the same loaded kernels."""

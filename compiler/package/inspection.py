@@ -14,7 +14,6 @@ from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.kernels.cpu.dense_rows import RATES, DenseRows, dense_tokens
 from surgeon.runtime.package.manifest import Manifest, ModelShape
 from surgeon.runtime.package.reader import read_package
-from surgeon.runtime.package.schedule import read_schedules
 
 
 @dataclass(frozen=True)
@@ -187,9 +186,8 @@ def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: to make them again would take most of the time.
-    schedules = read_schedules(package)
-    pattern = pattern_of(topology, packaged_layers(package.manifest, schedules))
+    pattern = pattern_of(topology, packaged_layers(package))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
-    tokens = dense_tokens(package.manifest, schedules)
+    tokens = dense_tokens(package.manifest, package.schedules)
     on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
     return PackageReport(str(folder), package.id, size, pattern, package.manifest, on_cpu)

@@ -11,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from surgeon.compiler.schedule.schedule import HeadSchedule, LayerSchedule
+from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.artifacts import Binary, GpuSource, Source
 from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.manifest import FileEntry, Manifest
+from surgeon.runtime.package.schedule import FILE as SCHEDULES
+from surgeon.runtime.package.schedule import PackagedSchedule
+from surgeon.runtime.package.segment_table import FILE as TABLES
 
 
 def check_replaceable(out: Path) -> None:
@@ -44,11 +47,11 @@ def write_package(
     specs = {spec.name: spec for source in sources for spec in source.specs}
     files = {
         "topology.json": (topology.canonical() + "\n").encode(),
-        "schedule.safetensors": _schedule_tables(list(specs.values()), last_readers),
+        SCHEDULES: _schedules(list(specs.values()), last_readers),
     }
     tables = _segment_tables(sources)
     if tables:
-        files["tables.safetensors"] = safetensors.numpy.save(tables)
+        files[TABLES] = safetensors.numpy.save(tables)
     files |= {file.path: file.text.encode() for source in sources for file in source.files}
     files |= {binary.path: binary.data for binary in binaries}
     manifest = Manifest(
@@ -70,37 +73,19 @@ def write_package(
     return out
 
 
-def _schedule_tables(specs: Sequence[KernelSpec], last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]]) -> bytes:
-    """Every kernel's schedule as int32 tensors.
-
-    For a kernel named n: `n.pieces` [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], and `n.heads`
-    [heads, 3]: first piece, end piece, first run. A piece's run numbers count from its head's first run. And
-    `n.last_readers` [KV heads, blocks], see `liveness_table`.
-    """
-    tensors = {}
+def _schedules(specs: Sequence[KernelSpec], last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]]) -> bytes:
+    tensors: dict[str, npt.NDArray[np.int32]] = {}
     for spec in specs:
-        places: dict[HeadSchedule, tuple[int, int, int]] = {}
-        pieces: list[tuple[int, ...]] = []
-        runs: list[tuple[int, int]] = []
-        for head in spec.schedule.heads:
-            if head not in places:
-                places[head] = (len(pieces), len(pieces) + len(head.pieces), len(runs))
-                pieces += head.pieces
-                runs += head.runs
-        tensors[f"{spec.name}.pieces"] = np.array(pieces, dtype=np.int32).reshape(-1, 6)
-        tensors[f"{spec.name}.runs"] = np.array(runs, dtype=np.int32).reshape(-1, 2)
-        tensors[f"{spec.name}.heads"] = np.array([places[head] for head in spec.schedule.heads], dtype=np.int32)
-        tensors[f"{spec.name}.last_readers"] = last_readers[spec.schedule].astype(np.int32)
+        stored = PackagedSchedule(spec.schedule.heads, last_readers[spec.schedule].astype(np.int32))
+        tensors |= stored.tensors(spec.name)
     return safetensors.numpy.save(tensors)
 
 
 def _segment_tables(sources: Sequence[Source]) -> dict[str, npt.NDArray[np.int32]]:
-    """What GPU kernels read of their schedules: `n.t.rows` and so on are the `SegmentTable` t of schedule n."""
-    tables = {
-        name: table for source in sources if isinstance(source, GpuSource) for name, table in source.tables.items()
-    }
-    return {
-        f"{name}.{part}": getattr(table, part)
-        for name, table in tables.items()
-        for part in ("rows", "plans", "segments")
-    }
+    """The tables that GPU kernels read of their schedules."""
+    tensors: dict[str, npt.NDArray[np.int32]] = {}
+    for source in sources:
+        if isinstance(source, GpuSource):
+            for name, table in source.tables.items():
+                tensors |= table.tensors(name)
+    return tensors

@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from surgeon.compiler.pilot.svg import Figure, figure
-from surgeon.compiler.schedule.schedule import HeadSchedule, LayerSchedule
+from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.runtime.package.schedule import HeadSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,57 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
-
-UNBOUNDED = 2**31 - 1
-"""The row after the last one of a piece that has no end."""
-
-
-class Run(NamedTuple):
-    """Key blocks begin ≤ j < end, all of them fully visible."""
-
-    begin: int
-    end: int
-
-
-class Piece(NamedTuple):
-    """Rows first_row ≤ i < end_row that read alike.
-
-    They read `runs[first_run:end_run]` of their head, ascending and disjoint, then every block from the last run's
-    begin up to the diagonal block i. That begin is `last_begin`, or `i + last_begin` where `follows_row`.
-    """
-
-    first_row: int
-    end_row: int
-    first_run: int
-    end_run: int
-    last_begin: int
-    follows_row: bool
-
-
-@dataclass(frozen=True)
-class HeadSchedule:
-    """One head's pieces, ascending, without gaps from row 0 on, and the constant runs that they slice."""
-
-    runs: tuple[Run, ...]
-    pieces: tuple[Piece, ...]
-
-    def row(self, row: int) -> tuple[Run, ...]:
-        """The runs of one row, the last of which ends with the diagonal block."""
-        piece = next(piece for piece in self.pieces if row < piece.end_row)
-        last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
-        return (*self.runs[piece.first_run : piece.end_run], last)
-
-    def block_mask(self, num_blocks: int) -> npt.NDArray[np.bool_]:
-        """The schedule expanded, bool `[num_blocks, num_blocks]`: what the kernel will read."""
-        mask = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
-        for row in range(num_blocks):
-            for run in self.row(row):
-                mask[row, run.begin : run.end] = True
-        return mask
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 
 
 @dataclass(frozen=True)
@@ -103,62 +54,6 @@ def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
         )
         layers.append(shared_layers.setdefault(layer, layer))
     return tuple(layers)
-
-
-def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]:
-    """Liveness: the last row that can read each block of each KV head, `[num_key_value_heads, num_blocks]`.
-
-    Once a sequence has passed that row, the block may leave the cache. `UNBOUNDED` where some row will always read it,
-    and in a layer that is not covered, where the model's own attention does.
-    """
-    if not layer.heads:
-        return np.full((layer.num_key_value_heads, num_blocks), UNBOUNDED, dtype=np.int64)
-    group = len(layer.heads) // layer.num_key_value_heads
-    last = np.zeros((layer.num_key_value_heads, num_blocks), dtype=np.int64)
-    for index, head in enumerate(layer.heads):
-        kv_head = last[index // group]
-        for piece in head.pieces:
-            end_row = min(piece.end_row, layer.num_rows)
-            if piece.first_row >= end_row:
-                continue
-            final = UNBOUNDED if end_row == UNBOUNDED else end_row - 1
-            for run in head.runs[piece.first_run : piece.end_run]:
-                kv_head[run.begin : run.end] = np.maximum(kv_head[run.begin : run.end], final)
-            blocks = np.arange(min(num_blocks, end_row))
-            if piece.follows_row:  # row i reads block j from i + last_begin on, so j's last reader is j − last_begin
-                readers = np.minimum(blocks - piece.last_begin, final)
-                readers[readers < np.maximum(piece.first_row, blocks)] = 0
-            else:
-                readers = np.where(blocks >= piece.last_begin, final, 0)
-            kv_head[: len(blocks)] = np.maximum(kv_head[: len(blocks)], readers)
-    return last
-
-
-def liveness_table(layer: LayerSchedule) -> npt.NDArray[np.int64]:
-    """The last readers of as many blocks as there are rules for, `[num_key_value_heads, blocks]`.
-
-    A block behind the last column has its reader as many rows behind that column's: only windows reach it.
-    """
-    # From its last piece's first row on, a head reads blocks that are as far from every row.
-    settled = max(head.pieces[-1].first_row for head in layer.heads) + 1
-    return last_readers(layer, settled if layer.num_rows == UNBOUNDED else layer.num_rows)
-
-
-def liveness_tables(layers: Iterable[LayerSchedule]) -> dict[LayerSchedule, npt.NDArray[np.int64]]:
-    """The liveness table of each distinct layer that is covered."""
-    return {layer: liveness_table(layer) for layer in dict.fromkeys(layers) if layer.heads}
-
-
-def rows_longest_first(layer: LayerSchedule, num_rows: int) -> npt.NDArray[np.int64]:
-    """Rows 0..num_rows-1 by falling number of visible blocks over all heads, later rows first among equals."""
-    work = np.zeros(num_rows, dtype=np.int64)
-    for head in layer.heads:
-        lengths = np.cumsum([0, *(run.end - run.begin for run in head.runs)])
-        for piece in head.pieces:
-            rows = np.arange(piece.first_row, min(piece.end_row, num_rows))
-            begin = piece.last_begin + (rows if piece.follows_row else 0)
-            work[rows] += lengths[piece.end_run] - lengths[piece.first_run] + rows + 1 - begin
-    return np.lexsort((-np.arange(num_rows), -work))
 
 
 def _dense_schedule() -> HeadSchedule:

@@ -1,12 +1,23 @@
-"""The tables of segments that a package carries as constants for its GPU kernels."""
+"""The tables of segments that a package carries as constants for its GPU kernels.
+
+
+When decoding, all query heads of a KV head share one pass over its keys, though they see different blocks; in a prefill
+kernel whose tiles span several rows of blocks, the rows do. Which blocks some reader of a pass sees changes from row to
+row, so it is a table, not code.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from surgeon.compiler.schedule.decode_table import decode_table
-from surgeon.compiler.schedule.prefill_table import prefill_table
+import numpy as np
+
 from surgeon.compiler.schedule.schedule import LayerSchedule
-from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.compiler.schedule.segments import Intervals, Ints, Plan, head_intervals, make_table, unions
+from surgeon.runtime.package.schedule import UNBOUNDED
+from surgeon.runtime.package.segment_table import SegmentTable
+
+MAX_GROUP = 31
+"""The most query heads a KV head for which a table can be made: a bit each."""
 
 
 @dataclass(frozen=True)
@@ -30,3 +41,53 @@ class TableShape:
 def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> dict[str, SegmentTable]:
     """Makes tables, each under the name that is wanted for it."""
     return {name: shape.of(layer) for name, (layer, shape) in wanted.items()}
+
+
+def decode_table(layer: LayerSchedule) -> SegmentTable:
+    """Makes a layer's table in blocks: a pattern is a KV head, the readers are its query heads.
+
+    Its size follows the pieces of the heads, that of `rows` where the last one begins. No segments stand apart: splits
+    of the keys want them all in order.
+    """
+    group = len(layer.heads) // layer.num_key_value_heads
+    groups = [layer.heads[begin : begin + group] for begin in range(0, len(layer.heads), group)]
+    found = {}
+    for heads in dict.fromkeys(groups):
+        readers = [head_intervals(head, rows=1, blocks=1, first_reader=index) for index, head in enumerate(heads)]
+        found[heads] = [Plan(first_row, segments, shared=0) for first_row, segments in unions(readers, step=1)]
+    return make_table((found[heads] for heads in groups), layer.num_rows)
+
+
+def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
+    """Makes a layer's table for tiles of `rows` rows of blocks; a pattern is a head.
+
+    Bounds are in units of `blocks` key blocks, which divide `rows`; a tile's own place is its first row's. A reader is
+    a row of the tile and a block of the unit, with the bit row · blocks + block. Segments that every query sees whole
+    come first, then the masked ones: those that only some see, and the tile's own, of which a query sees the keys up
+    to itself.
+    """
+    found = {}
+    for head in dict.fromkeys(layer.heads):
+        readers = [head_intervals(head, rows, blocks, row, row * blocks) for row in range(rows)]
+        readers.append(_own(rows, blocks))
+        found[head] = [
+            _plan(first_row, segments, rows * blocks) for first_row, segments in unions(readers, rows // blocks)
+        ]
+    num_tiles = layer.num_rows if layer.num_rows == UNBOUNDED else -(-layer.num_rows // rows)
+    return make_table((found[head] for head in layer.heads), num_tiles)
+
+
+def _own(rows: int, blocks: int) -> tuple[Intervals, ...]:
+    """A reader more, of the tile's own keys, so that they are segments of their own."""
+    units = rows // blocks
+    bit = 1 << rows * blocks
+    return (Intervals(UNBOUNDED, np.array([0, units]), np.array([1, 1]), np.array([bit, bit])),)
+
+
+def _plan(first_row: int, segments: Ints, num_readers: int) -> Plan:
+    everyone = (1 << num_readers) - 1
+    shared = segments[:, 3] == everyone
+    ordered = np.concatenate((segments[shared], segments[~shared]))
+    ordered[:, 3] &= everyone
+    ordered[:, 3] -= (ordered[:, 3] >> 31) << 32  # the same 32 bits as an int32
+    return Plan(first_row, ordered, int(shared.sum()))

@@ -5,19 +5,19 @@ heads of a KV head; for a tile of queries they are the rows of blocks that lie i
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
+from surgeon.runtime.package.segment_table import SegmentTable
 
 Ints = npt.NDArray[np.int64]
 
 
-class Stretch(NamedTuple):
-    """How a reader reads before `end_row`: begins and ends of its runs, in no order, each run's two bounds alike.
+class Intervals(NamedTuple):
+    """The key intervals of a reader in rows before `end_row`: their begins and ends, told alike and in no order.
 
     A bound stands at `offsets`, or that far from the row's own place where `follows` is 1. `readers` has one bit set:
     those with other bits are other readers, told together.
@@ -29,26 +29,6 @@ class Stretch(NamedTuple):
     readers: Ints
 
 
-@dataclass(frozen=True, eq=False)
-class SegmentTable:
-    """The segments of every row, as int32.
-
-    `rows` `[patterns, rows]` gives each row's plan, rows beyond the last one that of the last. `plans` `[plans, 3]` are
-    its first segment, the first that only some readers see, and the end. `segments` `[segments, 4]` are begin, end,
-    whether they follow the row (bit 0 for the begin, bit 1 for the end), and the readers that see it, one bit each;
-    none is empty, those of a plan are disjoint, both parts ascend, and the last ends with the diagonal.
-    """
-
-    rows: npt.NDArray[np.int32]
-    plans: npt.NDArray[np.int32]
-    segments: npt.NDArray[np.int32]
-
-    @property
-    def max_segments(self) -> int:
-        """The most segments that a plan has."""
-        return int((self.plans[:, 2] - self.plans[:, 0]).max())
-
-
 class Plan(NamedTuple):
     """From `first_row` on: segments `[segments, 4]` as in a `SegmentTable`, the first `shared` seen by every reader."""
 
@@ -57,37 +37,37 @@ class Plan(NamedTuple):
     shared: int
 
 
-def head_stretches(
+def head_intervals(
     head: HeadSchedule, rows: int, blocks: int, row: int = 0, first_reader: int = 0
-) -> tuple[Stretch, ...]:
-    """How row number `row` of a tile of `rows` rows reads, in units of `blocks` key blocks, which divide `rows`.
+) -> tuple[Intervals, ...]:
+    """The intervals that row number `row` of a tile of `rows` rows reads, in units of `blocks` blocks, dividing `rows`.
 
     Tiles begin at multiples of their rows. The reader with bit `first_reader + c` sees block c of each unit. The last
     run goes on to the end of the tile, where causality cuts it, and the last piece goes on for ever.
     """
     columns = np.arange(blocks)[:, None]
     runs = np.array(head.runs, dtype=np.int64).reshape(-1)
-    stretches: list[Stretch] = []
+    found: list[Intervals] = []
     for piece in head.pieces:
         end_row = UNBOUNDED if piece is head.pieces[-1] else -((row - piece.end_row) // rows)
-        if end_row <= (stretches[-1].end_row if stretches else 0):
+        if end_row <= (found[-1].end_row if found else 0):
             continue  # the tile's other rows are in this piece, or none
         listed = runs[2 * piece.first_run : 2 * piece.end_run]
         last_begin = piece.last_begin + row if piece.follows_row else piece.last_begin
         bounds = np.concatenate((listed, (last_begin, rows)))
         follows = np.concatenate((np.zeros_like(listed), (int(piece.follows_row), 1)))
-        stretches.append(
-            Stretch(
+        found.append(
+            Intervals(
                 end_row,
                 -((columns - bounds) // blocks).reshape(-1),  # the first unit whose block c is not before the bound
                 np.tile(follows, blocks),
                 np.repeat(1 << np.arange(first_reader, first_reader + blocks), len(bounds)),
             )
         )
-    return tuple(stretches)
+    return tuple(found)
 
 
-def unions(readers: Sequence[Sequence[Stretch]], step: int) -> Iterator[tuple[int, Ints]]:
+def unions(readers: Sequence[Sequence[Intervals]], step: int) -> Iterator[tuple[int, Ints]]:
     """The rows at which more changes than the place of the row itself, and the segments from there on, ascending.
 
     Row r's own place is `step` · r. Neighbouring segments that the same readers see are one.
@@ -97,8 +77,8 @@ def unions(readers: Sequence[Sequence[Stretch]], step: int) -> Iterator[tuple[in
     before: Ints | None = None
     while True:
         current = [reader[number] for reader, number in zip(readers, numbers, strict=True)]
-        end = min(stretch.end_row for stretch in current)
-        offsets, follows, bits = (np.concatenate([stretch[part] for stretch in current]) for part in (1, 2, 3))
+        end = min(intervals.end_row for intervals in current)
+        offsets, follows, bits = (np.concatenate([intervals[part] for intervals in current]) for part in (1, 2, 3))
         for first_row in _crossings(offsets, follows, step, row, end):
             segments = _union(offsets, follows, bits, step * first_row)
             if before is None or not np.array_equal(segments, before):
@@ -107,7 +87,7 @@ def unions(readers: Sequence[Sequence[Stretch]], step: int) -> Iterator[tuple[in
         if end == UNBOUNDED:
             return
         row = end
-        numbers = [number + (stretch.end_row == end) for number, stretch in zip(numbers, current, strict=True)]
+        numbers = [number + (intervals.end_row == end) for number, intervals in zip(numbers, current, strict=True)]
 
 
 def make_table(patterns: Iterable[Sequence[Plan]], num_rows: int) -> SegmentTable:

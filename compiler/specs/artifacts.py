@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import cast
 
-from surgeon.compiler.schedule.segments import SegmentTable
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.runtime.package.interface import INTERFACES, Interface
 from surgeon.runtime.package.manifest import KernelEntry, Tool, from_plain
+from surgeon.runtime.package.segment_table import SegmentTable
 from surgeon.runtime.package.target import Target
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from surgeon.compiler.schedule.decode_table import MAX_GROUP
 from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.schedule.segment_tables import MAX_GROUP
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec, KernelSpec
 from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
 from surgeon.compiler.topology.topology import Topology

@@ -3,7 +3,6 @@
 import copy
 import logging
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 
@@ -12,7 +11,6 @@ from surgeon.runtime.kernels import backward
 from surgeon.runtime.kernels.devices import DeviceKernels
 from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands, check, check_paged, check_rotary
 from surgeon.runtime.package.reader import PackageFiles
-from surgeon.runtime.package.schedule import HeadSchedule, read_schedules
 
 _LOG = logging.getLogger("surgeon")
 _PART = ":kv_heads="
@@ -112,7 +110,7 @@ class LayerKernels:
             )
         heads = self._shape.num_attention_heads
         first = self.kv_heads.start * heads // len(self.kv_heads)
-        schedules = self._schedules[layer][first : first + heads]
+        schedules = self._files.schedules[layer].heads[first : first + heads]
         return backward.gradients(schedules, self._manifest.block_size, grad_out, grad_lse, operands)
 
     def check_layer(self, layer: int) -> None:
@@ -128,10 +126,6 @@ class LayerKernels:
                 str(layer),
                 "correct the index",
             )
-
-    @cached_property
-    def _schedules(self) -> dict[int, tuple[HeadSchedule, ...]]:
-        return read_schedules(self._files)
 
     def _in_one_of(self, dtypes: tuple[torch.dtype, ...], operands: Operands) -> Operands:
         """The operands, in a wider dtype where there is no kernel for theirs, which loses nothing of them."""

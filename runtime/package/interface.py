@@ -1,41 +1,66 @@
-"""How the GPU kernels of each phase are called: their arguments, the axes of their grids, what they rely on."""
+"""The launch contract of the GPU kernels: their arguments, the axes of their grids, what their code relies on.
+
+The compiler builds every kernel to it, and the launcher runs only kernels that are built to it.
+"""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from surgeon.runtime.package.manifest import Argument
+from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.package.manifest import Argument, KernelEntry
+
+ALIGNMENT = 16
+"""What `Interface.aligned` arguments are multiples of."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a kernel function takes, in order; the three axes of its grid; the preconditions of its code.
+    """What a kernel function takes, in order, and the three axes of its grid (see `Launch`).
 
-    Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. first_key and
-    position are int64, tables int32, lse, partial and partial_lse float32. `write_lse` 0 leaves lse alone, which may
-    then be null. q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
+    Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. Addresses in bytes
+    and strides that are `aligned` are multiples of `ALIGNMENT`. `write_lse` 0 leaves lse alone, which may then be null.
+    q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
     """
 
     arguments: tuple[Argument, ...]
     grid: tuple[str, ...]
-    preconditions: tuple[str, ...]
+    aligned: tuple[str, ...] = ()
+
+    @property
+    def binary_arguments(self) -> tuple[Argument, ...]:
+        """The arguments of the compiled code: Triton ends them with two pointers to scratch memory, null here."""
+        return self.arguments + SCRATCH
+
+    @property
+    def preconditions(self) -> tuple[str, ...]:
+        """What the launcher sees to; `*_dim_stride`, the stride along head_dim, is no argument."""
+        tensors = [argument.name for argument in self.arguments if argument.name in ("q", "k", "v")]
+        return (
+            *(f"{name} % {ALIGNMENT} == 0" for name in self.aligned),
+            *(f"{name}_dim_stride == 1" for name in tensors),
+        )
 
 
 def _pointers(*names: str) -> tuple[Argument, ...]:
     return tuple(Argument(name, "pointer") for name in names)
 
 
-def _preconditions(*pointers: str) -> tuple[str, ...]:
-    """Addresses in bytes and strides in elements; `*_dim_stride`, the stride along head_dim, is no argument."""
-    return (
-        *(f"{name} % 16 == 0" for name in pointers),
-        *(f"{argument.name} % 16 == 0" for argument in _STRIDES),
-        *(f"{name}_dim_stride == 1" for name in ("q", "k", "v")),
-    )
+POINTEES = (
+    dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
+    | dict.fromkeys(("first_key", "position"), "i64")
+    | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
+)
+"""What pointers point to; those that are not listed point to the kernel's own dtype."""
 
-
-_STRIDES = tuple(
+SCRATCH = _pointers("global_scratch", "profile_scratch")
+STRIDES = tuple(
     Argument(f"{name}_{axis}_stride", "i64") for name in ("q", "k", "v") for axis in ("batch", "head", "token")
 )
-_TABLE = (*_pointers("table_rows", "table_plans", "table_segments"), Argument("num_table_rows", "i32"))
+TABLE_POINTERS = _pointers("table_rows", "table_plans", "table_segments")
+TABLE_LENGTH = Argument("num_table_rows", "i32")
+
+_TABLE = (*TABLE_POINTERS, TABLE_LENGTH)
+_ALIGNED_STRIDES = tuple(stride.name for stride in STRIDES)
 _FIRST_KV_HEAD = Argument("first_kv_head", "i32")
 _WRITE_LSE = Argument("write_lse", "i32")
 _SCALE = Argument("scale", "fp32")
@@ -43,7 +68,7 @@ _SCALE = Argument("scale", "fp32")
 PREFILL = Interface(
     arguments=(
         *_pointers("q", "k", "v", "out", "lse", "first_key", "position"),
-        *_STRIDES,
+        *STRIDES,
         Argument("num_queries", "i32"),
         _FIRST_KV_HEAD,
         Argument("num_kv_heads", "i32"),
@@ -51,21 +76,21 @@ PREFILL = Interface(
         _SCALE,
     ),
     grid=("query_heads", "batch", "row_tiles"),
-    preconditions=_preconditions("q", "k", "v", "out"),
+    aligned=("q", "k", "v", "out", *_ALIGNED_STRIDES),
 )
 
-PREFILL_BY_TABLE = Interface(PREFILL.arguments + _TABLE, PREFILL.grid, PREFILL.preconditions)
+PREFILL_BY_TABLE = Interface(PREFILL.arguments + _TABLE, PREFILL.grid, PREFILL.aligned)
 
 DECODE = Interface(
     arguments=(
         *_pointers("q", "k", "v", "partial", "partial_lse", "first_key", "position"),
-        *_STRIDES,
+        *STRIDES,
         _FIRST_KV_HEAD,
         _SCALE,
         *_TABLE,
     ),
     grid=("key_value_heads", "batch", "splits"),
-    preconditions=_preconditions("q", "k", "v"),
+    aligned=("q", "k", "v", *_ALIGNED_STRIDES),
 )
 
 REDUCE = Interface(
@@ -75,7 +100,6 @@ REDUCE = Interface(
         _WRITE_LSE,
     ),
     grid=("query_heads", "batch", "one"),
-    preconditions=(),
 )
 
 INTERFACES = {
@@ -85,3 +109,39 @@ INTERFACES = {
     ("reduce", False): REDUCE,
 }
 """By the phase of a source and of its entries in the manifest, and whether they read a table of their schedule."""
+
+PHASES = tuple(dict.fromkeys(phase for phase, _ in INTERFACES))
+"""One kernel for any number of queries, and two that together take one."""
+
+
+def check_interface(entry: KernelEntry, where: str) -> None:
+    """Refuses a kernel of a package that is not built to the interface of its phase.
+
+    Raises:
+        PackageError: its phase, table, arguments, preconditions or grid are others; `where` is named with the place.
+    """
+    by_table = {table: interface for (phase, table), interface in INTERFACES.items() if phase == entry.phase}
+    if not by_table:
+        raise _fault(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase))
+    interface = by_table.get(bool(entry.table))
+    if interface is None:
+        expected = "no table" if entry.table else "a table"
+        raise _fault(f"{where}.table", f"{expected} for the phase {entry.phase}", shown(entry.table))
+    arguments = (
+        tuple(f"{argument.name} {argument.type}" for argument in listed)
+        for listed in (interface.binary_arguments, entry.arguments)
+    )
+    grid = () if entry.launch is None else entry.launch.grid
+    _check_equal(f"{where}.arguments", *arguments)
+    _check_equal(f"{where}.preconditions", interface.preconditions, entry.preconditions)
+    _check_equal(f"{where}.launch.grid", interface.grid, grid)
+
+
+def _check_equal(where: str, expected: tuple[str, ...], got: tuple[str, ...]) -> None:
+    for index, (one, other) in enumerate(zip_longest(expected, got)):
+        if one != other:
+            raise _fault(f"{where}[{index}]", one or "no more", "none" if other is None else shown(other))
+
+
+def _fault(where: str, expected: str, got: str) -> PackageError:
+    return PackageError(where, expected, got, "compile the package with this version of surgeon")

@@ -14,7 +14,7 @@ from surgeon.runtime.package.strict_json import read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 4
+CPU_ABI_VERSION = 5
 """Version of the call structure between the runtime and a CPU library."""
 
 _ROOT = {"format": "surgeon.package", "version": 1}
@@ -73,7 +73,7 @@ class KernelEntry:
     `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
     tables.safetensors, or is empty for a kernel that serves every schedule; `table` is which of a schedule's tables in
     tables.safetensors it reads, empty where it holds its blocks as code; `launch` is None for a CPU kernel, which is
-    called; `scratch_bytes` is device memory that the caller provides; `preconditions` are what the caller must have
+    called; `preconditions` are what the caller must have
     checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of queries, or
     "decode" and "reduce", which together take one. `heads` are the first and the end of the query heads that it is for,
     empty for all.
@@ -87,7 +87,6 @@ class KernelEntry:
     symbol: str
     arguments: tuple[Argument, ...]
     launch: Launch | None
-    scratch_bytes: int
     preconditions: tuple[str, ...]
     phase: str = "any"
     heads: tuple[int, ...] = ()

@@ -8,11 +8,14 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from surgeon.runtime.errors import PackageError, shown
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from surgeon.runtime.package.schedule import FILE as SCHEDULES
+from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
 
 MANIFEST = "manifest.json"
 MAX_FILES = 100_000
@@ -32,6 +35,15 @@ class PackageFiles:
     id: str
     manifest: Manifest
     files: Mapping[str, bytes]
+
+    @cached_property
+    def schedules(self) -> Mapping[int, PackagedSchedule]:
+        """The schedule of every covered layer, read and checked when it is first asked for.
+
+        Raises:
+            PackageError: schedule.safetensors is not what the manifest's kernels name, or points outside of itself.
+        """
+        return read_schedules(self.files.get(SCHEDULES), self.manifest, f"{self.folder}/{SCHEDULES}")
 
 
 def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
@@ -127,7 +139,7 @@ def _read(root: Path, path: str, limit: int) -> bytes:
 
 def _check_kernels(root: Path, manifest: Manifest) -> None:
     files = {entry.path for entry in manifest.files}
-    for required in ("topology.json", "schedule.safetensors"):
+    for required in ("topology.json", SCHEDULES):
         if required not in files:
             raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
     model = manifest.model

@@ -1,89 +1,171 @@
-"""The block schedules of a package, read from schedule.safetensors: which blocks of keys each row of blocks reads.
+"""Block schedules: which blocks of keys each row of blocks reads, and how a package holds them.
 
-Source: `_schedule_tables` of the compiler's package.py; package format version 1.
+Source: schedule.safetensors, package format version 1. For a schedule named n it holds the int32 matrices `n.pieces`
+[pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], `n.heads` [query heads, 3]: first piece, end piece, first run,
+and `n.last_readers` [KV heads, blocks]. A piece's run numbers count from its head's first run.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
-from surgeon.runtime.errors import PackageError
-from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.package.manifest import Manifest, ModelShape
+from surgeon.runtime.package.tensors import Matrices, Matrix, ascend
 
 FILE = "schedule.safetensors"
+
+UNBOUNDED = 2**31 - 1
+"""The row after the last one of a piece that has no end."""
+
+
+class Run(NamedTuple):
+    """Key blocks begin ≤ j < end, all of them fully visible."""
+
+    begin: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Rows first_row ≤ i < end_row that read alike.
+
+    They read `runs[first_run:end_run]` of their head, ascending and disjoint, then every block from the last run's
+    begin up to the diagonal block i. That begin is `last_begin`, or `i + last_begin` where `follows_row`.
+    """
+
+    first_row: int
+    end_row: int
+    first_run: int
+    end_run: int
+    last_begin: int
+    follows_row: bool
 
 
 @dataclass(frozen=True)
 class HeadSchedule:
-    """One head's pieces, ascending by their first row, and the constant runs of blocks `[begin, end)` they slice.
+    """One head's pieces, ascending, without gaps from row 0 on, and the constant runs that they slice."""
 
-    A piece is (first_row, end_row, first_run, end_run, last_begin, follows_row): its rows read that slice of the runs,
-    then every block from `last_begin`, plus the row where `follows_row`, to their own.
-    """
+    runs: tuple[Run, ...]
+    pieces: tuple[Piece, ...]
 
-    runs: tuple[tuple[int, int], ...]
-    pieces: tuple[tuple[int, ...], ...]
-
-    def row(self, row: int) -> tuple[tuple[int, int], ...]:
-        """The runs of blocks `[begin, end)` that a row reads, ascending; the last ends with the row's own block."""
-        piece = self.pieces[bisect_right(self.pieces, row, key=lambda piece: piece[0]) - 1]
-        _, _, first_run, end_run, last_begin, follows_row = piece
-        return (*self.runs[first_run:end_run], (last_begin + (row if follows_row else 0), row + 1))
+    def row(self, row: int) -> tuple[Run, ...]:
+        """The runs of one row, ascending, the last of which ends with the diagonal block."""
+        piece = self.pieces[bisect_right(self.pieces, row, key=lambda piece: piece.first_row) - 1]
+        last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
+        return (*self.runs[piece.first_run : piece.end_run], last)
 
     @property
     def dense_rows(self) -> int:
         """How many rows, from 0 on, read every block up to their own."""
         rows = 0
-        for _, end_row, first_run, end_run, last_begin, follows_row in self.pieces:
-            if first_run != end_run or last_begin != 0 or follows_row:
+        for piece in self.pieces:
+            if piece.first_run != piece.end_run or piece.last_begin != 0 or piece.follows_row:
                 break
-            rows = end_row
+            rows = piece.end_row
         return rows
 
 
-def read_schedules(files: PackageFiles) -> dict[int, tuple[HeadSchedule, ...]]:
-    """Every layer's schedule, one entry a query head; equal heads of a layer are one object.
+@dataclass(frozen=True, eq=False)
+class PackagedSchedule:
+    """A layer's schedule in a package, one entry of `heads` a query head; equal heads are one object.
+
+    `last_readers` `[KV heads, blocks]` are the last rows of blocks that read each block. A block behind the last column
+    has its reader as many rows behind that column's.
+    """
+
+    heads: tuple[HeadSchedule, ...]
+    last_readers: Matrix
+
+    def tensors(self, name: str) -> dict[str, Matrix]:
+        """What schedule.safetensors holds of it, if it is called `name`."""
+        places: dict[HeadSchedule, tuple[int, int, int]] = {}
+        pieces: list[Piece] = []
+        runs: list[Run] = []
+        for head in self.heads:
+            if head not in places:
+                places[head] = (len(pieces), len(pieces) + len(head.pieces), len(runs))
+                pieces += head.pieces
+                runs += head.runs
+        return {
+            f"{name}.pieces": _matrix(pieces, 6),
+            f"{name}.runs": _matrix(runs, 2),
+            f"{name}.heads": _matrix((places[head] for head in self.heads), 3),
+            f"{name}.last_readers": self.last_readers,
+        }
+
+
+def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[int, PackagedSchedule]:
+    """The schedule of every covered layer, from the bytes of schedule.safetensors; equal heads are one object.
 
     Raises:
-        PackageError: the tables are not what the manifest's kernels name, or point outside of themselves.
+        PackageError: a matrix that the manifest's kernels name is missing, of another form, or points outside of
+            itself, or a layer has no schedule or several.
     """
-    try:
-        tables = safetensors.numpy.load(files.files[FILE])
-        layers: dict[int, tuple[HeadSchedule, ...]] = {}
-        for kernel in files.manifest.kernels:
-            if kernel.schedule and not layers.keys() >= set(kernel.layers):
-                heads = _heads(*(tables[f"{kernel.schedule}.{part}"] for part in ("pieces", "runs", "heads")))
-                if len(heads) != files.manifest.model.num_attention_heads:
-                    raise ValueError(f"{kernel.schedule} has {len(heads)} heads")
-                layers |= dict.fromkeys(kernel.layers, heads)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise PackageError(
-            f"{files.folder}/{FILE}",
-            "pieces, runs and heads of every kernel",
-            str(error)[:100],
-            "compile the package again",
-        ) from None
-    return layers
+    matrices = Matrices(data, where)
+    names: dict[int, str] = {}
+    for kernel in manifest.kernels:
+        for layer in kernel.layers if kernel.schedule else ():
+            if names.setdefault(layer, kernel.schedule) != kernel.schedule:
+                raise matrices.fault(f"layer {layer}", "one schedule", f"{names[layer]} and {kernel.schedule}"[:100])
+    if not names.keys() >= set(manifest.layers):
+        missing = min(set(manifest.layers) - names.keys())
+        raise matrices.fault(f"layer {missing}", "a kernel that names its schedule", "none")
+    shared: dict[tuple[bytes, bytes], HeadSchedule] = {}
+    found = {name: _read(matrices, name, manifest.model, shared) for name in dict.fromkeys(names.values())}
+    return {layer: found[name] for layer, name in sorted(names.items())}
 
 
-def _heads(
-    pieces: npt.NDArray[np.int32], runs: npt.NDArray[np.int32], heads: npt.NDArray[np.int32]
-) -> tuple[HeadSchedule, ...]:
-    for table, columns in ((pieces, 6), (runs, 2), (heads, 3)):
-        if table.dtype != np.int32 or table.ndim != 2 or table.shape[1] != columns:
-            raise ValueError(f"{table.dtype} {list(table.shape)} where int32 [any, {columns}] belongs")
-    found: dict[tuple[int, ...], HeadSchedule] = {}
-    for first, end, first_run in dict.fromkeys(map(tuple, heads.tolist())):
-        own = tuple(map(tuple, pieces[first:end].tolist()))
-        slices = [piece[2:4] for piece in own]
-        last_run = first_run + max((end_run for _, end_run in slices), default=0)
-        if not 0 <= first < end <= len(pieces) or own[0][0] != 0 or not 0 <= first_run <= last_run <= len(runs):
-            raise ValueError("a head without pieces or runs of its own")
-        if any(not 0 <= begin <= end_run for begin, end_run in slices):
-            raise ValueError("a piece with runs from behind their end, or from before the first")
-        found[first, end, first_run] = HeadSchedule(tuple(map(tuple, runs[first_run:last_run].tolist())), own)
-    return tuple(found[tuple(head)] for head in heads.tolist())
+def _matrix(rows: Iterable[tuple[int, ...]], columns: int) -> Matrix:
+    return np.array(list(rows), dtype=np.int32).reshape(-1, columns)
+
+
+def _read(
+    matrices: Matrices, name: str, model: ModelShape, shared: dict[tuple[bytes, bytes], HeadSchedule]
+) -> PackagedSchedule:
+    """One schedule; `shared` are the heads that were read before, by the bytes of their pieces and runs."""
+    pieces, runs = matrices.read(f"{name}.pieces", 6), matrices.read(f"{name}.runs", 2)
+    places, last_readers = matrices.read(f"{name}.heads", 3), matrices.read(f"{name}.last_readers")
+    for part, found, expected in (
+        ("heads", places, model.num_attention_heads),
+        ("last_readers", last_readers, model.num_key_value_heads),
+    ):
+        if len(found) != expected:
+            raise matrices.fault(f"{name}.{part}", f"{expected} heads", str(len(found)))
+    _check_bounds(matrices, name, pieces, runs)
+    first, end, first_run = places.T.astype(np.int64)
+    fits = ascend(0, first, end - 1, len(pieces) - 1) & ascend(0, first_run)
+    matrices.require(f"{name}.heads", places, fits, f"some of {len(pieces)} pieces, and a first run")
+    heads = {}
+    for place in map(tuple, np.unique(places, axis=0).tolist()):
+        own, left = pieces[place[0] : place[1]], runs[place[2] :]
+        num_runs = int(own[:, 3].max())
+        if num_runs > len(left):
+            raise matrices.fault(f"{name}.runs", f"{num_runs} from {place[2]} on", str(len(left)))
+        if own[0, 0] != 0 or (own[1:, 0] != own[:-1, 1]).any():
+            raise matrices.fault(
+                f"{name}.pieces", "rows from 0 on without gaps", f"others from piece {place[0]} to before {place[1]}"
+            )
+        heads[place] = _head(own, left[:num_runs], shared)
+    return PackagedSchedule(tuple(heads[tuple(place)] for place in places.tolist()), last_readers)
+
+
+def _check_bounds(matrices: Matrices, name: str, pieces: Matrix, runs: Matrix) -> None:
+    first_rows, end_rows, first_runs, end_runs, last_begins, follow = pieces.T.astype(np.int64)
+    begins = last_begins + follow * first_rows
+    fits = ascend(0, first_rows, end_rows - 1) & ascend(0, first_runs, end_runs)
+    fits &= ascend(0, begins, first_rows) & ascend(0, follow, 1)
+    matrices.require(f"{name}.pieces", pieces, fits, "rows and runs that begin before their end")
+    begins, ends = runs.T.astype(np.int64)
+    matrices.require(f"{name}.runs", runs, ascend(0, begins, ends - 1), "blocks from a first to an end")
+
+
+def _head(pieces: Matrix, runs: Matrix, shared: dict[tuple[bytes, bytes], HeadSchedule]) -> HeadSchedule:
+    key = pieces.tobytes(), runs.tobytes()
+    if key not in shared:
+        shared[key] = HeadSchedule(
+            tuple(map(Run._make, runs.tolist())),
+            tuple(Piece._make((*numbers, bool(follows))) for *numbers, follows in pieces.tolist()),
+        )
+    return shared[key]

@@ -6,7 +6,8 @@ from pathlib import Path
 from surgeon.compiler.kernels.backend import BACKENDS
 from surgeon.compiler.kernels.cpu.variants import X86_64
 from surgeon.compiler.package.write import write_package
-from surgeon.compiler.schedule.schedule import liveness_tables, schedule_layers
+from surgeon.compiler.schedule.liveness import liveness_tables
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import Binary, CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.topology.topology import Topology
@@ -33,7 +34,7 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
 def _library(specs: Sequence[KernelSpec]) -> Binary:
     path = "cpu/attention.so"
     entries = tuple(
-        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, 0, ())
+        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, ())
         for spec in specs
         for dtype in spec.dtypes
     )
@@ -44,6 +45,6 @@ def _code(spec: KernelSpec, dtype: str) -> Binary:
     path, interface = f"{spec.target.folder}/{spec.name}.{dtype}.bin", INTERFACES["prefill", False]
     launch = Launch(interface.grid, 64, 128, 0)
     entry = KernelEntry(
-        str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, 0, (), "prefill"
+        str(spec.target), dtype, spec.layers, spec.name, path, spec.name, interface.arguments, launch, (), "prefill"
     )
     return Binary(path, CODE, (entry,), (Tool("triton", "3.9.0"),))

@@ -83,3 +83,11 @@ def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
 def checked_topologies(max_blocks: int = 16) -> st.SearchStrategy[Topology]:
     """The topologies of `documents`."""
     return documents(max_blocks).map(lambda document: parse_topology(json.dumps(document)))
+
+
+@st.composite
+def topologies_and_lengths(draw: st.DrawFn, max_blocks: int = 16) -> tuple[Topology, int]:
+    """A topology and a length in blocks below, at or beyond its own, and beyond where its sinks and windows meet."""
+    topology = draw(checked_topologies(max_blocks))
+    most = topology.num_blocks if topology.beyond == "error" else 3 * topology.num_blocks + 15
+    return topology, draw(st.integers(1, most) | st.just(topology.num_blocks) | st.just(most))

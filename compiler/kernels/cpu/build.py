@@ -86,7 +86,6 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
                 symbol=spec.symbol,
                 arguments=(Argument("call", "struct"),),
                 launch=None,
-                scratch_bytes=0,
                 preconditions=(),
             )
             for spec in source.specs

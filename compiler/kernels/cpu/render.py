@@ -1,11 +1,11 @@
 """From kernel specifications to the C++ of one CPU library: kernels for each instruction set, driver, schedule."""
 
 from surgeon.compiler.kernels.cpu.variants import Variant
-from surgeon.compiler.schedule.schedule import HeadSchedule
 from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.system.jinja import render_template
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
+from surgeon.runtime.package.schedule import HeadSchedule
 from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))

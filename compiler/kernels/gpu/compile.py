@@ -14,16 +14,11 @@ from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.installation import required
+from surgeon.runtime.package.interface import ALIGNMENT, POINTEES
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
 from surgeon.runtime.package.target import Target
 
-_SCRATCH = (Argument("global_scratch", "pointer"), Argument("profile_scratch", "pointer"))
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
-_POINTEES = (
-    dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
-    | dict.fromkeys(("first_key", "position"), "i64")
-    | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
-)
 
 
 def check_triton(target: Target) -> None:
@@ -73,14 +68,13 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         schedule="",
         file=path,
         symbol=metadata.name,
-        arguments=interface.arguments + _SCRATCH,
+        arguments=interface.binary_arguments,
         launch=Launch(
             grid=interface.grid,
             tile_rows=source.tile.queries,
             threads=metadata.num_warps * device.warp_size,
             shared_bytes=metadata.shared,
         ),
-        scratch_bytes=0,
         preconditions=interface.preconditions,
         phase=source.phase,
         heads=source.heads,
@@ -110,12 +104,12 @@ def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple
     interface = source.interface
     arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
     signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
-    divisible = [index for index, name in enumerate(signature) if f"{name} % 16 == 0" in interface.preconditions]
+    divisible = [index for index, name in enumerate(signature) if name in interface.aligned]
     with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
         try:
             kernel = getattr(_load(source, Path(folder)), _symbol(source))
             compiled = triton.compile(
-                ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", 16]] for index in divisible}),
+                ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", ALIGNMENT]] for index in divisible}),
                 target=GPUTarget(source.target.backend, arch, device.warp_size),
                 options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
             )
@@ -167,4 +161,4 @@ def _load(source: GpuSource, folder: Path) -> ModuleType:
 
 
 def _triton_type(argument: Argument, dtype: str) -> str:
-    return "*" + _POINTEES.get(argument.name, dtype) if argument.type == "pointer" else argument.type
+    return "*" + POINTEES.get(argument.name, dtype) if argument.type == "pointer" else argument.type

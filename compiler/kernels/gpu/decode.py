@@ -4,15 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surgeon.compiler.schedule.schedule import UNBOUNDED, LayerSchedule
+from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.schedule.segments import SegmentTable
 from surgeon.compiler.specs.artifacts import GpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import log2, padded
 from surgeon.runtime.package.interface import DECODE, REDUCE
+from surgeon.runtime.package.schedule import UNBOUNDED
+from surgeon.runtime.package.segment_table import SegmentTable
 
 _SPLITS_AT_ONCE = 16
 _TABLE = TableShape("decode")

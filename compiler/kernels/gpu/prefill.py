@@ -7,15 +7,16 @@ from surgeon.compiler.kernels.gpu import row_trees, segment_trees
 from surgeon.compiler.kernels.gpu.row_trees import ScheduleTrees
 from surgeon.compiler.kernels.gpu.segment_trees import SegmentTrees
 from surgeon.compiler.kernels.gpu.tiling import Tiling, tiling_of
-from surgeon.compiler.schedule.schedule import UNBOUNDED, HeadSchedule, LayerSchedule
+from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.schedule.segments import SegmentTable
 from surgeon.compiler.specs.artifacts import GpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.interface import INTERFACES
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
+from surgeon.runtime.package.segment_table import SegmentTable
 
 MAX_LEAVES = 512
 """The leaves of a kernel's decision trees above which a layer is cut into groups of heads: its compile time grows."""

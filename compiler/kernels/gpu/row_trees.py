@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from surgeon.compiler.kernels.gpu.decision_tree import Leaf, Tree, search
-from surgeon.compiler.schedule.schedule import HeadSchedule, LayerSchedule, Piece, Run
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.runtime.package.schedule import HeadSchedule, Piece, Run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgeon.compiler.kernels.gpu.decision_tree import Leaf, Tree, search
-from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.runtime.package.segment_table import SegmentTable
 
 
 class Place(NamedTuple):

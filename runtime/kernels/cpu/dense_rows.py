@@ -4,11 +4,11 @@ A kernel reads only what is visible, so against `scaled_dot_product_attention` i
 the rows of a layer that see every block up to their own. There, what decides is how fast the two are a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgeon.runtime.package.manifest import Manifest
-from surgeon.runtime.package.schedule import HeadSchedule
+from surgeon.runtime.package.schedule import PackagedSchedule
 
 RATES = {"x86_64_v4": 1.5, "x86_64_v3": 1.3, "portable": 0.5}
 """A variant's speed a dense block over torch's own, measured on processors with AVX2 and AVX-512: see benchmarks."""
@@ -38,9 +38,9 @@ class DenseRows:
         return f"{'sdpa' if dense and self.torch_is_faster else 'kernel'}: layer {layer} {sees}; {self.reason}"
 
 
-def dense_tokens(manifest: Manifest, schedules: Mapping[int, Sequence[HeadSchedule]]) -> dict[int, int]:
+def dense_tokens(manifest: Manifest, schedules: Mapping[int, PackagedSchedule]) -> dict[int, int]:
     """How many tokens from the start each layer sees densely, in every head."""
-    blocks = {layer: min(head.dense_rows for head in heads) for layer, heads in schedules.items()}
+    blocks = {layer: min(head.dense_rows for head in schedule.heads) for layer, schedule in schedules.items()}
     # What lies beyond is refused, which the kernel does.
     most = manifest.num_blocks if manifest.beyond == "error" else max(blocks.values(), default=0)
     return {layer: min(count, most) * manifest.block_size for layer, count in blocks.items()}

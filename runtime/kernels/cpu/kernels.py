@@ -8,7 +8,6 @@ from surgeon.runtime.kernels.cpu.dense_rows import DenseRows, dense_tokens
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.reader import PackageFiles
-from surgeon.runtime.package.schedule import read_schedules
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +45,7 @@ class CpuKernels:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
-        self.dense_rows = DenseRows(dense_tokens(manifest, read_schedules(files)), first.variant)
+        self.dense_rows = DenseRows(dense_tokens(manifest, files.schedules), first.variant)
         self.variants: tuple[str, ...] = first.variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(
             dtype for dtype in _DTYPES.values() if (manifest.layers[0], dtype) in self._kernels

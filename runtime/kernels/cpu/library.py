@@ -20,8 +20,10 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_PAGE = range(5)
 
 
-_CALL = struct.Struct("@11P11q5qf5i")
+_CALL = struct.Struct("@11P11q5qf5i0q")
 """`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
+
+The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
 
 Packing it takes a third of the time that the fields of a `ctypes.Structure` take, which are set one by one.
 """
@@ -40,7 +42,8 @@ class CpuLibrary:
     def __init__(self, data: bytes, where: str, variant: str | None = None) -> None:
         library = _open(data, where)
         try:
-            found = library.surgeon_abi_version()
+            _check_equal(where, "interface version {}", CPU_ABI_VERSION, library.surgeon_abi_version())
+            _check_equal(where, "calls of {} bytes", _CALL.size, library.surgeon_call_bytes())
             library.surgeon_variant.restype = c_char_p
             library.surgeon_variant.argtypes = [c_int32]
             library.surgeon_supports.argtypes = [c_int32]
@@ -48,13 +51,6 @@ class CpuLibrary:
             raise PackageError(
                 where, "a library made by surgeon", "one without its entry points", "compile the package again"
             ) from None
-        if found != CPU_ABI_VERSION:
-            raise PackageError(
-                where,
-                f"interface version {CPU_ABI_VERSION}",
-                str(found),
-                "compile the package with this version of surgeon",
-            )
         names: list[str] = []
         while (name := library.surgeon_variant(len(names))) is not None:
             names.append(name.decode())
@@ -152,6 +148,12 @@ class CpuLibrary:
         if status != _OK:
             raise _fault(status, q_length, k_length, position)
         return out
+
+
+def _check_equal(where: str, what: str, expected: int, found: int) -> None:
+    if found != expected:
+        remedy = "compile the package with this version of surgeon"
+        raise PackageError(where, what.format(expected), what.format(found), remedy)
 
 
 def _positions(tensor: torch.Tensor | None, batch: int, default: int) -> "torch.Tensor | array.array[int]":

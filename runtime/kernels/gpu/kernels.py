@@ -9,8 +9,9 @@ import torch
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
 from surgeon.runtime.kernels.gpu.driver import Driver, Function
 from surgeon.runtime.kernels.gpu.open_driver import open_driver
-from surgeon.runtime.kernels.gpu.segment_tables import SegmentTable, read_tables
+from surgeon.runtime.kernels.gpu.segment_tables import LoadedTable, load_tables
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.interface import ALIGNMENT, STRIDES, check_interface
 from surgeon.runtime.package.manifest import KernelEntry, Manifest
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.target import Target
@@ -19,28 +20,9 @@ _LOG = logging.getLogger("surgeon")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _AGAIN = "compile the package with this version of surgeon"
 _MAX_THREADS = 1024
-
-_POINTERS = ("q", "k", "v", "out", "lse", "first_key", "position", "global_scratch", "profile_scratch")
-_TABLE = ("table_rows", "table_plans", "table_segments")
-_DECODE_POINTERS = ("partial", "partial_lse")
-_STRIDES = tuple(f"{name}_{axis}_stride" for name in ("q", "k", "v") for axis in ("batch", "head", "token"))
-_FIRST_HEAD = "first_kv_head"
-ARGUMENT_TYPES = (
-    dict.fromkeys(_POINTERS + _TABLE + _DECODE_POINTERS, "pointer")
-    | dict.fromkeys(_STRIDES, "i64")
-    | dict.fromkeys(("num_queries", _FIRST_HEAD, "num_kv_heads", "write_lse", "num_table_rows", "num_splits"), "i32")
-    | {"scale": "fp32"}
-)
-"""Every argument that the launcher has a value for. Strides are in elements, the scratch pointers are null."""
-
-PRECONDITIONS = frozenset(
-    [f"{name} % 16 == 0" for name in ("q", "k", "v", "out", *_STRIDES)]
-    + [f"{name}_dim_stride == 1" for name in ("q", "k", "v")]
-)
-"""Every precondition that the launcher sees to, at each launch, whether a kernel has it or not."""
-
-GRID_AXES = ("query_heads", "key_value_heads", "batch", "row_tiles", "splits", "one")
-"""Every grid axis that the launcher has a length for."""
+_MAX_SPLITS = 128
+_PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while another computes
+_STRIDES = tuple(stride.name for stride in STRIDES)
 
 
 def target_of(device: torch.device) -> Target:
@@ -73,13 +55,6 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
         "only " + ", ".join(manifest.targets) if manifest.targets else "none",
         f"compile the package again with --target {own}",
     )
-
-
-PHASES = ("prefill", "decode", "reduce")
-"""Every phase that the launcher knows: one kernel for any number of queries, and two that together take one."""
-
-_MAX_SPLITS = 128
-_PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while another computes
 
 
 @dataclass(frozen=True)
@@ -129,7 +104,7 @@ class GpuKernels:
         self.dtypes: tuple[torch.dtype, ...] = tuple(
             dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
         )
-        self._tables: dict[tuple[str, int], SegmentTable] = read_tables(files, entries, device)
+        self._tables: dict[tuple[str, int], LoadedTable] = load_tables(files, entries, device)
 
     def attend(
         self,
@@ -169,7 +144,7 @@ class GpuKernels:
             "first_key": first_keys.data_ptr(),
             "position": positions.data_ptr(),
             "num_queries": q_length,
-            _FIRST_HEAD: first_kv_head,
+            "first_kv_head": first_kv_head,
             "num_kv_heads": kv_heads,
             "write_lse": int(log_sum_exp is not None),
             "scale": scale,
@@ -209,17 +184,10 @@ class GpuKernels:
             kernel.launch(lengths, stream, values)
         return out
 
-    def _table(self, phase: str, layer: int) -> dict[str, int | float]:
+    def _table(self, phase: str, layer: int) -> Mapping[str, int]:
         """The arguments of a kernel that reads a table, none for one that does not."""
         table = self._tables.get((phase, layer))
-        if table is None:
-            return {}
-        return {
-            "table_rows": table.rows.data_ptr(),
-            "table_plans": table.plans.data_ptr(),
-            "table_segments": table.segments.data_ptr(),
-            "num_table_rows": table.rows.shape[1],
-        }
+        return {} if table is None else table.arguments
 
     def _splits(self, groups: int, k_length: int) -> int:
         """How many programs share the keys of one KV head: enough to fill the device, each with a block at least."""
@@ -245,12 +213,14 @@ class GpuKernels:
     def _fitting(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it where its address or strides are not what the kernels rely on."""
         strides = _strides(tensor)
-        if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides):
+        numbers = (tensor.data_ptr(), *strides)
+        if tensor.stride(3) == 1 and not any(number % ALIGNMENT for number in numbers):
             return tensor
         if self._strict:
             raise PatchError(
                 f"attention: {name}",
-                "an address that is a multiple of 16, strides that are multiples of 16 elements, and stride 1 last",
+                f"an address that is a multiple of {ALIGNMENT}, strides that are multiples of {ALIGNMENT} elements, "
+                "and stride 1 last",
                 f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
                 "pass a contiguous copy, or load the package without strict",
             )
@@ -274,36 +244,15 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
 
 
 def _check(entry: KernelEntry, where: str) -> None:
-    """Refuses a kernel whose interface is not the launcher's: a wrong argument would be read as an address."""
-    for argument in entry.arguments:
-        if ARGUMENT_TYPES.get(argument.name) != argument.type:
-            known = ", ".join(f"{name} {kind}" for name, kind in ARGUMENT_TYPES.items())
-            raise PackageError(f"{where}.arguments", f"any of {known}", f"{argument.name} {argument.type}", _AGAIN)
-    if entry.phase != "reduce" and _FIRST_HEAD not in {argument.name for argument in entry.arguments}:
-        raise PackageError(f"{where}.arguments", f"{_FIRST_HEAD} among them", "none", _AGAIN)
-    for precondition in entry.preconditions:
-        if precondition not in PRECONDITIONS:
-            raise PackageError(
-                f"{where}.preconditions", "conditions that the launcher checks", shown(precondition), _AGAIN
-            )
+    """Refuses a kernel that the launcher cannot launch: a wrong argument would be read as an address."""
+    check_interface(entry, where)
     launch = entry.launch
-    if launch is None or len(launch.grid) != 3 or not set(launch.grid) <= set(GRID_AXES):
-        got = "none" if launch is None else shown(launch.grid)
-        raise PackageError(f"{where}.launch", f"a grid of three axes out of {', '.join(GRID_AXES)}", got, _AGAIN)
-    if not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
+    if launch is None or not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
         raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", shown(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
-    if entry.phase not in PHASES:
-        raise PackageError(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase), _AGAIN)
     if entry.heads and entry.phase != "prefill":
         raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", shown(entry.heads), _AGAIN)
-    if bool(entry.table) != any(argument.name in _TABLE for argument in entry.arguments):
-        raise PackageError(
-            f"{where}.table", "one for a kernel that reads it, and for no other", shown(entry.table), _AGAIN
-        )
-    if entry.scratch_bytes:
-        raise PackageError(f"{where}.scratch_bytes", "0", str(entry.scratch_bytes), _AGAIN)
 
 
 def _load(

@@ -11,37 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 import strategies
 import topologies
-from surgeon.compiler.schedule.schedule import (
-    UNBOUNDED,
-    HeadSchedule,
-    Piece,
-    Run,
-    last_readers,
-    rows_longest_first,
-    schedule_layers,
-)
+from schedules import block_mask
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 
 
-@st.composite
-def topologies_and_lengths(draw: st.DrawFn, max_blocks: int = 16) -> tuple[Topology, int]:
-    """A topology and a length in blocks below, at or beyond its own, and beyond where its sinks and windows meet."""
-    topology = draw(strategies.checked_topologies(max_blocks))
-    most = topology.num_blocks if topology.beyond == "error" else 3 * topology.num_blocks + 15
-    return topology, draw(st.integers(1, most) | st.just(topology.num_blocks) | st.just(most))
-
-
-@given(topologies_and_lengths())
+@given(strategies.topologies_and_lengths())
 def test_a_schedule_is_the_definition(drawn: tuple[Topology, int]) -> None:
     topology, length = drawn
     for index, layer in enumerate(schedule_layers(topology)):
-        masks = [head.block_mask(length) for head in layer.heads]
+        masks = [block_mask(head, length) for head in layer.heads]
         expanded = np.reshape(masks, (len(masks), length, length))  # also of a layer that is not covered
         np.testing.assert_array_equal(expanded, topology.block_mask(index, length))
 
@@ -61,11 +46,11 @@ def test_a_schedule_of_large_trees_is_the_definition(num_blocks: int, beyond: st
     )
     (layer,) = schedule_layers(topology)
     for length in (num_blocks,) if beyond == "error" else (num_blocks, num_blocks + 20):
-        expanded = np.stack([head.block_mask(length) for head in layer.heads])
+        expanded = np.stack([block_mask(head, length) for head in layer.heads])
         np.testing.assert_array_equal(expanded, topology.block_mask(0, length))
 
 
-@given(topologies_and_lengths())
+@given(strategies.topologies_and_lengths())
 def test_the_runs_of_a_row_are_ascending_disjoint_and_apart(drawn: tuple[Topology, int]) -> None:
     topology, length = drawn
     for layer in schedule_layers(topology):
@@ -140,32 +125,6 @@ def test_the_number_of_pieces_does_not_grow_with_the_length(beyond: str) -> None
     (same,) = counts
     assert max(pieces for pieces, _ in same) <= 4 * 3 + 1
     assert max(runs for _, runs in same) <= 1
-
-
-@given(topologies_and_lengths(max_blocks=12))
-def test_the_last_readers_are_those_of_the_mask(drawn: tuple[Topology, int]) -> None:
-    topology, length = drawn
-    # Long enough that no window reaches from a block below `length` to the last row; only what is read for ever does.
-    far = topology.num_blocks if topology.beyond == "error" else 3 * topology.num_blocks + length + 30
-    num_kv_heads = topology.model.num_key_value_heads
-    for index, layer in enumerate(schedule_layers(topology)):
-        if not layer.heads:
-            assert (last_readers(layer, length) == UNBOUNDED).all()
-            continue
-        mask = topology.block_mask(index, far).reshape(num_kv_heads, -1, far, far).any(axis=1)
-        last = far - 1 - np.asarray(mask)[:, ::-1, :length].argmax(axis=1)
-        if topology.beyond != "error":
-            last[last == far - 1] = UNBOUNDED
-        np.testing.assert_array_equal(last_readers(layer, length), last)
-
-
-@given(topologies_and_lengths())
-def test_rows_are_ordered_by_their_visible_blocks(drawn: tuple[Topology, int]) -> None:
-    topology, length = drawn
-    for index, layer in enumerate(schedule_layers(topology)):
-        work = topology.block_mask(index, length).sum(axis=(0, 2)).tolist()
-        expected = sorted((-blocks, -row) for row, blocks in enumerate(work))
-        assert rows_longest_first(layer, length).tolist() == [-row for _, row in expected]
 
 
 # A 32-layer, 32-head topology with 1,024 blocks

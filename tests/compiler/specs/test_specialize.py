@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 import topologies
-from surgeon.compiler.schedule.decode_table import MAX_GROUP
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.segment_tables import MAX_GROUP
 from surgeon.compiler.specs.kernel_spec import GpuSpec, KernelSpec
 from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize_cpu, specialize_gpu
 from surgeon.compiler.specs.tiles import tiles_of

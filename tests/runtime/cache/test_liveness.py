@@ -1,24 +1,16 @@
 """What may leave a cache, against the definition: a block is live as long as some later row reads it, and no longer."""
 
-import dataclasses
-from pathlib import Path
-from types import MappingProxyType
-
 import numpy as np
-import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import strategies
 from models import Compiled
-from surgeon.compiler import compile_package
-from surgeon.compiler.schedule.schedule import liveness_table, schedule_layers
+from surgeon.compiler.schedule.liveness import liveness_table
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime.cache.liveness import Liveness, read_liveness
-from surgeon.runtime.errors import PackageError
-from surgeon.runtime.package.reader import read_package
+from surgeon.runtime.cache.liveness import Liveness
 
 
 @given(strategies.checked_topologies(max_blocks=10), st.data())
@@ -55,19 +47,3 @@ def test_a_package_says_when_blocks_may_leave(compiled: dict[str, Compiled]) -> 
     assert sorted(liveness) == [0, 1, 2]
     for index, layer in enumerate(layers):
         np.testing.assert_array_equal(liveness[index].last_readers.numpy(), liveness_table(layer))
-
-
-@pytest.mark.parametrize("table", [None, torch.zeros(2, 4), torch.zeros(1, 4, dtype=torch.int32)])
-def test_a_package_without_last_readers(
-    compiled: dict[str, Compiled], tmp_path: Path, table: torch.Tensor | None
-) -> None:
-    files = read_package(compile_package(compiled["sparse"].topology, tmp_path / "kernels", dtypes=("fp32",)))
-    tables = safetensors.torch.load(files.files["schedule.safetensors"])
-    name = next(name for name in tables if name.endswith(".last_readers"))
-    if table is None:
-        del tables[name]
-    else:
-        tables[name] = table
-    damaged = MappingProxyType({**files.files, "schedule.safetensors": safetensors.torch.save(tables)})
-    with pytest.raises(PackageError, match=r"schedule.safetensors: expected the last readers of every kernel"):
-        read_liveness(dataclasses.replace(files, files=damaged))

@@ -16,7 +16,6 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.kernels.backward import gradients
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.reader import read_package
-from surgeon.runtime.package.schedule import read_schedules
 from topologies import random_topology
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +111,7 @@ class _Exact(torch.autograd.Function):
 
 
 def test_gradcheck(folder: Path) -> None:
-    schedules = read_schedules(read_package(folder))
+    schedules = read_package(folder).schedules
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(2, heads, length, 32, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -121,7 +120,7 @@ def test_gradcheck(folder: Path) -> None:
     for layer in range(3):
 
         def attend(*tensors: torch.Tensor, layer: int = layer) -> Any:
-            return _Exact.apply(schedules[layer], layer, *tensors)
+            return _Exact.apply(schedules[layer].heads, layer, *tensors)
 
         assert torch.autograd.gradcheck(attend, tensors, fast_mode=True, rtol=1e-6)
 

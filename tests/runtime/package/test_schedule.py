@@ -1,22 +1,25 @@
-"""The reader of a package's schedules: what it takes and what it refuses."""
+"""A package's schedules: what is written is read, and what points elsewhere is refused."""
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
 import packages
+from surgeon.compiler.schedule.liveness import liveness_table
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.runtime.errors import PackageError
+from surgeon.runtime.package.manifest import KernelEntry
 from surgeon.runtime.package.reader import PackageFiles, read_package
-from surgeon.runtime.package.schedule import FILE, read_schedules
-from topologies import window_topology
+from surgeon.runtime.package.schedule import FILE, UNBOUNDED, HeadSchedule, Piece, Run
+from surgeon.runtime.package.tensors import Matrix
+from topologies import DENSE, balanced_tree, build, head, random_topology, window_topology
 
-Table = npt.NDArray[np.int32]
-TOPOLOGY = window_topology([1, 3], num_layers=2, num_blocks=8)
+# One head a layer repeats, and the layers differ.
+TOPOLOGY = window_topology([1, 3, 1], num_layers=2, num_blocks=8)
 
 
 @pytest.fixture(scope="module")
@@ -28,41 +31,104 @@ def with_file(files: PackageFiles, data: bytes) -> PackageFiles:
     return dataclasses.replace(files, files=dict(files.files) | {FILE: data})
 
 
-def test_the_rows_are_those_of_the_schedule(files: PackageFiles) -> None:
-    packaged = read_schedules(files)
-    for layer, made in enumerate(schedule_layers(TOPOLOGY)):
-        for head, expected in zip(packaged[layer], made.heads, strict=True):
-            assert head.pieces == expected.pieces
-            assert [head.row(row) for row in range(20)] == [expected.row(row) for row in range(20)]
+def with_kernels(files: PackageFiles, change: Callable[[KernelEntry], KernelEntry]) -> PackageFiles:
+    kernels = tuple(map(change, files.manifest.kernels))
+    return dataclasses.replace(files, manifest=dataclasses.replace(files.manifest, kernels=kernels))
+
+
+@pytest.mark.parametrize("beyond", ["window", "dense", "error"])
+def test_what_was_written_is_read(tmp_path: Path, beyond: str) -> None:
+    topology = random_topology(
+        np.random.default_rng(3),
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        block_size=16,
+        num_blocks=30,
+        beyond=beyond,
+    )
+    packaged = read_package(packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90"])).schedules
+    for layer, made in enumerate(schedule_layers(topology)):
+        assert packaged[layer].heads == made.heads
+        np.testing.assert_array_equal(packaged[layer].last_readers, liveness_table(made))
+
+
+def test_equal_heads_are_one_object_in_all_layers(tmp_path: Path) -> None:
+    heads = [DENSE, *(head(0, 0.0, 1, window) for window in (2, 2, 3))]
+    topology = build([heads, heads[::-1]], [{"linkage": balanced_tree(8)}], num_kv_heads=2, num_blocks=8)
+    packaged = read_package(packages.write(tmp_path / "kernels", topology)).schedules
+    first, second = packaged[0].heads, packaged[1].heads
+    assert first[1] is first[2]
+    assert first[1] is not first[3]
+    assert [id(head) for head in second] == [id(head) for head in first[::-1]]
+
+
+def test_it_is_read_once(files: PackageFiles) -> None:
+    assert files.schedules is files.schedules
+
+
+def test_rows_that_see_every_block() -> None:
+    runs = (Run(0, 1),)
+    start = [Piece(0, 2, 0, 0, 0, False), Piece(2, 5, 0, 0, 0, False)]
+    assert HeadSchedule(runs, (*start, Piece(5, UNBOUNDED, 0, 1, -1, True))).dense_rows == 5
+    assert HeadSchedule(runs, (*start, Piece(5, UNBOUNDED, 0, 0, -1, True))).dense_rows == 5
+    assert HeadSchedule(runs, (Piece(0, UNBOUNDED, 0, 0, 0, True),)).dense_rows == 0
 
 
 @pytest.mark.parametrize("data", [b"", b"no tensors", b"\xff" * 64])
 def test_a_file_without_tensors(files: PackageFiles, data: bytes) -> None:
-    with pytest.raises(PackageError, match=rf"{FILE}: expected pieces, runs and heads of every kernel"):
-        read_schedules(with_file(files, data))
+    with pytest.raises(PackageError, match=rf"{FILE}: expected a safetensors file"):
+        _ = with_file(files, data).schedules
+
+
+def test_a_layer_without_a_schedule(files: PackageFiles) -> None:
+    nameless = with_kernels(files, lambda kernel: dataclasses.replace(kernel, schedule=""))
+    with pytest.raises(PackageError, match=r"layer 0: expected a kernel that names its schedule, got none"):
+        _ = nameless.schedules
+
+
+def test_a_layer_with_two_schedules(files: PackageFiles) -> None:
+    renamed = with_kernels(
+        files, lambda kernel: dataclasses.replace(kernel, schedule="other") if kernel.dtype == "bf16" else kernel
+    )
+    with pytest.raises(PackageError, match=r"layer 0: expected one schedule, got attention_000 and other"):
+        _ = renamed.schedules
 
 
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("pieces", lambda _table: None, "attention_000.pieces"),
-        ("runs", lambda table: table.flatten(), r"int32 \[\d\] where int32 \[any, 2\] belongs"),
-        ("pieces", lambda table: table[:, :5], r"where int32 \[any, 6\] belongs"),
-        ("heads", lambda table: table.astype(np.float32), "float32 .* belongs"),
-        ("heads", lambda table: table[0], r"where int32 \[any, 3\] belongs"),
-        ("heads", lambda table: table[:1], "attention_000 has 1 heads"),
-        ("heads", lambda table: np.add(table, [[0, 100, 0]]), "a head without pieces or runs of its own"),
-        ("heads", lambda table: np.subtract(table, [[1, 0, 0]]), "a head without pieces or runs of its own"),
-        ("heads", lambda table: table * [[1, 0, 1]], "a head without pieces or runs of its own"),
-        ("heads", lambda table: np.add(table, [[0, 0, 100]]), "a head without pieces or runs of its own"),
-        ("pieces", lambda table: np.add(table, [[0, 0, 0, 9, 0, 0]]), "a head without pieces or runs of its own"),
-        ("pieces", lambda table: np.add(table, [[0, 0, 9, 9, 0, 0]]), "a head without pieces or runs of its own"),
-        ("pieces", lambda table: np.subtract(table, [[0, 0, 1, 0, 0, 0]]), "or from before the first"),
-        ("pieces", lambda table: np.add(table, [[0, 0, 9, 0, 0, 0]]), "a piece with runs from behind their end"),
+        ("pieces", lambda _table: None, r"pieces: expected an int32 matrix \[any, 6\], got none"),
+        ("runs", lambda table: table.flatten(), r"runs: expected an int32 matrix \[any, 2\], got int32 \[\d\]"),
+        ("pieces", lambda table: table[:, :5], r"pieces: expected an int32 matrix \[any, 6\], got int32 \[\d, 5\]"),
+        ("heads", lambda table: table.astype(np.float32), r"heads: expected an int32 matrix \[any, 3\], got float32"),
+        ("heads", lambda table: table[0], r"heads: expected an int32 matrix \[any, 3\], got int32 \[3\]"),
+        ("heads", lambda table: table[:1], "heads: expected 3 heads, got 1"),
+        ("heads", lambda table: np.add(table, [[0, 100, 0]]), r"heads\[0\]: expected some of \d+ pieces"),
+        ("heads", lambda table: np.subtract(table, [[1, 0, 0]]), r"heads\[0\]: expected some of \d+ pieces"),
+        ("heads", lambda table: table * [[1, 0, 1]], r"heads\[0\]: expected some of \d+ pieces"),
+        ("heads", lambda table: table * [[0, 0, 0]] - [[0, 2**31, 0]], r"heads\[0\]: expected some of \d+ pieces"),
+        ("heads", lambda table: np.subtract(table, [[0, 0, 1]]), r"heads\[0\]: expected some of \d+ pieces"),
+        ("heads", lambda table: np.add(table, [[0, 0, 100]]), r"runs: expected \d from 100 on, got 0"),
+        ("heads", lambda table: np.add(table, [[1, 0, 0]]), r"pieces: expected rows from 0 on without gaps"),
+        ("pieces", lambda table: np.add(table, [[0, 0, 0, 9, 0, 0]]), r"runs: expected \d+ from 0 on, got \d"),
+        ("pieces", lambda table: np.add(table, [[0, 0, 9, 9, 0, 0]]), r"runs: expected \d+ from 0 on, got \d"),
+        ("pieces", lambda table: np.subtract(table, [[0, 0, 1, 0, 0, 0]]), r"pieces\[0\]: expected rows and runs that"),
+        ("pieces", lambda table: np.add(table, [[0, 0, 9, 0, 0, 0]]), r"pieces\[0\]: expected rows and runs that"),
+        ("pieces", lambda table: table * [[1, 0, 1, 1, 1, 1]], r"pieces\[0\]: expected rows and runs that begin"),
+        ("pieces", lambda table: np.subtract(table, [[0, 0, 0, 0, 9, 0]]), r"pieces\[0\]: expected rows and runs that"),
+        ("pieces", lambda table: np.add(table, [[0, 0, 0, 0, 9, 0]]), r"pieces\[0\]: expected rows and runs that"),
+        ("pieces", lambda table: np.add(table, [[0, 0, 0, 0, 0, 2]]), r"pieces\[0\]: expected rows and runs that"),
+        ("runs", lambda table: np.subtract(table, [[1, 0]]), r"runs\[0\]: expected blocks from a first to an end"),
+        ("runs", lambda table: np.add(table, [[9, 0]]), r"runs\[0\]: expected blocks from a first to an end"),
+        ("last_readers", lambda _table: None, r"last_readers: expected an int32 matrix \[any, some\], got none"),
+        ("last_readers", lambda table: table[:, :0], r"last_readers: expected an int32 matrix .*, got int32 \[1, 0\]"),
+        ("last_readers", lambda table: np.vstack((table, table)), "last_readers: expected 1 heads, got 2"),
     ],
 )
-def test_a_table_that_points_elsewhere(
-    files: PackageFiles, part: str, change: Callable[[Table], Table | None], message: str
+def test_a_matrix_that_points_elsewhere(
+    files: PackageFiles, part: str, change: Callable[[Matrix], Matrix | None], message: str
 ) -> None:
     tensors = safetensors.numpy.load(files.files[FILE])
     changed = change(tensors.pop(f"attention_000.{part}"))
@@ -70,5 +136,5 @@ def test_a_table_that_points_elsewhere(
         tensors[f"attention_000.{part}"] = np.ascontiguousarray(
             changed, None if changed.dtype == np.float32 else np.int32
         )
-    with pytest.raises(PackageError, match=message):
-        read_schedules(with_file(files, safetensors.numpy.save(tensors)))
+    with pytest.raises(PackageError, match=rf"{FILE}: attention_000\.{message}.*; compile the package again"):
+        _ = with_file(files, safetensors.numpy.save(tensors)).schedules

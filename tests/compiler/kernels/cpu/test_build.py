@@ -75,6 +75,7 @@ def test_the_kernels_of_the_manifest(tmp_path: Path) -> None:
         "surgeon_abi_version",
         "surgeon_attention_000",
         "surgeon_attention_001",
+        "surgeon_call_bytes",
         "surgeon_supports",
         "surgeon_variant",
     }

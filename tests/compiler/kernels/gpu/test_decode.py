@@ -15,8 +15,8 @@ import topologies
 from compiled_code import laid_out, parameters, spills
 from gpu_sources import decode_sources
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.schedule.decode_table import MAX_GROUP, decode_table
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.segment_tables import MAX_GROUP, decode_table
 from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology

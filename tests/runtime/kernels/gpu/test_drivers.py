@@ -13,8 +13,8 @@ from gpu_calls import ATTRIBUTES, LAUNCHES, LOADS, arguments, changed, entry_of,
 from gpu_standin import Standin
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.kernels.gpu.driver import Driver
-from surgeon.runtime.kernels.gpu.kernels import PHASES
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.interface import PHASES
 from surgeon.runtime.package.reader import PackageFiles
 
 pytest.importorskip("triton")

@@ -27,12 +27,14 @@ from gpu_standin import Standin
 from no_waiting import NoWaiting
 from surgeon.compiler import compile_package
 from surgeon.compiler.kernels.gpu.row_trees import num_leaves
-from surgeon.compiler.schedule.decode_table import decode_table
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.segment_tables import decode_table, prefill_table
 from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.kernels.gpu.driver import Driver
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.interface import INTERFACES
 from surgeon.runtime.package.reader import PackageFiles, read_package
+from surgeon.runtime.package.segment_table import SegmentTable
 
 pytest.importorskip("triton")
 
@@ -143,10 +145,8 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     assert (second["out"], second["lse"], second["write_lse"]) == (out.data_ptr(), lse.data_ptr(), 1)
     assert second["num_splits"] == splits
     table = decode_table(schedule_layers(topology())[1])
-    for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
-        found = (ctypes.c_int32 * expected.size).from_address(int(first[f"table_{name}"]))
-        assert list(found) == expected.flatten().tolist()
-    assert (first["num_table_rows"], first["first_kv_head"]) == (table.rows.shape[1], 0)
+    assert_table(first, table)
+    assert first["first_kv_head"] == 0
 
 
 def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
@@ -174,6 +174,29 @@ def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
     assert list(rows) == table.rows.flatten().tolist()  # the whole's, of which the kernel takes its own
     assert found["first_kv_head"] == 1
     assert arguments(entry_of(files, backend, "reduce"), reduce)["num_splits"] == splits
+
+
+@by_any_way
+def test_a_prefill_by_table_gets_the_table_of_its_layer(
+    backend: str, driver: Driver, standin: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0)
+    by_table = read_package(compile_package(topology(), tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"]))
+    gpu = kernels(by_table, backend, driver)
+    standin.log()
+    gpu.attend(1, Operands(*tensors(150, 400), None, None, 1.0))
+    (launch,) = launches(standin)
+    entry = entry_of(by_table, backend)
+    assert entry.arguments == INTERFACES["prefill", True].binary_arguments
+    assert_table(arguments(entry, launch), prefill_table(schedule_layers(topology())[1], rows=1, blocks=1))
+
+
+def assert_table(found: dict[str, int | float], table: SegmentTable) -> None:
+    """Holds the memory that a launch points to against a table."""
+    for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
+        there = (ctypes.c_int32 * expected.size).from_address(int(found[f"table_{name}"]))
+        assert list(there) == expected.flatten().tolist()
+    assert found["num_table_rows"] == table.rows.shape[1]
 
 
 @by_any_way

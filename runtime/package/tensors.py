@@ -1,0 +1,63 @@
+"""The int32 matrices of a package's safetensors files, read with a check of each."""
+
+import functools
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from surgeon.runtime.errors import PackageError, shown
+
+Matrix = npt.NDArray[np.int32]
+
+
+def ascend(*numbers: npt.NDArray[np.integer] | int) -> npt.NDArray[np.bool_]:
+    """Where each number is at most the next one, place by place."""
+    return functools.reduce(np.logical_and, (np.less_equal(lower, upper) for lower, upper in pairwise(numbers)))
+
+
+class Matrices:
+    """The tensors of one file; `where` names it in errors, `data` None is a file that the package lacks.
+
+    Raises:
+        PackageError: there is no file, or its bytes are no safetensors.
+    """
+
+    def __init__(self, data: bytes | None, where: str) -> None:
+        self.where = where
+        if data is None:
+            raise self.fault("", "a safetensors file", "none")
+        try:
+            self._tensors = safetensors.numpy.load(data)
+        except Exception as error:  # of the library's own and of NumPy's types
+            raise self.fault("", "a safetensors file", str(error)[:100] or type(error).__name__) from None
+
+    def read(self, name: str, columns: int | None = None) -> Matrix:
+        """The matrix of a name, with so many columns or, if None, with any number but zero.
+
+        Raises:
+            PackageError: there is none, or it has another type or shape.
+        """
+        found = self._tensors.get(name)
+        wanted = f"an int32 matrix [any, {'some' if columns is None else columns}]"
+        if found is None:
+            raise self.fault(name, wanted, "none")
+        fits = found.dtype == np.int32 and found.ndim == 2
+        if not fits or (not found.shape[1] if columns is None else found.shape[1] != columns):
+            raise self.fault(name, wanted, f"{found.dtype} {list(found.shape)}")
+        return found
+
+    def require(self, name: str, matrix: Matrix, fits: npt.NDArray[np.bool_], expected: str) -> None:
+        """Refuses a matrix with a row that does not fit.
+
+        Raises:
+            PackageError: `fits`, one a row, is not true of all; the first of the others is named.
+        """
+        if not fits.all():
+            row = int(fits.argmin())
+            raise self.fault(f"{name}[{row}]", expected, shown(matrix[row].tolist()))
+
+    def fault(self, name: str, expected: str, got: str) -> PackageError:
+        """The error of a matrix whose numbers are wrong, or of the whole file if `name` is empty."""
+        return PackageError(f"{self.where}: {name}" if name else self.where, expected, got, "compile the package again")

@@ -1,0 +1,15 @@
+"""Block schedules expanded, to hold them against the definition."""
+
+import numpy as np
+import numpy.typing as npt
+
+from surgeon.runtime.package.schedule import HeadSchedule
+
+
+def block_mask(head: HeadSchedule, num_blocks: int) -> npt.NDArray[np.bool_]:
+    """What a kernel that follows the schedule reads, bool `[num_blocks, num_blocks]`."""
+    mask = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
+    for row in range(num_blocks):
+        for run in head.row(row):
+            mask[row, run.begin : run.end] = True
+    return mask

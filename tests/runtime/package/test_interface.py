@@ -1,0 +1,97 @@
+"""The launch contract: what a kernel of each phase is built to, and what is refused for being another."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from surgeon.runtime.errors import PackageError
+from surgeon.runtime.package.interface import INTERFACES, POINTEES, SCRATCH, check_interface
+from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch
+
+CASES = list(INTERFACES)
+
+
+def entry_of(phase: str, by_table: bool) -> KernelEntry:
+    interface = INTERFACES[phase, by_table]
+    return KernelEntry(
+        target="cuda:90",
+        dtype="bf16",
+        layers=(0,),
+        schedule="attention_000",
+        file="kernel.cubin",
+        symbol="kernel",
+        arguments=interface.binary_arguments,
+        launch=Launch(interface.grid, 64, 128, 0),
+        preconditions=interface.preconditions,
+        phase=phase,
+        table="table" if by_table else "",
+    )
+
+
+@pytest.mark.parametrize(("phase", "by_table"), CASES)
+def test_a_kernel_that_is_built_to_its_interface(phase: str, by_table: bool) -> None:
+    check_interface(entry_of(phase, by_table), "kernels[0]")
+
+
+@pytest.mark.parametrize(("phase", "by_table"), CASES)
+def test_every_difference_is_refused_and_named(phase: str, by_table: bool) -> None:
+    entry = entry_of(phase, by_table)
+    for index, argument in enumerate(entry.arguments):
+        others = (*entry.arguments[:index], Argument("secret", argument.type), *entry.arguments[index + 1 :])
+        with pytest.raises(PackageError, match=rf"arguments\[{index}\]: expected {argument.name} {argument.type}, got"):
+            check_interface(dataclasses.replace(entry, arguments=others), "kernels[0]")
+
+
+def changed(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
+    return lambda entry: dataclasses.replace(entry, **fields)
+
+
+@pytest.mark.parametrize(
+    ("phase", "by_table", "change", "message"),
+    [
+        ("prefill", False, changed(phase="any"), r"phase: expected one of prefill, decode, reduce, got 'any'"),
+        ("decode", True, changed(table=""), r"table: expected a table for the phase decode, got ''"),
+        ("reduce", False, changed(table="x"), r"table: expected no table for the phase reduce, got 'x'"),
+        ("prefill", False, changed(arguments=()), r"arguments\[0\]: expected q pointer, got none"),
+        ("prefill", False, changed(table="x"), r"arguments\[21\]: expected table_rows pointer, got 'global_scratch po"),
+        ("prefill", True, changed(table=""), r"arguments\[21\]: expected global_scratch pointer, got 'table_rows po"),
+        (
+            "reduce",
+            False,
+            lambda entry: dataclasses.replace(entry, arguments=(*entry.arguments, *SCRATCH)),
+            r"arguments\[8\]: expected no more, got 'global_scratch pointer'",
+        ),
+        ("decode", True, changed(preconditions=()), r"preconditions\[0\]: expected q % 16 == 0, got none"),
+        ("reduce", False, changed(preconditions=("lse % 8 == 0",)), r"preconditions\[0\]: expected no more, got 'lse"),
+        ("reduce", False, changed(launch=None), r"launch\.grid\[0\]: expected query_heads, got none"),
+        (
+            "reduce",
+            False,
+            changed(launch=Launch(("query_heads", "pages", "one"), 1, 32, 0)),
+            r"launch\.grid\[1\]: expected batch, got 'pages'",
+        ),
+    ],
+)
+def test_another_interface(
+    phase: str, by_table: bool, change: Callable[[KernelEntry], KernelEntry], message: str
+) -> None:
+    with pytest.raises(PackageError, match=rf"kernels\[3\]\.{message}.*; compile the package with this version"):
+        check_interface(change(entry_of(phase, by_table)), "kernels[3]")
+
+
+@pytest.mark.parametrize(("phase", "by_table"), CASES)
+def test_an_interface_agrees_with_itself(phase: str, by_table: bool) -> None:
+    interface = INTERFACES[phase, by_table]
+    kinds = {argument.name: argument.type for argument in interface.binary_arguments}
+    assert len(kinds) == len(interface.binary_arguments)
+    assert set(interface.aligned) <= {name for name, kind in kinds.items() if kind in ("pointer", "i64")}
+    assert all(kinds.get(name, "pointer") == "pointer" for name in POINTEES)
+    assert len(interface.grid) == 3
+    assert ("table_rows" in kinds) == by_table
+
+
+def test_every_pointee_is_an_argument() -> None:
+    names = {argument.name for interface in INTERFACES.values() for argument in interface.arguments}
+    assert set(POINTEES) <= names
