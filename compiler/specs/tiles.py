@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError, shown
+from surgeon.runtime.package.strict_json import Fault, parse_root, read_document
 from surgeon.runtime.package.target import Target
 
 MIN_BLOCK = 16
@@ -31,6 +31,7 @@ _MAX_FILE_BYTES = 2**20
 _LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 _REMEDY = "write it as surgeon tune does"
+_FAULT = Fault(TargetError, _REMEDY)
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,7 @@ def read_tiles(path: str | os.PathLike[str]) -> dict[Target, TargetTiles]:
     Raises:
         TargetError: the file is missing, no JSON, or holds what no kernel could have; the text says where.
     """
-    try:
-        with Path(path).open("rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise TargetError(str(path), "a readable file", error.strerror or str(error), "check the path") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise TargetError(str(path), f"at most {_MAX_FILE_BYTES} bytes", "more", _REMEDY)
-    try:
-        return parse_tiles(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise TargetError(str(path), "UTF-8 text", "other bytes", _REMEDY) from None
-    except TargetError as error:
-        raise TargetError(f"{path}: {error.where}", error.expected, error.got, error.remedy) from None
+    return read_document(path, _MAX_FILE_BYTES, parse_tiles, _FAULT)
 
 
 def parse_tiles(text: str) -> dict[Target, TargetTiles]:
@@ -159,14 +148,7 @@ def parse_tiles(text: str) -> dict[Target, TargetTiles]:
     Raises:
         TargetError: it is no JSON, or holds what no kernel could have.
     """
-    try:
-        root = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TargetError("tiles", "JSON", shown(str(error)), _REMEDY) from None
-    root = _object(root, "tiles", {*_ROOT, "source", "targets"})
-    for key, constant in _ROOT.items():
-        if root[key] != constant:
-            raise TargetError(f"tiles.{key}", repr(constant), shown(root[key]), _REMEDY)
+    root = _object(parse_root(text, _ROOT, "tiles", _FAULT), "tiles", {"source", "targets"})
     rows = root["targets"]
     if not isinstance(rows, dict) or not rows:
         raise TargetError("tiles.targets", "an object with a target", shown(rows), _REMEDY)

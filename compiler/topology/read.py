@@ -3,18 +3,17 @@
 Source: topology.json version 1 (`topology.schema.json` beside this file holds the same format for editors).
 """
 
-import json
 import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
 from surgeon.runtime.errors import TopologyError, shown
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.package.strict_json import Fault, parse_json, read_document
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_BLOCKS = 16_384
@@ -22,6 +21,7 @@ MAX_LAYERS = 512
 MAX_HEADS = 512
 MAX_DEPTH = 64
 BLOCK_SIZES = range(16, 1025, 16)
+_FAULT = Fault(TopologyError)
 
 
 def read_topology(path: str | os.PathLike[str]) -> Topology:
@@ -30,24 +30,7 @@ def read_topology(path: str | os.PathLike[str]) -> Topology:
     Raises:
         TopologyError: the file is missing, too large, not JSON, or breaks the format; the text says where.
     """
-    file = Path(path)
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)  # not by its size, which a device or a pipe does not have
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TopologyError(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TopologyError(str(file), "a readable file", reason, "check the path") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise TopologyError(
-            str(file), f"at most {MAX_FILE_BYTES} bytes", "a larger file", "share dendrograms between heads"
-        )
-    try:
-        return parse_topology(text)
-    except TopologyError as error:
-        raise TopologyError(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+    return read_document(path, MAX_FILE_BYTES, parse_topology, _FAULT, "share dendrograms between heads")
 
 
 def parse_topology(text: str) -> Topology:
@@ -57,7 +40,7 @@ def parse_topology(text: str) -> Topology:
         TopologyError: it breaks the format; the text says where.
     """
     root = _object(
-        _json(text),
+        parse_json(text, "topology", _FAULT),
         "topology",
         required=("format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"),
         optional=("beyond", "provenance"),
@@ -92,28 +75,6 @@ def parse_topology(text: str) -> Topology:
         beyond=beyond,
         provenance=_mapping(root.get("provenance", {}), "provenance"),
     )
-
-
-def _json(text: str) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in pairs:
-            if key in result:
-                raise TopologyError("topology", "every key once", f"{shown(key)} twice", "remove one of them")
-            result[key] = value
-        return result
-
-    try:
-        return cast(object, json.loads(text, object_pairs_hook=unique))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise TopologyError(place, "JSON", error.msg, "correct the syntax") from None
-    except RecursionError:
-        raise TopologyError(
-            "topology", "JSON of a few levels", "nesting too deep to read", "correct the file"
-        ) from None
-    except ValueError:  # Python's limit of digits
-        raise TopologyError("topology", "numbers of a few digits", "one of thousands", "correct the file") from None
 
 
 def _model(value: object) -> ModelShape:

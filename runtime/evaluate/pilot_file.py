@@ -9,15 +9,15 @@ import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from surgeon.runtime.errors import PilotError, shown
+from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
-from surgeon.runtime.package.strict_json import read_plain
+from surgeon.runtime.package.strict_json import Fault, parse_root, read_document, read_plain
 
 MAX_PILOT_BYTES = 16 * 2**20
 
+_FAULT = Fault(PilotError, "run surgeon pilot again")
 _ROOT = {"format": "surgeon.pilot", "version": 1}
 
 
@@ -134,20 +134,11 @@ class Pilot:
         Raises:
             PilotError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
         """
-        try:
-            root = json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise _fault("pilot", "JSON", shown(str(error))) from None
-        if not isinstance(root, dict):
-            raise _fault("pilot", "an object", shown(root))
-        for key, constant in _ROOT.items():
-            if root.pop(key, None) != constant:
-                raise _fault(key, repr(constant), "another value or none")
-        pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", _fault))
+        pilot = typing.cast(Pilot, read_plain(cls, parse_root(text, _ROOT, "pilot", _FAULT), "pilot", _FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
-            raise _fault("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
+            raise _FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
         if any(column.against_dense is None for column in pilot.columns[1:]):
-            raise _fault("pilot: columns", "figures beside the dense model in all but the first", "a column without")
+            raise _FAULT("pilot: columns", "figures beside the dense model in all but the first", "a column without")
         return pilot
 
 
@@ -157,22 +148,7 @@ def read_pilot(path: str | os.PathLike[str]) -> Pilot:
     Raises:
         PilotError: it is missing, too large, or breaks the format; the text says where.
     """
-    file = Path(path)
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_PILOT_BYTES + 1)
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _fault(str(file), "UTF-8 text", f"a stray byte at {error.start}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PilotError(str(file), "a readable file", reason, "check the path") from None
-    if len(data) > MAX_PILOT_BYTES:
-        raise _fault(str(file), f"at most {MAX_PILOT_BYTES} bytes", "a larger file")
-    try:
-        return Pilot.from_json(text)
-    except PilotError as error:
-        raise PilotError(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+    return read_document(path, MAX_PILOT_BYTES, Pilot.from_json, _FAULT)
 
 
 def judged(found: AgainstDense, limits: Mapping[str, float | None]) -> tuple[Threshold, ...]:
@@ -183,11 +159,3 @@ def judged(found: AgainstDense, limits: Mapping[str, float | None]) -> tuple[Thr
         if limit is not None:
             thresholds.append(Threshold(kind.name, kind.bound, limit, value, kind.met(value, limit)))
     return tuple(thresholds)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no figure")
-
-
-def _fault(where: str, expected: str, got: str) -> PilotError:
-    return PilotError(where, expected, got, "run surgeon pilot again")

@@ -9,14 +9,15 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.runtime.errors import PackageError, shown
-from surgeon.runtime.package.strict_json import read_plain
+from surgeon.runtime.errors import PackageError
+from surgeon.runtime.package.strict_json import Fault, parse_root, read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 CPU_ABI_VERSION = 5
 """Version of the call structure between the runtime and a CPU library."""
 
+_FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
 _ROOT = {"format": "surgeon.package", "version": 1}
 
 
@@ -134,21 +135,7 @@ class Manifest:
         Raises:
             PackageError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
         """
-        try:
-            root = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PackageError("manifest.json", "JSON", shown(str(error)), "compile the package again") from None
-        if not isinstance(root, dict):
-            raise PackageError("manifest.json", "an object", shown(root), "compile the package again")
-        for key, constant in _ROOT.items():
-            if root.pop(key, None) != constant:
-                raise PackageError(
-                    f"manifest.json: {key}",
-                    repr(constant),
-                    "another value or none",
-                    "compile the package with this version of surgeon",
-                )
-        return typing.cast(Manifest, from_plain(cls, root, "manifest.json"))
+        return typing.cast(Manifest, from_plain(cls, parse_root(text, _ROOT, "manifest.json", _FAULT), "manifest.json"))
 
 
 def from_plain(kind: Any, value: object, where: str) -> object:
@@ -157,8 +144,4 @@ def from_plain(kind: Any, value: object, where: str) -> object:
     Raises:
         PackageError: a key is missing or unknown, or a value has another type; `where` is named with the place.
     """
-    return read_plain(kind, value, where, _fault)
-
-
-def _fault(where: str, expected: str, got: str) -> PackageError:
-    return PackageError(where, expected, got, "compile the package again")
+    return read_plain(kind, value, where, _FAULT)

@@ -1,15 +1,104 @@
-"""Parsed JSON into frozen dataclasses, strictly: every key there, none unknown, every value of its exact type."""
+"""JSON read strictly: every key once, none missing or unknown, every value of its exact type."""
 
 import dataclasses
+import json
+import math
+import os
 import types
 import typing
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from surgeon.runtime.errors import SurgeonError, shown
 
-Fault = Callable[[str, str, str], SurgeonError]
-"""Makes the error of a place from where it is, what was expected there, and what was found."""
+Document = TypeVar("Document")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The errors of one kind of file; `remedy`, of files that a program writes, stands for that of every place."""
+
+    error: type[SurgeonError]
+    remedy: str | None = None
+
+    def __call__(self, where: str, expected: str, got: str, remedy: str = "correct it") -> SurgeonError:
+        """Makes the error of a place."""
+        return self.error(where, expected, got, self.remedy or remedy)
+
+
+def read_document(
+    path: str | os.PathLike[str],
+    limit: int,
+    parse: Callable[[str], Document],
+    fault: Fault,
+    smaller: str = "shorten it",
+) -> Document:
+    """Reads a file of at most `limit` bytes and parses its text; `smaller` is the remedy where it has more.
+
+    Raises:
+        SurgeonError: what `fault` makes, where there is no such file, or none of UTF-8 text; what `parse` raises, with
+            the file before the place.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(limit + 1)  # not by its size, which a device or a pipe does not have
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise fault(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise fault.error(str(file), "a readable file", reason, "check the path") from None
+    if len(data) > limit:
+        raise fault(str(file), f"at most {limit} bytes", "a larger file", smaller)
+    try:
+        return parse(text)
+    except fault.error as error:
+        raise fault.error(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+
+
+def parse_json(text: str, where: str, fault: Fault) -> object:
+    """Parses JSON; NaN and infinities are for the reader of each value to refuse, who knows its place.
+
+    Raises:
+        SurgeonError: what `fault` makes, where it is no JSON, has a key twice, or more levels or digits than can be.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in pairs:
+            if key in result:
+                raise fault(where, "every key once", f"{shown(key)} twice", "remove one of them")
+            result[key] = value
+        return result
+
+    try:
+        return typing.cast(object, json.loads(text, object_pairs_hook=unique))
+    except json.JSONDecodeError as error:
+        place = f"{where}: line {error.lineno} column {error.colno}"
+        raise fault(place, "JSON", error.msg, "correct the syntax") from None
+    except RecursionError:
+        raise fault(where, "JSON of a few levels", "nesting too deep to read", "correct the file") from None
+    except ValueError:  # Python's limit of digits
+        raise fault(where, "numbers of a few digits", "one of thousands", "correct the file") from None
+
+
+def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fault) -> dict[str, object]:
+    """Parses a JSON object that says its format and version as these constants; gives the other keys.
+
+    Raises:
+        SurgeonError: what `fault` makes, as for `parse_json`, or where it is no object, or one with other constants.
+    """
+    root = parse_json(text, where, fault)
+    if not isinstance(root, dict):
+        raise fault(where, "an object", shown(root))
+    for key, constant in constants.items():
+        found = root.pop(key, None)
+        if type(found) is not type(constant) or found != constant:
+            raise fault(f"{where}: {key}", repr(constant), shown(found))
+    return root
 
 
 def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
@@ -18,7 +107,7 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
     A field's type is a dataclass, a plain type, `tuple[X, ...]` or `X | None`.
 
     Raises:
-        SurgeonError: what `fault` makes, where a key is missing or unknown, or a value has another type.
+        SurgeonError: what `fault` makes, where a key is missing or unknown, a value has another type, or is not finite.
     """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:  # X | None
@@ -40,4 +129,6 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
         )
     if type(value) is not kind:
         raise fault(where, f"a value of type {kind.__name__}", shown(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise fault(where, "a finite number", shown(value))
     return value

@@ -25,7 +25,7 @@ class Matrices:
     """
 
     def __init__(self, data: bytes | None, where: str) -> None:
-        self.where = where
+        self._where = where
         if data is None:
             raise self.fault("", "a safetensors file", "none")
         try:
@@ -60,4 +60,6 @@ class Matrices:
 
     def fault(self, name: str, expected: str, got: str) -> PackageError:
         """The error of a matrix whose numbers are wrong, or of the whole file if `name` is empty."""
-        return PackageError(f"{self.where}: {name}" if name else self.where, expected, got, "compile the package again")
+        return PackageError(
+            f"{self._where}: {name}" if name else self._where, expected, got, "compile the package again"
+        )

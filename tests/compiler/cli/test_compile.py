@@ -35,7 +35,7 @@ class Compiler:
         self.calls.append({"topology": topology, "out": out} | arguments)
         if self.error is not None:
             raise self.error
-        kernel = KernelEntry("cpu", "fp32", (0,), "attention_000", "cpu/kernels.so", "f", (), None, 0, ())
+        kernel = KernelEntry("cpu", "fp32", (0,), "attention_000", "cpu/kernels.so", "f", (), None, ())
         manifest = Manifest(
             topology_sha256=topology.sha256,
             model=topology.model,

@@ -75,12 +75,13 @@ def test_every_error_is_one_printable_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1 column 1: expected JSON, got Expecting value; correct the syntax"),
-        ('{"format":\n }', "line 2 column 2: expected JSON, got Expecting value; correct the syntax"),
-        ("{} {}", "line 1 column 4: expected JSON, got Extra data; correct the syntax"),
+        ("", "topology: line 1 column 1: expected JSON, got Expecting value; correct the syntax"),
+        ('{"format":\n }', "topology: line 2 column 2: expected JSON, got Expecting value; correct the syntax"),
+        ("{} {}", "topology: line 1 column 4: expected JSON, got Extra data; correct the syntax"),
         (
             "\ufeff{}",
-            "line 1 column 1: expected JSON, got Unexpected UTF-8 BOM (decode using utf-8-sig); correct the syntax",
+            "topology: line 1 column 1: expected JSON, got Unexpected UTF-8 BOM (decode using utf-8-sig); "
+            "correct the syntax",
         ),
         ("[1, 2]", "topology: expected an object, got [1, 2]; write it in braces"),
         ("null", "topology: expected an object, got None; write it in braces"),

@@ -182,12 +182,12 @@ def test_the_file_holds_all_and_nothing_else_is_read(
         return json.dumps(whole | change)
 
     for text, where in (
-        ("{", "pilot: expected JSON"),
+        ("{", "pilot: line 1 column 2: expected JSON"),
         ("[]", "pilot: expected an object"),
-        (broken({"version": 2}), "version: expected 1"),
+        (broken({"version": 2}), "pilot: version: expected 1, got 2"),
         (broken({"more": 1}), "pilot: expected the keys"),
         (broken({"length": "96"}), "pilot: length: expected a value of type int"),
-        (broken({"seconds": math.nan}), "pilot: expected JSON"),
+        (broken({"seconds": math.nan}), "pilot: seconds: expected a finite number, got nan"),
         (broken({"columns": whole["columns"][1:]}), "pilot: columns: expected the dense model first"),
         (broken({"columns": []}), "pilot: columns: expected the dense model first"),
         (broken({"columns": whole["columns"][:1] * 2}), "pilot: columns: expected figures beside the dense model"),

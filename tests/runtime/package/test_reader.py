@@ -79,12 +79,12 @@ def test_no_manifest(package: Path) -> None:
 
 def test_a_manifest_that_is_no_json(package: Path) -> None:
     (package / "manifest.json").write_text("{")
-    refused(package, "manifest.json: expected JSON")
+    refused(package, "manifest.json: line 1 column 2: expected JSON")
 
 
 def test_a_manifest_nested_too_deep(package: Path) -> None:
     (package / "manifest.json").write_text("[" * 100_000)
-    refused(package, "manifest.json: expected JSON")
+    refused(package, "manifest.json: expected JSON of a few levels")
 
 
 def test_a_manifest_that_is_no_text(package: Path) -> None:
@@ -99,7 +99,9 @@ def test_a_manifest_too_large(package: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_version(package: Path) -> None:
     rewrite(package, lambda root: root.update(version=2))
-    refused(package, "manifest.json: version: expected 1", "compile the package with this version of surgeon")
+    refused(
+        package, "manifest.json: version: expected 1, got 2; compile the package again with this version of surgeon"
+    )
 
 
 def test_another_format(package: Path) -> None:
