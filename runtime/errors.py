@@ -48,7 +48,7 @@ class PilotError(SurgeonError):
     """A pilot's results that cannot be read or written, or that are of another topology."""
 
 
-def shown(value: object, limit: int = 60) -> str:
+def short_repr(value: object, limit: int = 60) -> str:
     """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
     # reprlib bounds depth and length, so that neither a huge nor a deeply nested value makes the error fail.
     brief = reprlib.Repr()

@@ -161,19 +161,19 @@ class Package:
         v: torch.Tensor,
         scale: float | None = None,
         position: int | torch.Tensor | None = None,
-        first_key: int | torch.Tensor | None = None,
+        cache_leftpad: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Block-sparse causal attention of one layer: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` to `[B,Sq,Hq,D]`.
 
         `scale` defaults to D**-0.5. `position`, an int or int tensor `[B]`, is the index in k of the first query's own
-        key (default Sk − Sq); keys after a query's own are never read. `first_key` is the first valid key (left
+        key (default Sk − Sq); keys after a query's own are never read. `cache_leftpad` is the first valid key (left
         padding, default 0); blocks are counted from it, and queries before it give zeros. The result is contiguous.
 
         Raises:
             PatchError: shapes, dtypes or devices that do not fit the package.
             TopologyError: a position outside k, or beyond what the topology covers.
         """
-        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, first_key))
+        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, cache_leftpad))
 
     def attention_with_lse(
         self,
@@ -183,8 +183,8 @@ class Package:
         v: torch.Tensor,
         scale: float | None = None,
         position: int | torch.Tensor | None = None,
-        first_key: int | torch.Tensor | None = None,
+        cache_leftpad: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attention`, with the natural logarithm of each query's sum of exponentials, fp32 `[B,Hq,Sq]`."""
-        arguments = (*operands_of(q, k, v, scale, position, first_key), self.id, layer)
+        arguments = (*operands_of(q, k, v, scale, position, cache_leftpad), self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))

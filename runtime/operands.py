@@ -5,21 +5,21 @@ from typing import NamedTuple
 
 import torch
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
 
 
 class Operands(NamedTuple):
     """What every attention kernel reads: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]`, or slots in place of k and v.
 
-    `position` and `first_key` are integers `[B]`, None for Sk − Sq and for 0; see `Package.attention`.
+    `position` and `cache_leftpad` are integers `[B]`, None for Sk − Sq and for 0; see `Package.attention`.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     position: torch.Tensor | None
-    first_key: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
     scale: float
 
     def to(self, dtype: torch.dtype) -> "Operands":
@@ -40,7 +40,7 @@ def operands_of(
     v: torch.Tensor,
     scale: float | None,
     position: int | torch.Tensor | None,
-    first_key: int | torch.Tensor | None,
+    cache_leftpad: int | torch.Tensor | None,
 ) -> Operands:
     """The operands of a call as a user makes it; see `Package.attention`.
 
@@ -49,13 +49,15 @@ def operands_of(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
-            raise PatchError(f"attention: {name}", "a tensor of four dimensions", shown(tensor), "pass a torch.Tensor")
+            raise PatchError(
+                f"attention: {name}", "a tensor of four dimensions", short_repr(tensor), "pass a torch.Tensor"
+            )
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() else 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise PatchError("attention: scale", "a finite number", shown(scale), "leave it out for D**-0.5")
+        raise PatchError("attention: scale", "a finite number", short_repr(scale), "leave it out for D**-0.5")
     return Operands(
-        q, k, v, _per_sequence("position", position, q), _per_sequence("first_key", first_key, q), float(scale)
+        q, k, v, _per_sequence("position", position, q), _per_sequence("cache_leftpad", cache_leftpad, q), float(scale)
     )
 
 
@@ -65,7 +67,7 @@ def _per_sequence(name: str, value: int | torch.Tensor | None, q: torch.Tensor) 
     if value is None or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise _no_position(name, q, shown(value))
+        raise _no_position(name, q, short_repr(value))
     return torch.full(q.shape[:1], value, dtype=torch.int64, device=q.device)
 
 
@@ -87,8 +89,8 @@ def check(operands: Operands, shape: ModelShape) -> None:
         raise _misfit("v", f"{list(k.shape)}, as k", v)
 
 
-def check_paged(operands: Operands, pages: torch.Tensor, shape: ModelShape, block_size: int) -> None:
-    """As `check`, where k and v are slots; see `Package.run_paged`.
+def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int) -> None:
+    """As `check`, where k and v are slots; see `LayerKernels.run_paged`.
 
     Raises:
         PatchError: the first fault.
@@ -99,14 +101,14 @@ def check_paged(operands: Operands, pages: torch.Tensor, shape: ModelShape, bloc
         if slots.dim() != 3 or slots.shape != k.shape or slots.shape[1:] != (block_size, shape.head_dim):
             raise _misfit(name, f"[slots, {block_size}, {shape.head_dim}], k and v alike", slots)
         _check_on_cpu(name, slots, q)
-    if pages.dim() != 3 or pages.shape[:2] != (q.shape[0], shape.num_key_value_heads):
-        raise _misfit("pages", f"[{q.shape[0]}, {shape.num_key_value_heads}, blocks]", pages)
-    if pages.dtype != torch.int32 or pages.device.type != "cpu":
-        raise _mismatch("pages", "torch.int32 on cpu", pages)
+    if block_table.dim() != 3 or block_table.shape[:2] != (q.shape[0], shape.num_key_value_heads):
+        raise _misfit("block_table", f"[{q.shape[0]}, {shape.num_key_value_heads}, blocks]", block_table)
+    if block_table.dtype != torch.int32 or block_table.device.type != "cpu":
+        raise _mismatch("block_table", "torch.int32 on cpu", block_table)
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:
-    """As `check`, with cosines and sines; see `Package.run_rotary`.
+    """As `check`, with cosines and sines; see `LayerKernels.run_rotary`.
 
     Raises:
         PatchError: the first fault.
@@ -126,7 +128,7 @@ def _check_queries(operands: Operands, shape: ModelShape) -> None:
     q, heads = operands.q, shape.num_attention_heads
     if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != shape.head_dim:
         raise _misfit("q", f"[batch, {heads}, length, {shape.head_dim}]", q)
-    for name, place in (("position", operands.position), ("first_key", operands.first_key)):
+    for name, place in (("position", operands.position), ("cache_leftpad", operands.cache_leftpad)):
         if place is not None:
             _check_place(name, place, q)
 

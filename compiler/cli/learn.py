@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.measure.text import read_text
     from surgeon.compiler.learn.patterns.to_topology import write_topology
     from surgeon.compiler.learn.ultrametric.descent import Settings
-    from surgeon.compiler.system.main_process import is_first
+    from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
     from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.evaluate.processes import joined
@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         texts = [read_text(file, tokenizer) for file in arguments.text]
         with progress_bar() as progress:
             topology = learn(model, texts, request, work=work, progress=progress)
-    if is_first():
+    if is_main_process():
         write_topology(topology, out)
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)

@@ -19,7 +19,7 @@ from surgeon.compiler.cli.learn import LEARN
 from surgeon.compiler.cli.pilot import PILOT
 from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
-from surgeon.compiler.system.main_process import is_first, let_the_first_speak
+from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
 from surgeon.runtime.errors import BuildError, SurgeonError
 
 COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
@@ -89,7 +89,7 @@ def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         outcome = _outcome(parser, argv)
         status = _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
         if status != DONE:
-            let_the_first_speak()
+            let_the_main_process_speak()
         return status
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
@@ -112,7 +112,7 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Out
 
 
 def _show(lines: Iterable[str]) -> int:
-    if not is_first():
+    if not is_main_process():
         return DONE
     text = "".join(f"{_printable(line)}\n" for line in lines)
     if sys.stdout is None:  # started with standard output closed
@@ -135,7 +135,7 @@ def _abandon_stdout() -> None:
 
 
 def _report(message: str, status: int) -> int:
-    let_the_first_speak()
+    let_the_main_process_speak()
     with contextlib.suppress(OSError):  # nobody listens: the status still tells
         if sys.stderr is not None:
             print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     from surgeon.compiler.pilot.run import PilotRequest, run
     from surgeon.compiler.pilot.table import pilot_lines
     from surgeon.compiler.system.atomic_files import write_file
-    from surgeon.compiler.system.main_process import is_first
+    from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
     from surgeon.runtime.errors import PilotError
     from surgeon.runtime.evaluate.processes import joined
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     # The baseline's package lies in the first process's folder, until all have long loaded it.
     with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
         pilot = run(request, Path(scratch), progress)
-    if is_first():
+    if is_main_process():
         write_file(out, pilot.to_json())
     if arguments.json:
         return Outcome((" ".join(pilot.to_json().split("\n")),), pilot.passed)

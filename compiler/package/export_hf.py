@@ -3,7 +3,7 @@
 Below build/ stands one folder for each backend of torch that the package has kernels for, each with the whole package
 as it is. The module in it verifies and loads that package through `surgeon.runtime`, which must be installed.
 
-Source: `kernels` 0.17, resolver.py, variants.py and importer.py: variants without an architecture, "torch-<backend>".
+Source: `kernels` 0.17, resolver.py, builds.py and importer.py: builds without an architecture, "torch-<backend>".
 """
 
 import base64
@@ -29,7 +29,7 @@ _BACKENDS = {"cpu": "cpu", "cuda": "cuda", "hip": "rocm"}
 
 
 @dataclass(frozen=True)
-class Variant:
+class Build:
     """A folder below build/: the backend of torch that it is for, and the architectures, none for a CPU."""
 
     backend: str
@@ -41,14 +41,14 @@ class Variant:
         return f"torch-{self.backend}"
 
 
-def variants(targets: Sequence[str]) -> tuple[Variant, ...]:
-    """The variants for a package's targets, in the order of the backends' names."""
+def builds(targets: Sequence[str]) -> tuple[Build, ...]:
+    """The builds for a package's targets, in the order of the backends' names."""
     archs: dict[str, list[str]] = {}
     for target in map(Target.parse, targets):
         found = archs.setdefault(_BACKENDS[target.backend], [])
         if target.backend != "cpu":
             found.append(_arch(target))
-    return tuple(Variant(backend, tuple(found)) for backend, found in sorted(archs.items()))
+    return tuple(Build(backend, tuple(found)) for backend, found in sorted(archs.items()))
 
 
 def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -64,12 +64,12 @@ def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     if hashlib.sha256(manifest).hexdigest() != files.id:
         raise PackageError(str(files.folder), "a package that stays as it is", "one that changes", "export it again")
     packaged = {f"{_PACKAGE}/{path}": data for path, data in files.files.items()} | {f"{_PACKAGE}/{MANIFEST}": manifest}
-    chosen = variants(files.manifest.targets)
+    chosen = builds(files.manifest.targets)
     written = {"README.md": _readme(files, chosen)}
-    for variant in chosen:
+    for build in chosen:
         contents = {"__init__.py": _module(files)} | packaged
-        contents["metadata.json"] = _metadata(variant, files.id, contents)
-        written |= {f"build/{variant.folder}/{path}": data for path, data in contents.items()}
+        contents["metadata.json"] = _metadata(build, files.id, contents)
+        written |= {f"build/{build.folder}/{path}": data for path, data in contents.items()}
     atomic_files.write(out, written)
     return out
 
@@ -89,7 +89,7 @@ def _is_export(folder: Path) -> bool:
     return (
         names <= {"build", "README.md"}
         and build.is_dir()
-        and all((variant / _PACKAGE / MANIFEST).is_file() for variant in build.iterdir())
+        and all((build / _PACKAGE / MANIFEST).is_file() for build in build.iterdir())
     )
 
 
@@ -97,9 +97,9 @@ def _module(files: PackageFiles) -> bytes:
     return render_template("hf_kernels/module.py.jinja", package=_PACKAGE, **_description(files)).encode()
 
 
-def _readme(files: PackageFiles, chosen: Sequence[Variant]) -> bytes:
+def _readme(files: PackageFiles, chosen: Sequence[Build]) -> bytes:
     return render_template(
-        "hf_kernels/README.md.jinja", name=NAME, variants=chosen, id=files.id, **_description(files)
+        "hf_kernels/README.md.jinja", name=NAME, builds=chosen, id=files.id, **_description(files)
     ).encode()
 
 
@@ -113,16 +113,16 @@ def _description(files: PackageFiles) -> Mapping[str, object]:
     }
 
 
-def _metadata(variant: Variant, package_id: str, contents: Mapping[str, bytes]) -> bytes:
+def _metadata(build: Build, package_id: str, contents: Mapping[str, bytes]) -> bytes:
     """metadata.json: `id` is the name that Python knows the module by, the digest covers every other file."""
     digests = {path: base64.b64encode(hashlib.sha256(data).digest()).decode() for path, data in contents.items()}
     metadata = {
         "name": NAME,
-        "id": f"_{NAME.replace('-', '_')}_{variant.backend}_{package_id[:12]}",
+        "id": f"_{NAME.replace('-', '_')}_{build.backend}_{package_id[:12]}",
         "version": 1,
         "license": "Apache-2.0",
         "python-depends": [],
-        "backend": {"type": variant.backend} | ({"archs": variant.archs} if variant.archs else {}),
+        "backend": {"type": build.backend} | ({"archs": build.archs} if build.archs else {}),
         "digest": {"algorithm": "sha256", "files": digests},
     }
     return (json.dumps(metadata, indent=1, sort_keys=True) + "\n").encode()

@@ -31,7 +31,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class TopologySummary:
     """What a topology makes its heads see.
 
     `density[l][h]` is head h's visible pairs over causal pairs of blocks at the topology's own length; equal layers and
@@ -61,7 +61,7 @@ class TopologyReport:
 
     path: str
     size: int
-    pattern: Pattern
+    summary: TopologySummary
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PackageReport:
     path: str
     id: str
     size: int
-    pattern: Pattern
+    summary: TopologySummary
     manifest: Manifest
     on_cpu: tuple[DenseRows, ...]
 
@@ -117,17 +117,17 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
     if path.is_dir():
         return _inspect_package(path)
     topology = read_topology(path)
-    return TopologyReport(str(path), path.stat().st_size, pattern_of(topology, schedule_layers(topology)))
+    return TopologyReport(str(path), path.stat().st_size, summary_of(topology, schedule_layers(topology)))
 
 
-def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
+def summary_of(topology: Topology, layers: Sequence[LayerSchedule]) -> TopologySummary:
     """Describes a topology and its layers' schedules, of which equal ones are one object."""
     density = tuple(tuple(topology.density(layer).tolist()) for layer in range(len(topology.layers)))
     numbers: dict[int, int] = {}
     for layer in layers:
         if layer.heads:
             numbers.setdefault(id(layer), len(numbers))
-    return Pattern(
+    return TopologySummary(
         topology_sha256=topology.sha256,
         model=topology.model,
         block_size=topology.block_size,
@@ -146,9 +146,9 @@ def pattern_of(topology: Topology, layers: Sequence[LayerSchedule]) -> Pattern:
 
 def report_json(report: TopologyReport | PackageReport) -> str:
     """The report as one JSON object; `kind` is "topology" or "package"."""
-    pattern = asdict(report.pattern) | {"mean_density": report.pattern.mean_density}
+    summary = asdict(report.summary) | {"mean_density": report.summary.mean_density}
     if isinstance(report, TopologyReport):
-        return json.dumps({"kind": "topology", "path": report.path, "bytes": report.size} | pattern)
+        return json.dumps({"kind": "topology", "path": report.path, "bytes": report.size} | summary)
     manifest = report.manifest
     package = {
         "kind": "package",
@@ -169,7 +169,7 @@ def report_json(report: TopologyReport | PackageReport) -> str:
             for layer in range(manifest.model.num_hidden_layers)
         ],
     }
-    return json.dumps(package | pattern)
+    return json.dumps(package | summary)
 
 
 def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> LayerSummary:
@@ -186,8 +186,8 @@ def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: to make them again would take most of the time.
-    pattern = pattern_of(topology, packaged_layers(package))
+    summary = summary_of(topology, packaged_layers(package))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
     tokens = dense_tokens(package.manifest, package.schedules)
     on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
-    return PackageReport(str(folder), package.id, size, pattern, package.manifest, on_cpu)
+    return PackageReport(str(folder), package.id, size, summary, package.manifest, on_cpu)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from surgeon.compiler.package.inspection import LayerRun, PackageReport, Pattern, TopologyReport
+from surgeon.compiler.package.inspection import LayerRun, PackageReport, TopologyReport, TopologySummary
 from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.package.manifest import KernelEntry
@@ -21,12 +21,12 @@ def report_lines(report: TopologyReport | PackageReport, width: int, encoding: s
     """
     head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
     layers = _layer_lines(report)
-    return (*head, *_pattern_lines(report.pattern), "", *layers, "", *_picture(report.pattern, width, encoding))
+    return (*head, *_summary_lines(report.summary), "", *layers, "", *_picture(report.summary, width, encoding))
 
 
 def _topology_lines(report: TopologyReport) -> Iterator[str]:
     yield f"topology   {report.path}, {report.size:,} bytes"
-    yield f"sha256     {report.pattern.topology_sha256}"
+    yield f"sha256     {report.summary.topology_sha256}"
 
 
 def _package_lines(report: PackageReport) -> Iterator[str]:
@@ -44,8 +44,8 @@ def _package_lines(report: PackageReport) -> Iterator[str]:
         yield f"{file.size:>13,}  {file.sha256[:12]}  {file.path}"
 
 
-def _pattern_lines(pattern: Pattern) -> Iterator[str]:
-    model = pattern.model
+def _summary_lines(summary: TopologySummary) -> Iterator[str]:
+    model = summary.model
     yield (
         f"model      {model.model_type}: {_counted(model.num_hidden_layers, 'layer')}, "
         f"{_counted(model.num_attention_heads, 'head')}, {_counted(model.num_key_value_heads, 'KV head')}, "
@@ -53,12 +53,12 @@ def _pattern_lines(pattern: Pattern) -> Iterator[str]:
     )
     yield f"weights    {model.weights_sha256 or 'any'}"
     yield (
-        f"blocks     {pattern.num_blocks} of {pattern.block_size} tokens ({pattern.num_blocks * pattern.block_size:,} "
-        f"tokens), beyond: {pattern.beyond}"
+        f"blocks     {summary.num_blocks} of {summary.block_size} tokens ({summary.num_blocks * summary.block_size:,} "
+        f"tokens), beyond: {summary.beyond}"
     )
     yield (
-        f"schedules  {_counted(pattern.distinct_layers, 'distinct layer')}, "
-        f"{_counted(pattern.distinct_heads, 'distinct head')}, from {_counted(pattern.dendrograms, 'dendrogram')}"
+        f"schedules  {_counted(summary.distinct_layers, 'distinct layer')}, "
+        f"{_counted(summary.distinct_heads, 'distinct head')}, from {_counted(summary.dendrograms, 'dendrogram')}"
     )
 
 
@@ -66,7 +66,7 @@ def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
     """A row a layer: its kernel, its heads and pieces, and how it runs on each GPU; then what decides on a CPU."""
     package = report if isinstance(report, PackageReport) else None
     yield "layers     kernel, which equal layers share; distinct heads; pieces of their schedules"
-    for index, layer in enumerate(report.pattern.layers):
+    for index, layer in enumerate(report.summary.layers):
         if layer is None:
             yield f"{index:>9}  not covered"
             continue
@@ -94,16 +94,16 @@ def _seen_whole(rows: DenseRows, layer: int) -> str:
     return "cpu: every block seen" if tokens > _LONGEST else f"cpu: every block seen up to token {tokens}"
 
 
-def _picture(pattern: Pattern, width: int, encoding: str) -> Iterator[str]:
+def _picture(summary: TopologySummary, width: int, encoding: str) -> Iterator[str]:
     bars = _BARS if can_show(encoding, _BARS) else _ASCII_BARS
-    digits = len(str(len(pattern.density) - 1))
+    digits = len(str(len(summary.density) - 1))
     room = max(1, width - len("layer ") - digits - len("  ") - len("  0.000"))
-    heads_a_cell = math.ceil(pattern.model.num_attention_heads / room)
-    yield f"density    {pattern.mean_density:.3f} over all heads; a row is a layer, with its mean"
+    heads_a_cell = math.ceil(summary.model.num_attention_heads / room)
+    yield f"density    {summary.mean_density:.3f} over all heads; a row is a layer, with its mean"
     yield f"           {bars[0]} up to 1/8, {bars[3]} up to 1/2, {bars[-1]} above 7/8 of the causal pairs of blocks"
     if heads_a_cell > 1:
         yield f"           a cell is the mean of {heads_a_cell} heads"
-    for layer, heads in enumerate(pattern.density):
+    for layer, heads in enumerate(summary.density):
         if not heads:
             yield f"layer {layer:>{digits}}  not covered"
             continue

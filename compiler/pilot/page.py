@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.compiler.package.inspection import Pattern, pattern_of
+from surgeon.compiler.package.inspection import TopologySummary, summary_of
 from surgeon.compiler.pilot.pilot_charts import density_figures, passkey_figures
 from surgeon.compiler.pilot.svg import Figure
 from surgeon.compiler.pilot.table import density_table, pilot_table, verdict
@@ -57,14 +57,14 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
     _check_beside(pilot, beside)
     pilots = (pilot, *(other for _, other in beside))
     layers = schedule_layers(topology)
-    pattern = pattern_of(topology, layers)
+    summary = summary_of(topology, layers)
     trees, left_out = dendrogram_figures(topology)
     sections: dict[str, tuple[Figure, ...]] = {
         "figures": density_figures(pilots),
         "passkeys": passkey_figures(pilot),
-        "density": (density_map(pattern.density),),
+        "density": (density_map(summary.density),),
         "dendrograms": trees,
-        "masks": mask_figures(topology, layers, pattern.density),
+        "masks": mask_figures(topology, layers, summary.density),
     }
     return render_template(
         "pilot/page.html.jinja",
@@ -74,7 +74,7 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
         verdict=verdict(pilot),
         left_out=left_out,
         patched=patched,
-        facts=_facts(pilots, topology, pattern),
+        facts=_facts(pilots, topology, summary),
         **sections,
     )
 
@@ -130,7 +130,7 @@ def _run(pilot: Pilot) -> str:
     )
 
 
-def _facts(pilots: Sequence[Pilot], topology: Topology, pattern: Pattern) -> tuple[Fact, ...]:
+def _facts(pilots: Sequence[Pilot], topology: Topology, summary: TopologySummary) -> tuple[Fact, ...]:
     pilot, *beside = pilots
     model = topology.model
     facts = [
@@ -142,7 +142,7 @@ def _facts(pilots: Sequence[Pilot], topology: Topology, pattern: Pattern) -> tup
             f"{model.num_key_value_heads} KV heads, head size {model.head_dim}",
         ),
         Fact("topology", topology.sha256),
-        Fact("blocks", f"{pattern.num_blocks} of {pattern.block_size} tokens, beyond: {pattern.beyond}"),
+        Fact("blocks", f"{summary.num_blocks} of {summary.block_size} tokens, beyond: {summary.beyond}"),
         Fact("package", pilot.package_id),
         *(Fact("text", f"{text.name}, {text.sequences} sequences, SHA-256 {text.sha256}") for text in pilot.texts),
         Fact("machine", _machine(pilot)),

@@ -7,7 +7,7 @@ from surgeon.compiler.schedule.segment_tables import MAX_GROUP
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec, KernelSpec
 from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime.errors import TargetError, shown
+from surgeon.runtime.errors import TargetError, short_repr
 from surgeon.runtime.package.target import Target
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -86,7 +86,7 @@ def _specs(
             raise TargetError(
                 f"dtype {dtype}",
                 f"one of {', '.join(target.dtypes)} for {target}",
-                shown(dtype),
+                short_repr(dtype),
                 "leave it out or change the target",
             )
     check_head_dim(topology.model.head_dim)

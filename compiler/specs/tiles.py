@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon.compiler.system.powers import padded
-from surgeon.runtime.errors import TargetError, shown
+from surgeon.runtime.errors import TargetError, short_repr
 from surgeon.runtime.package.strict_json import Fault, parse_root, read_document
 from surgeon.runtime.package.target import Target
 
@@ -151,7 +151,7 @@ def parse_tiles(text: str) -> dict[Target, TargetTiles]:
     root = _object(parse_root(text, _ROOT, "tiles", _FAULT), "tiles", {"source", "targets"})
     rows = root["targets"]
     if not isinstance(rows, dict) or not rows:
-        raise TargetError("tiles.targets", "an object with a target", shown(rows), _REMEDY)
+        raise TargetError("tiles.targets", "an object with a target", short_repr(rows), _REMEDY)
     return {Target.parse(name): _parse(Target.parse(name), row, f"targets.{name}") for name, row in rows.items()}
 
 
@@ -193,7 +193,7 @@ def _parse(target: Target, row: object, where: str) -> TargetTiles:
 def _tiles(rows: object, where: str) -> dict[int, Tile]:
     names = {str(size): size for size in _HEAD_SIZES}
     if not isinstance(rows, dict) or not rows or not set(rows) <= set(names):
-        raise TargetError(where, f"tiles by head size, any of {', '.join(names)}", shown(rows), _REMEDY)
+        raise TargetError(where, f"tiles by head size, any of {', '.join(names)}", short_repr(rows), _REMEDY)
     return {names[size]: _tile(rows[size], f"{where}.{size}") for size in names if size in rows}
 
 
@@ -211,11 +211,11 @@ def _tile(fields: object, where: str) -> Tile:
 
 def _object(value: object, where: str, keys: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict) or set(value) != keys:
-        raise TargetError(where, "an object of " + ", ".join(sorted(keys)), shown(value), _REMEDY)
+        raise TargetError(where, "an object of " + ", ".join(sorted(keys)), short_repr(value), _REMEDY)
     return value
 
 
 def _number(value: object, where: str, limit: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-        raise TargetError(where, f"a whole number in 1..{limit}", shown(value), _REMEDY)
+        raise TargetError(where, f"a whole number in 1..{limit}", short_repr(value), _REMEDY)
     return value

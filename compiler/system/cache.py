@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from surgeon.compiler.system.atomic_files import write_file
-from surgeon.runtime.errors import BuildError, shown
+from surgeon.runtime.errors import BuildError, short_repr
 
 DEFAULT_LIMIT = "1G"
 _SIZE = re.compile(r"([0-9]{1,15})([kMGT]?)")
@@ -106,6 +106,9 @@ def _limit(text: str) -> int | None:
     size = _SIZE.fullmatch(text)
     if size is None:
         raise BuildError(
-            "SURGEON_CACHE_SIZE", "a size such as 500M or 2G, or 0 for no limit", shown(text), "correct or unset it"
+            "SURGEON_CACHE_SIZE",
+            "a size such as 500M or 2G, or 0 for no limit",
+            short_repr(text),
+            "correct or unset it",
         )
     return int(size[1]) * _UNITS[size[2]] or None

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from surgeon.compiler.system.main_process import is_first
+from surgeon.compiler.system.main_process import is_main_process
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of its parts are done, and how many there are."""
@@ -51,4 +51,4 @@ def stdout_encoding() -> str:
 
 
 def _is_watched() -> bool:
-    return is_first() and sys.stderr is not None and sys.stderr.isatty()
+    return is_main_process() and sys.stderr is not None and sys.stderr.isatty()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from surgeon.runtime.errors import TopologyError, shown
+from surgeon.runtime.errors import TopologyError, short_repr
 
 if TYPE_CHECKING:  # imported where a graph is made, which reading and scheduling do without
     import networkx as nx
@@ -54,7 +54,7 @@ class Dendrogram:
                     raise TopologyError(
                         place,
                         f"a {side} node in 0..{len(merged) - 1}",
-                        shown(child),
+                        short_repr(child),
                         "merge only blocks and nodes made by earlier rows",
                     )
                 if merged[child]:
@@ -74,7 +74,7 @@ class Dendrogram:
                 raise TopologyError(
                     place,
                     f"count {counts[left] + counts[right]}, the number of blocks below",
-                    shown(count),
+                    short_repr(count),
                     "correct the fourth column",
                 )
             heights.append(height)
@@ -190,11 +190,11 @@ class Dendrogram:
 def _merge(row: Sequence[object], place: str) -> Merge:
     if not isinstance(row, list | tuple) or len(row) != 4:
         raise TopologyError(
-            place, "[left, right, height, count]", shown(row), "give four numbers, as SciPy's linkage does"
+            place, "[left, right, height, count]", short_repr(row), "give four numbers, as SciPy's linkage does"
         )
     height = row[2]
     if isinstance(height, bool) or not isinstance(height, int | float) or not 0 <= height <= sys.float_info.max:
-        raise TopologyError(place, "a finite height of at least 0", shown(height), "correct the third column")
+        raise TopologyError(place, "a finite height of at least 0", short_repr(height), "correct the third column")
     return (
         _whole(row[0], "left", place),
         _whole(row[1], "right", place),
@@ -206,5 +206,5 @@ def _merge(row: Sequence[object], place: str) -> Merge:
 def _whole(value: object, name: str, place: str) -> int:
     # SciPy stores whole numbers as floats; anything else is a mistake.
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
-        raise TopologyError(place, f"a whole number for {name}", shown(value), "correct the entry")
+        raise TopologyError(place, f"a whole number for {name}", short_repr(value), "correct the entry")
     return int(value)

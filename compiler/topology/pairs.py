@@ -25,8 +25,8 @@ def cluster_pairs(blocks: int, sink: int, window: int, tree: Dendrogram, cut: fl
         return 0
     clusters = tree.labels(cut)[:blocks]
     members = np.argsort(clusters, kind="stable")
-    first_key = clusters[members] * blocks
-    keys = first_key + members  # ascending: the blocks of one cluster after those of another
+    cache_leftpad = clusters[members] * blocks
+    keys = cache_leftpad + members  # ascending: the blocks of one cluster after those of another
     before_window = np.searchsorted(keys, keys - window, side="right")
-    in_sink = np.searchsorted(keys, first_key + sink, side="left")
+    in_sink = np.searchsorted(keys, cache_leftpad + sink, side="left")
     return int(np.maximum(before_window - in_sink, 0).sum())

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
-from surgeon.runtime.errors import TopologyError, shown
+from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.package.strict_json import Fault, parse_json, read_document
 
@@ -87,7 +87,7 @@ def _model(value: object) -> ModelShape:
     model_type = fields["model_type"]
     if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", model_type):
         raise TopologyError(
-            "model.model_type", "a Transformers model type", shown(model_type), 'use for instance "llama"'
+            "model.model_type", "a Transformers model type", short_repr(model_type), 'use for instance "llama"'
         )
     heads = _integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
     kv_heads = _integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
@@ -103,7 +103,7 @@ def _model(value: object) -> ModelShape:
         raise TopologyError(
             "model.weights_sha256",
             "64 lower-case hexadecimal digits or null",
-            shown(weights),
+            short_repr(weights),
             "use surgeon.runtime.fingerprint",
         )
     return ModelShape(
@@ -157,7 +157,7 @@ def _head(value: object, where: str, num_trees: int) -> Head:
     fields = _object(value, where, required=("dendrogram", "cut", "sink", "window"))
     cut = fields["cut"]
     if isinstance(cut, bool) or not isinstance(cut, int | float) or not 0 <= cut <= sys.float_info.max:
-        raise TopologyError(f"{where}.cut", "a finite height of at least 0", shown(cut), "use 0.0 for no clusters")
+        raise TopologyError(f"{where}.cut", "a finite height of at least 0", short_repr(cut), "use 0.0 for no clusters")
     dendrogram = _integer(fields["dendrogram"], f"{where}.dendrogram", 0, MAX_LAYERS * MAX_HEADS)
     if dendrogram >= num_trees:
         raise TopologyError(
@@ -176,7 +176,7 @@ def _head(value: object, where: str, num_trees: int) -> Head:
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise TopologyError(where, "an object", shown(value), "write it in braces")
+        raise TopologyError(where, "an object", short_repr(value), "write it in braces")
     return value
 
 
@@ -189,14 +189,14 @@ def _object(value: object, where: str, required: tuple[str, ...], optional: tupl
         if key not in required and key not in optional:
             known = ", ".join((*required, *optional))
             raise TopologyError(
-                where, f"the keys {known}", f"an unknown key {shown(key)}", "remove it or correct its spelling"
+                where, f"the keys {known}", f"an unknown key {short_repr(key)}", "remove it or correct its spelling"
             )
     return fields
 
 
 def _list(value: object, where: str, low: int, high: int) -> list[Any]:
     if not isinstance(value, list):
-        raise TopologyError(where, "a list", shown(value), "write it in brackets")
+        raise TopologyError(where, "a list", short_repr(value), "write it in brackets")
     if not low <= len(value) <= high:
         raise TopologyError(where, f"{low} to {high} entries", str(len(value)), "correct the list")
     return value
@@ -204,18 +204,18 @@ def _list(value: object, where: str, low: int, high: int) -> list[Any]:
 
 def _integer(value: object, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TopologyError(where, "a whole number", shown(value), "write it without quotes, point or exponent")
+        raise TopologyError(where, "a whole number", short_repr(value), "write it without quotes, point or exponent")
     if not low <= value <= high:
-        raise TopologyError(where, f"a number in {low}..{high}", shown(value), "correct it")
+        raise TopologyError(where, f"a number in {low}..{high}", short_repr(value), "correct it")
     return value
 
 
 def _choice(value: object, where: str, choices: tuple[str, ...]) -> str:
     if value not in choices or not isinstance(value, str):
-        raise TopologyError(where, "one of " + ", ".join(choices), shown(value), "choose one of these")
+        raise TopologyError(where, "one of " + ", ".join(choices), short_repr(value), "choose one of these")
     return value
 
 
 def _constant(value: object, where: str, constant: object) -> None:
     if value != constant or type(value) is not type(constant):
-        raise TopologyError(where, repr(constant), shown(value), "this version reads nothing else")
+        raise TopologyError(where, repr(constant), short_repr(value), "this version reads nothing else")

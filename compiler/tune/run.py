@@ -17,7 +17,7 @@ from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidat
 from surgeon.compiler.tune.clock import timed
 from surgeon.compiler.tune.search import Trial, Tuning, tune
 from surgeon.compiler.tune.trial import Bench, device_here
-from surgeon.runtime.errors import TopologyError, shown
+from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.target import Target
 
 
@@ -71,7 +71,7 @@ def one_layer(topology: Topology, layer: int) -> Topology:
         TopologyError: it covers no such layer.
     """
     if layer not in topology.covered:
-        covered = shown(topology.covered)
+        covered = short_repr(topology.covered)
         raise TopologyError("--layer", f"a layer that the topology covers, of {covered}", str(layer), "name another")
     model = dataclasses.replace(topology.model, num_hidden_layers=1)
     return dataclasses.replace(topology, model=model, layers=(topology.layers[layer],))

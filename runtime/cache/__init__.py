@@ -1,1 +1,1 @@
-"""Which blocks of a cache some later row reads, and pages that hold these alone."""
+"""The blocks of a cache that some later row reads, and a pool that holds these alone."""

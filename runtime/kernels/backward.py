@@ -23,19 +23,19 @@ def gradients(
 ) -> Gradients:
     """The gradients of q, k and v from those of the output `[B,Sq,Hq,D]` and the log-sum-exp `[B,Hq,Sq]`.
 
-    Computes in fp32, in fp64 where q is. Queries before `first_key` and keys that nobody reads have zeros.
+    Computes in fp32, in fp64 where q is. Queries before `cache_leftpad` and keys that nobody reads have zeros.
     """
-    q, k, v, position, first_key, scale = operands
+    q, k, v, position, cache_leftpad, scale = operands
     batch, length = q.shape[0], q.shape[2]
     positions = [k.shape[2] - length] * batch if position is None else position.tolist()
-    first_keys = [0] * batch if first_key is None else first_key.tolist()
+    cache_leftpads = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
     accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
     if grad_lse is None:
         grad_lse = torch.zeros((), dtype=accumulated, device=q.device).expand(q.shape[:3])
     given = (q, k, v, grad_out.transpose(1, 2), grad_lse)
     results = [torch.zeros(tensor.shape, dtype=accumulated, device=q.device) for tensor in (q, k, v)]
     places: dict[tuple[int, int], list[int]] = {}
-    for sequence, place in enumerate(zip(positions, first_keys, strict=True)):
+    for sequence, place in enumerate(zip(positions, cache_leftpads, strict=True)):
         places.setdefault(place, []).append(sequence)
     shared = list(_shared_schedules(heads, len(heads) // k.shape[1]))
     for (start, first), sequences in places.items():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.kernels import backward
 from surgeon.runtime.kernels.devices import DeviceKernels
 from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands, check, check_paged, check_rotary
@@ -44,10 +44,10 @@ class LayerKernels:
         part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
         return part
 
-    def run(self, layer: int, operands: Operands, log_sum_exp: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer; the result is as `Package.attention`.
 
-        `log_sum_exp`, fp32 `[B,Hq,Sq]`, is filled where it is given.
+        `lse`, fp32 `[B,Hq,Sq]`, is filled where it is given.
 
         Raises:
             PatchError: shapes, dtypes or devices that do not fit the package.
@@ -57,23 +57,24 @@ class LayerKernels:
         self.check_layer(layer)
         kernels = self.devices.on(operands.q.device)
         taken = self._in_one_of(kernels.dtypes, operands)
-        out = kernels.attend(layer, taken, log_sum_exp, self.kv_heads.start)
+        out = kernels.attend(layer, taken, lse, self.kv_heads.start)
         return out if taken is operands else out.to(operands.q.dtype)
 
-    def run_paged(self, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+    def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
         """As `run` on the CPU, on a cache that holds a part of the blocks, each in a slot somewhere.
 
-        k and v are `[slots, block_size, D]`; `pages`, int32 `[B, Hkv, blocks]`, is the slot of each block of each KV
-        head, counted from the first valid key, and -1 for a block that is not held, which no query may read.
+        k and v are pools of blocks `[blocks, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, says where in
+        them each block of each KV head lies, counted from the first valid key; -1 for a block that is not held, which
+        no query may read.
 
         Raises:
             PatchError: shapes, dtypes or devices that do not fit, or a query reads a block that is not held.
         """
         self.check_layer(layer)
-        check_paged(operands, pages, self._shape, self._manifest.block_size)
+        check_paged(operands, block_table, self._shape, self._manifest.block_size)
         kernels = self.devices.cpu
         taken = self._in_one_of(kernels.dtypes, operands)
-        return kernels.attend_paged(layer, taken, pages, self.kv_heads.start).to(operands.q.dtype)
+        return kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """As `run` on the CPU, on queries and keys of whole sequences that the kernel rotates itself.
@@ -122,7 +123,7 @@ class LayerKernels:
         if layer not in self._manifest.layers:
             raise PatchError(
                 "attention: layer",
-                f"one of the layers {shown(self._manifest.layers)} that the package covers",
+                f"one of the layers {short_repr(self._manifest.layers)} that the package covers",
                 str(layer),
                 "correct the index",
             )

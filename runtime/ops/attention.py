@@ -12,20 +12,22 @@ from surgeon.runtime.ops.registry import Runner, find
 
 # define/impl on a Library costs a fraction of the custom_op decorator's overhead a call.
 _LIBRARY = torch.library.Library("surgeon", "DEF")
-_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? first_key, float scale, str package, int layer)"
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, str package, int layer)"
+)
 _LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
 _LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "attention_paged(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor position, Tensor? first_key, float scale, "
-    "str package, int layer) -> Tensor"
+    "attention_paged(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor position, Tensor? cache_leftpad, "
+    "float scale, str package, int layer) -> Tensor"
 )
 _LIBRARY.define(
-    "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? first_key, float scale, "
+    "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cache_leftpad, float scale, "
     "str package, int layer) -> Tensor"
 )
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? position, "
-    "Tensor? first_key, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
+    "Tensor? cache_leftpad, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -40,12 +42,12 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
     return result
 
 
-def attention_paged(package: Runner, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
+def attention_paged(package: Runner, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
     """As `attention`, the op `surgeon::attention_paged` on slots in place of k and v."""
     q, k, v, *rest = operands
-    if is_plain_inference(q, k, v, pages):
-        return package.run_paged(layer, operands, pages)
-    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, pages, *rest, package.id, layer)
+    if is_plain_inference(q, k, v, block_table):
+        return package.run_paged(layer, operands, block_table)
+    result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, block_table, *rest, package.id, layer)
     return result
 
 
@@ -59,15 +61,15 @@ def _attention(*arguments: Any) -> torch.Tensor:
 
 def _attention_with_lse(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *operands, package, layer = arguments
-    log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return find(package).run(layer, Operands(q, *operands), log_sum_exp), log_sum_exp
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return find(package).run(layer, Operands(q, *operands), lse), lse
 
 
 def _attention_paged(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, *arguments: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor, *arguments: Any
 ) -> torch.Tensor:
     *rest, package, layer = arguments
-    return find(package).run_paged(layer, Operands(q, k, v, *rest), pages)
+    return find(package).run_paged(layer, Operands(q, k, v, *rest), block_table)
 
 
 def _attention_rotary(

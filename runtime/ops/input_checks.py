@@ -9,15 +9,15 @@ from typing import cast
 
 import torch
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
-_LIBRARY.define("first_key(Tensor attention_mask, Tensor position, SymInt length) -> Tensor")
+_LIBRARY.define("cache_leftpad(Tensor attention_mask, Tensor position, SymInt length) -> Tensor")
 _LIBRARY.define("valid_keys(Tensor input_ids, Tensor? attention_mask) -> Tensor")
 _LIBRARY.define("cache_slots(Tensor input_ids, Tensor position, Tensor kept, Tensor[] caches) -> Tensor")
 
 
-def first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+def cache_leftpad(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
     """Each sequence's first valid key, int64 `[batch]`; the number of keys so far where it has none yet.
 
     `attention_mask` `[batch, keys]` is true where a key is valid, `position` `[batch]` is the index of the first of
@@ -26,10 +26,10 @@ def first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int)
     Raises:
         PatchError: the mask does not cover the queries, or valid keys lie on both sides of masked ones.
     """
-    return cast(torch.Tensor, torch.ops.surgeon.first_key(attention_mask, position, length))
+    return cast(torch.Tensor, torch.ops.surgeon.cache_leftpad(attention_mask, position, length))
 
 
-def _first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+def _cache_leftpad(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
     first, runs = _valid_runs(attention_mask, position, length)
     end = int(position.max()) + length
     if attention_mask.shape[1] < end:
@@ -39,8 +39,8 @@ def _first_key(attention_mask: torch.Tensor, position: torch.Tensor, length: int
     return first
 
 
-def _first_key_on_gpu(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
-    """As `first_key`, without waiting for the device, so that it also runs in a captured graph.
+def _cache_leftpad_on_gpu(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
+    """As `cache_leftpad`, without waiting for the device, so that it also runs in a captured graph.
 
     What that one raises an error for stops the device, which torch reports at a later call.
     """
@@ -138,7 +138,7 @@ def _cache_slots(
         raise PatchError(
             "position",
             f"{length} new tokens within the cache's {capacity}",
-            f"positions {shown(position.tolist())}",
+            f"positions {short_repr(position.tolist())}",
             "give a cache of more keys, or fewer tokens",
         )
     return position[:, None] + torch.arange(length, device=position.device)
@@ -155,7 +155,7 @@ def _check_given(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype:
         )
 
 
-def _fake_first_key(_attention_mask: torch.Tensor, position: torch.Tensor, _length: int) -> torch.Tensor:
+def _fake_cache_leftpad(_attention_mask: torch.Tensor, position: torch.Tensor, _length: int) -> torch.Tensor:
     return torch.empty_like(position)
 
 
@@ -167,10 +167,10 @@ def _fake_cache_slots(input_ids: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(input_ids, dtype=torch.int64)
 
 
-_LIBRARY.impl("first_key", _first_key, "CompositeExplicitAutograd")
-_LIBRARY.impl("first_key", _first_key_on_gpu, "CUDA")
+_LIBRARY.impl("cache_leftpad", _cache_leftpad, "CompositeExplicitAutograd")
+_LIBRARY.impl("cache_leftpad", _cache_leftpad_on_gpu, "CUDA")
 _LIBRARY.impl("valid_keys", _valid_keys, "CompositeExplicitAutograd")
 _LIBRARY.impl("cache_slots", _cache_slots, "CompositeExplicitAutograd")
-torch.library.register_fake("surgeon::first_key", _fake_first_key, lib=_LIBRARY)
+torch.library.register_fake("surgeon::cache_leftpad", _fake_cache_leftpad, lib=_LIBRARY)
 torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
 torch.library.register_fake("surgeon::cache_slots", _fake_cache_slots, lib=_LIBRARY)

@@ -14,11 +14,11 @@ class Runner(Protocol):
 
     id: str
 
-    def run(self, layer: int, operands: Operands, log_sum_exp: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer."""
 
-    def run_paged(self, layer: int, operands: Operands, pages: torch.Tensor) -> torch.Tensor:
-        """Attention over a cache of pages."""
+    def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
+        """Attention over a cache that holds a part of the blocks."""
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Attention over queries and keys that are rotated first."""

@@ -6,7 +6,7 @@ The compiler builds every kernel to it, and the launcher runs only kernels that 
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import Argument, KernelEntry
 
 ALIGNMENT = 16
@@ -47,7 +47,7 @@ def _pointers(*names: str) -> tuple[Argument, ...]:
 
 POINTEES = (
     dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
-    | dict.fromkeys(("first_key", "position"), "i64")
+    | dict.fromkeys(("cache_leftpad", "position"), "i64")
     | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
 )
 """What pointers point to; those that are not listed point to the kernel's own dtype."""
@@ -67,7 +67,7 @@ _SCALE = Argument("scale", "fp32")
 
 PREFILL = Interface(
     arguments=(
-        *_pointers("q", "k", "v", "out", "lse", "first_key", "position"),
+        *_pointers("q", "k", "v", "out", "lse", "cache_leftpad", "position"),
         *STRIDES,
         Argument("num_queries", "i32"),
         _FIRST_KV_HEAD,
@@ -83,7 +83,7 @@ PREFILL_BY_TABLE = Interface(PREFILL.arguments + _TABLE, PREFILL.grid, PREFILL.a
 
 DECODE = Interface(
     arguments=(
-        *_pointers("q", "k", "v", "partial", "partial_lse", "first_key", "position"),
+        *_pointers("q", "k", "v", "partial", "partial_lse", "cache_leftpad", "position"),
         *STRIDES,
         _FIRST_KV_HEAD,
         _SCALE,
@@ -93,7 +93,7 @@ DECODE = Interface(
     aligned=("q", "k", "v", *_ALIGNED_STRIDES),
 )
 
-REDUCE = Interface(
+COMBINE = Interface(
     arguments=(
         *_pointers("partial", "partial_lse", "out", "lse"),
         Argument("num_splits", "i32"),
@@ -106,7 +106,7 @@ INTERFACES = {
     ("prefill", False): PREFILL,
     ("prefill", True): PREFILL_BY_TABLE,
     ("decode", True): DECODE,
-    ("reduce", False): REDUCE,
+    ("combine", False): COMBINE,
 }
 """By the phase of a source and of its entries in the manifest, and whether they read a table of their schedule."""
 
@@ -122,11 +122,11 @@ def check_interface(entry: KernelEntry, where: str) -> None:
     """
     by_table = {table: interface for (phase, table), interface in INTERFACES.items() if phase == entry.phase}
     if not by_table:
-        raise _fault(f"{where}.phase", f"one of {', '.join(PHASES)}", shown(entry.phase))
+        raise _fault(f"{where}.phase", f"one of {', '.join(PHASES)}", short_repr(entry.phase))
     interface = by_table.get(bool(entry.table))
     if interface is None:
         expected = "no table" if entry.table else "a table"
-        raise _fault(f"{where}.table", f"{expected} for the phase {entry.phase}", shown(entry.table))
+        raise _fault(f"{where}.table", f"{expected} for the phase {entry.phase}", short_repr(entry.table))
     arguments = (
         tuple(f"{argument.name} {argument.type}" for argument in listed)
         for listed in (interface.binary_arguments, entry.arguments)
@@ -140,7 +140,7 @@ def check_interface(entry: KernelEntry, where: str) -> None:
 def _check_equal(where: str, expected: tuple[str, ...], got: tuple[str, ...]) -> None:
     for index, (one, other) in enumerate(zip_longest(expected, got)):
         if one != other:
-            raise _fault(f"{where}[{index}]", one or "no more", "none" if other is None else shown(other))
+            raise _fault(f"{where}[{index}]", one or "no more", "none" if other is None else short_repr(other))
 
 
 def _fault(where: str, expected: str, got: str) -> PackageError:

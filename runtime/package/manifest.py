@@ -74,10 +74,9 @@ class KernelEntry:
     `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
     tables.safetensors, or is empty for a kernel that serves every schedule; `table` is which of a schedule's tables in
     tables.safetensors it reads, empty where it holds its blocks as code; `launch` is None for a CPU kernel, which is
-    called; `preconditions` are what the caller must have
-    checked, as "name % 16 == 0". `phase` is "any", or for a GPU "prefill", which takes any number of queries, or
-    "decode" and "reduce", which together take one. `heads` are the first and the end of the query heads that it is for,
-    empty for all.
+    called; `preconditions` are what the caller must have checked, as "name % 16 == 0". `phase` is "any", or for a GPU
+    "prefill", which takes any number of queries, or "decode" and "combine", which together take one. `heads` are the
+    first and the end of the query heads that it is for, empty for all.
     """
 
     target: str

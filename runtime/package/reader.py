@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
 from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
@@ -84,7 +84,7 @@ def _check_listing(root: Path, manifest: Manifest) -> None:
             or str(path) != entry.path
         ):
             raise PackageError(
-                f"{root}: files", "paths inside the package", shown(entry.path), "do not use this package"
+                f"{root}: files", "paths inside the package", short_repr(entry.path), "do not use this package"
             )
         if not 0 <= entry.size <= MAX_FILE_BYTES:
             raise PackageError(f"{root}/{entry.path}", f"at most {MAX_FILE_BYTES} bytes", str(entry.size), _AGAIN)
@@ -116,7 +116,7 @@ def _read_listed(root: Path, entry: FileEntry) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise PackageError(
-            f"{root}/{entry.path}", f"SHA-256 {shown(entry.sha256)}", found, "the file is damaged: " + _AGAIN
+            f"{root}/{entry.path}", f"SHA-256 {short_repr(entry.sha256)}", found, "the file is damaged: " + _AGAIN
         )
     return data
 
@@ -147,16 +147,18 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         raise PackageError(
             f"{root}: layers",
             f"some of the layers 0..{model.num_hidden_layers - 1}",
-            shown(manifest.layers),
+            short_repr(manifest.layers),
             _AGAIN,
         )
     covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
     for index, kernel in enumerate(manifest.kernels):
         if kernel.file not in files:
-            raise PackageError(f"{root}: kernels[{index}].file", "a file of the package", shown(kernel.file), _AGAIN)
+            raise PackageError(
+                f"{root}: kernels[{index}].file", "a file of the package", short_repr(kernel.file), _AGAIN
+            )
         if len(kernel.heads) not in (0, 2):
             raise PackageError(
-                f"{root}: kernels[{index}].heads", "nothing, or a first and an end", shown(kernel.heads), _AGAIN
+                f"{root}: kernels[{index}].heads", "nothing, or a first and an end", short_repr(kernel.heads), _AGAIN
             )
         layers = covered.setdefault((kernel.target, kernel.dtype, kernel.phase), {})
         for layer in kernel.layers:
@@ -165,7 +167,7 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         where = f"{root}: {phase} kernels for {target} {dtype}"
         if set(layers) != set(manifest.layers):
             raise PackageError(
-                where, f"each of {len(manifest.layers)} covered layers once", shown(sorted(layers)), _AGAIN
+                where, f"each of {len(manifest.layers)} covered layers once", short_repr(sorted(layers)), _AGAIN
             )
         for layer, groups in layers.items():
             ends = [0]
@@ -175,6 +177,6 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
                 raise PackageError(
                     f"{where}: layer {layer}",
                     f"each of {model.num_attention_heads} heads once",
-                    shown(sorted(groups)),
+                    short_repr(sorted(groups)),
                     _AGAIN,
                 )

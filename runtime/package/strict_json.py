@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgeon.runtime.errors import SurgeonError, shown
+from surgeon.runtime.errors import SurgeonError, short_repr
 
 Document = TypeVar("Document")
 
@@ -70,7 +70,7 @@ def parse_json(text: str, where: str, fault: Fault) -> object:
         result: dict[str, object] = {}
         for key, value in pairs:
             if key in result:
-                raise fault(where, "every key once", f"{shown(key)} twice", "remove one of them")
+                raise fault(where, "every key once", f"{short_repr(key)} twice", "remove one of them")
             result[key] = value
         return result
 
@@ -93,11 +93,11 @@ def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fa
     """
     root = parse_json(text, where, fault)
     if not isinstance(root, dict):
-        raise fault(where, "an object", shown(root))
+        raise fault(where, "an object", short_repr(root))
     for key, constant in constants.items():
         found = root.pop(key, None)
         if type(found) is not type(constant) or found != constant:
-            raise fault(f"{where}: {key}", repr(constant), shown(found))
+            raise fault(f"{where}: {key}", repr(constant), short_repr(found))
     return root
 
 
@@ -115,20 +115,20 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
         return None if value is None else read_plain(inner, value, where, fault)
     if origin is tuple:  # tuple[X, ...]
         if not isinstance(value, list):
-            raise fault(where, "a list", shown(value))
+            raise fault(where, "a list", short_repr(value))
         inner = typing.get_args(kind)[0]
         return tuple(read_plain(inner, item, f"{where}[{i}]", fault) for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise fault(where, "an object", shown(value))
+            raise fault(where, "an object", short_repr(value))
         names = {field.name: field.type for field in dataclasses.fields(kind)}
         if set(names) != set(value):
-            raise fault(where, "the keys " + ", ".join(names), shown(sorted(value)))
+            raise fault(where, "the keys " + ", ".join(names), short_repr(sorted(value)))
         return typing.cast(Any, kind)(
             **{name: read_plain(typ, value[name], f"{where}: {name}", fault) for name, typ in names.items()}
         )
     if type(value) is not kind:
-        raise fault(where, f"a value of type {kind.__name__}", shown(value))
+        raise fault(where, f"a value of type {kind.__name__}", short_repr(value))
     if isinstance(value, float) and not math.isfinite(value):
-        raise fault(where, "a finite number", shown(value))
+        raise fault(where, "a finite number", short_repr(value))
     return value

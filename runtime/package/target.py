@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from surgeon.runtime.errors import TargetError, shown
+from surgeon.runtime.errors import TargetError, short_repr
 
 DTYPES = ("fp32", "bf16", "fp16")
 """Storage types of q, k, v and the output, in the order of their codes in the CPU kernels' ABI."""
@@ -29,9 +29,9 @@ class Target:
         match = _SPELLING.fullmatch(text)
         if match is None:
             raise TargetError(
-                f"target {shown(text)}",
+                f"target {short_repr(text)}",
                 "cpu, cuda:<compute capability> or hip:<gfx name>",
-                shown(text),
+                short_repr(text),
                 "write for instance --target cpu or --target cuda:90",
             )
         backend = text.partition(":")[0]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from surgeon.runtime.errors import PackageError, shown
+from surgeon.runtime.errors import PackageError, short_repr
 
 Matrix = npt.NDArray[np.int32]
 
@@ -56,7 +56,7 @@ class Matrices:
         """
         if not fits.all():
             row = int(fits.argmin())
-            raise self.fault(f"{name}[{row}]", expected, shown(matrix[row].tolist()))
+            raise self.fault(f"{name}[{row}]", expected, short_repr(matrix[row].tolist()))
 
     def fault(self, name: str, expected: str, got: str) -> PackageError:
         """The error of a matrix whose numbers are wrong, or of the whole file if `name` is empty."""

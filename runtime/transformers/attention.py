@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.ops.attention import attention as attend_with
@@ -112,13 +112,13 @@ def attention(
             raise PatchError(
                 where,
                 "plain causal attention",
-                f"{name}={shown(extra, 40)}",
+                f"{name}={short_repr(extra, 40)}",
                 f"call the model without {name}, or unpatch it for such calls",
             )
-    position, first_key = masks.unpack(attention_mask, key.shape[2])
+    position, cache_leftpad = masks.unpack(attention_mask, key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if isinstance(key, PagedStates) and value is key:
-        operands = Operands(query, key.new_keys, key.new_values, position, first_key, scale)
+        operands = Operands(query, key.new_keys, key.new_values, position, cache_leftpad, scale)
         return key.layer.attend(operands, site.package), None
-    operands = Operands(query, key, value, position, first_key, scale)
+    operands = Operands(query, key, value, position, cache_leftpad, scale)
     return attend_with(site.package.kernels, site.layer, operands), None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from surgeon.runtime.errors import PatchError, TargetError, shown
+from surgeon.runtime.errors import PatchError, TargetError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.fingerprint import fingerprint
@@ -88,7 +88,7 @@ def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
             raise PatchError(
                 f"model.config.{name}",
                 f"{getattr(shape, name)!r}, as the package was compiled for",
-                shown(value),
+                short_repr(value),
                 "patch the model that the topology was learned on",
             )
 
@@ -98,7 +98,7 @@ def _check_config(config: PreTrainedConfig) -> None:
         raise PatchError(
             "model.config.attn_logit_softcapping",
             "scores that go into the softmax as they are, so None",
-            shown(cap),
+            short_repr(cap),
             "this model cannot be patched: no kernel caps scores",
         )
     if getattr(config, "output_attentions", False):
@@ -120,7 +120,7 @@ def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, .
     if len(left) == len(types):
         raise PatchError(
             type(model).__name__,
-            f"full attention in one of the layers {shown(covered)} that the package covers",
+            f"full attention in one of the layers {short_repr(covered)} that the package covers",
             ", ".join(sorted(set(types))),
             "learn a topology for the layers of full attention; if no sequence will be longer than the window, load "
             "the model with sliding_window=None",
@@ -131,7 +131,7 @@ def _left_layers(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, .
             raise PatchError(
                 f"{name}, which keeps its attention",
                 f"one of {', '.join(IMPLEMENTATIONS)}",
-                shown(implementation),
+                short_repr(implementation),
                 "call model.set_attn_implementation with one of these, or cover every layer",
             )
     return left
@@ -149,8 +149,8 @@ def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
     if [layer for layer in layers if layer not in range(len(types)) or layer in full] != full:
         raise PatchError(
             type(model).__name__,
-            f"one attention module for each of the layers {shown(full)}, in order",
-            f"those of the layers {shown(layers)}",
+            f"one attention module for each of the layers {short_repr(full)}, in order",
+            f"those of the layers {short_repr(layers)}",
             "patch the whole model, with all its layers",
         )
     for name, module in found:
@@ -176,7 +176,10 @@ def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, sh
     for attribute, value in (("sliding_window", window), ("sinks", getattr(module, "sinks", None))):
         if value is not None:
             raise PatchError(
-                f"{name}.{attribute}", "full causal attention, so None", shown(value), "this model cannot be patched"
+                f"{name}.{attribute}",
+                "full causal attention, so None",
+                short_repr(value),
+                "this model cannot be patched",
             )
     for attribute in ("head_dim", "qk_head_dim", "v_head_dim"):
         size = getattr(module, attribute, shape.head_dim)
@@ -184,7 +187,7 @@ def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, sh
             raise PatchError(
                 f"{name}.{attribute}",
                 f"{shape.head_dim}, as the package was compiled for",
-                shown(size),
+                short_repr(size),
                 "this model cannot be patched: its heads differ",
             )
 

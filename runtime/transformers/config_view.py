@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 
 _NAME = "_attn_implementation_internal"
 
@@ -41,7 +41,7 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
             raise PatchError(
                 "attn_implementation",
                 f"{override.implementation!r}, the attention of a patched model",
-                shown(name),
+                short_repr(name),
                 "call unpatch(model) first",
             )
 

@@ -70,7 +70,7 @@ def placement(
     else:
         position = torch.full((batch_size,), q_offset, dtype=torch.int64, device=device)
     if attention_mask is None:
-        first_key = torch.zeros_like(position)
+        cache_leftpad = torch.zeros_like(position)
     elif attention_mask.ndim == 2 and attention_mask.shape[1] > kv_length:
         raise PatchError(
             "attention_mask",
@@ -81,7 +81,7 @@ def placement(
     elif attention_mask.ndim == 2:
         if isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
             raise input_checks.too_short(attention_mask, batch_size, q_offset + q_length)
-        first_key = input_checks.first_key(attention_mask, position, q_length)
+        cache_leftpad = input_checks.cache_leftpad(attention_mask, position, q_length)
     else:
         raise PatchError(
             "attention_mask",
@@ -90,7 +90,7 @@ def placement(
             "pass 1 for tokens and 0 for padding on the left",
         )
     # The stack copies: a static cache counts on in the tensor that it gives as offset.
-    pair = torch.stack((position, first_key), dim=1)
+    pair = torch.stack((position, cache_leftpad), dim=1)
     return pair[:, None, :, None].expand(batch_size, 1, 2, kv_length)
 
 
@@ -122,8 +122,8 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
             f"{mask.shape[3]}",
             "pass the cache that the mask belongs to, and one whose layers have equal lengths",
         )
-    position, first_key = mask[..., 0].squeeze(1).unbind(dim=1)
-    return position, first_key
+    position, cache_leftpad = mask[..., 0].squeeze(1).unbind(dim=1)
+    return position, cache_leftpad
 
 
 def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
@@ -147,14 +147,14 @@ _MADE: MutableMapping[torch.Tensor, dict[object, torch.Tensor | None]] = WeakTen
 
 def _dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
     queries, keys = query.shape[2], key.shape[2]
-    position, first_key = unpack(mask, keys)
+    position, cache_leftpad = unpack(mask, keys)
     column = torch.arange(keys, device=position.device)
     return own(
         batch_size=position.shape[0],
         q_length=queries,
         kv_length=keys,
         q_offset=position[0],  # of all sequences alike, as Transformers counts it
-        attention_mask=(column >= first_key[:, None]) & (column < position[:, None] + queries),
+        attention_mask=(column >= cache_leftpad[:, None]) & (column < position[:, None] + queries),
         dtype=query.dtype,
         device=position.device,
     )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from surgeon.runtime.cache.block_pool import BlockPool
 from surgeon.runtime.cache.liveness import Liveness
-from surgeon.runtime.cache.pages import Pages
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
@@ -80,9 +80,9 @@ class PagedLayer(CacheLayerMixin):
         self._kv_heads = package.kv_heads  # those that are cached; of a tensor-parallel model, the process's own
         self._block_size = package.manifest.block_size
         self._length = 0  # tokens so far, padding included
-        self._first_key: list[int] = []  # of each sequence
+        self._cache_leftpad: list[int] = []  # of each sequence
         self._rows: list[int] = []  # of the next token of each sequence, when blocks were last dropped
-        self._pages: Pages | None = None
+        self._pool: BlockPool | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -113,29 +113,29 @@ class PagedLayer(CacheLayerMixin):
         Raises:
             PatchError: the tokens are not those that follow, or the padding is another than before.
         """
-        query, keys, values, position, first_key, _ = operands
+        query, keys, values, position, cache_leftpad, _ = operands
         assert position is not None
-        assert first_key is not None
-        first = self._begin(keys, position, first_key, package)
+        assert cache_leftpad is not None
+        first = self._begin(keys, position, cache_leftpad, package)
         operands = operands._replace(q=query.to(keys.dtype))
         new_keys, new_values = keys.detach(), values.detach()
         length = self._length + keys.shape[2]
-        if self._pages is None:
+        if self._pool is None:
             attended = ops.attention(package.kernels, self.layer, operands)
-            self._pages = Pages(self._block_size, keys, values)
+            self._pool = BlockPool(self._block_size, keys, values)
             wanted = None if self.record_past else self._live(length)
-            self._pages.write(first, new_keys, new_values, wanted)
+            self._pool.write(first, new_keys, new_values, wanted)
         else:
-            self._pages.write(first, new_keys, new_values)
-            operands = operands._replace(k=self._pages.keys, v=self._pages.values)
-            attended = ops.attention_paged(package.kernels, self.layer, operands, self._pages.table)
+            self._pool.write(first, new_keys, new_values)
+            operands = operands._replace(k=self._pool.keys, v=self._pool.values)
+            attended = ops.attention_paged(package.kernels, self.layer, operands, self._pool.table)
         self._length = length
         if not self.record_past:
             self._drop()
         return attended
 
     def _begin(
-        self, keys: torch.Tensor, position: torch.Tensor, first_key: torch.Tensor, package: Package
+        self, keys: torch.Tensor, position: torch.Tensor, cache_leftpad: torch.Tensor, package: Package
     ) -> torch.Tensor:
         """Where the first new token of each sequence stands, counted from its first valid key."""
         where = f"SurgeonCache: layer {self.layer}"
@@ -154,22 +154,22 @@ class PagedLayer(CacheLayerMixin):
                 f"positions {position.tolist()}",
                 "pass each token once, in order",
             )
-        given = first_key.tolist()
-        if self._pages is not None:
-            if len(given) != len(self._first_key):
-                raise PatchError(where, f"{len(self._first_key)} sequences", str(len(given)), "keep the batch")
-            for before, now in zip(self._first_key, given, strict=True):
+        given = cache_leftpad.tolist()
+        if self._pool is not None:
+            if len(given) != len(self._cache_leftpad):
+                raise PatchError(where, f"{len(self._cache_leftpad)} sequences", str(len(given)), "keep the batch")
+            for before, now in zip(self._cache_leftpad, given, strict=True):
                 if now != before and min(now, before) < self._length:  # of tokens that are stored, or never were
                     raise PatchError(
                         where,
-                        f"the padding of the first call, {self._first_key} tokens",
+                        f"the padding of the first call, {self._cache_leftpad} tokens",
                         f"{given}",
                         "pass the attention_mask of all tokens, grown by ones",
                     )
-            if keys.dtype != self._pages.keys.dtype:
-                raise PatchError(where, f"{self._pages.keys.dtype}, as before", str(keys.dtype), "keep the dtype")
-        self._first_key = given
-        return position - first_key
+            if keys.dtype != self._pool.keys.dtype:
+                raise PatchError(where, f"{self._pool.keys.dtype}, as before", str(keys.dtype), "keep the dtype")
+        self._cache_leftpad = given
+        return position - cache_leftpad
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Whether `crop` would leave all that the next token reads.
@@ -182,11 +182,11 @@ class PagedLayer(CacheLayerMixin):
             raise PatchError(
                 where, "minus the number of tokens to remove", f"{tokens_to_remove}", "pass it as negative"
             )
-        if self._pages is None or tokens_to_remove == 0:
+        if self._pool is None or tokens_to_remove == 0:
             return
         length = self._length + tokens_to_remove
         live = self._live(length)
-        if bool((live & (self._pages.table[:, :, : live.shape[2]] < 0)).any()):
+        if bool((live & (self._pool.table[:, :, : live.shape[2]] < 0)).any()):
             raise PatchError(
                 where,
                 f"to go back to a token that reads no block that layer {self.layer} has dropped",
@@ -204,16 +204,16 @@ class PagedLayer(CacheLayerMixin):
         self._length = max(0, self._length + tokens_to_remove)
         if self._length == 0:
             self.reset()
-        elif self._pages is not None:
-            self._pages.keep(self._live(self._length))
+        elif self._pool is not None:
+            self._pool.keep(self._live(self._length))
             self._rows = self._rows_at(self._length)
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._length, self._first_key, self._rows, self._pages = 0, [], [], None
+        self._length, self._cache_leftpad, self._rows, self._pool = 0, [], [], None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the first call of `attend` makes the pages."""
+        """Nothing: the first call of `attend` makes the pool."""
 
     def get_seq_length(self) -> int:
         """Tokens so far, dropped ones and padding included."""
@@ -233,53 +233,53 @@ class PagedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes sequence i what sequence `beam_idx[i]` was."""
-        if self._pages is not None and beam_idx.tolist() != list(range(len(self._first_key))):
-            self._pages.select(beam_idx)
-            self._first_key = [self._first_key[index] for index in beam_idx.tolist()]
+        if self._pool is not None and beam_idx.tolist() != list(range(len(self._cache_leftpad))):
+            self._pool.select(beam_idx)
+            self._cache_leftpad = [self._cache_leftpad[index] for index in beam_idx.tolist()]
             self._rows = []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these sequences."""
-        self.reorder_cache(torch.arange(len(self._first_key))[indices])
+        self.reorder_cache(torch.arange(len(self._cache_leftpad))[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence so many times."""
-        self.reorder_cache(torch.arange(len(self._first_key)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self._cache_leftpad)).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Nothing: the pages are on the CPU."""
+        """Nothing: the pool is on the CPU."""
 
     def prefetch(self) -> None:
-        """Nothing: the pages are on the CPU."""
+        """Nothing: the pool is on the CPU."""
 
     def kept_bytes(self) -> int:
         """See `SurgeonCache.kept_bytes`."""
-        return 0 if self._pages is None else self._pages.nbytes
+        return 0 if self._pool is None else self._pool.nbytes
 
     def full_bytes(self) -> int:
         """See `SurgeonCache.full_bytes`."""
-        if self._pages is None:
+        if self._pool is None:
             return 0
-        batch, kv_heads, _ = self._pages.table.shape
-        slots = (self._pages.keys, self._pages.values)
+        batch, kv_heads, _ = self._pool.table.shape
+        slots = (self._pool.keys, self._pool.values)
         return sum(batch * kv_heads * self._length * held.shape[2] * held.itemsize for held in slots)
 
     def _drop(self) -> None:
         rows = self._rows_at(self._length)
-        if self._pages is not None and rows != self._rows:
-            self._pages.keep(self._live(self._length))
+        if self._pool is not None and rows != self._rows:
+            self._pool.keep(self._live(self._length))
             self._rows = rows
 
     def _rows_at(self, length: int) -> list[int]:
         """The row of the next token of each sequence, after so many tokens."""
-        return [max(0, length - first) // self._block_size for first in self._first_key]
+        return [max(0, length - first) // self._block_size for first in self._cache_leftpad]
 
     def _live(self, length: int) -> torch.Tensor:
         """Of the blocks with a token among the first `length`, those that a later token reads.
 
         Bool `[batch, KV heads, blocks]`, as many blocks as the longest sequence has.
         """
-        ends = torch.tensor([max(0, -(-(length - first) // self._block_size)) for first in self._first_key])
+        ends = torch.tensor([max(0, -(-(length - first) // self._block_size)) for first in self._cache_leftpad])
         blocks = int(ends.max())
         live = self._liveness.live(torch.tensor(self._rows_at(length)), blocks)
         return live[:, self._kv_heads.start : self._kv_heads.stop] & (torch.arange(blocks) < ends[:, None, None])

@@ -39,7 +39,7 @@ def test_targets_stand_side_by_side(tmp_path: Path) -> None:
         *(
             f"cuda-{arch}/{name}.{dtype}.cubin"
             for arch in (80, 90)
-            for name in ("attention_000", "decode", "reduce")
+            for name in ("attention_000", "decode", "combine")
             for dtype in ("bf16", "fp16")
         ),
     }

@@ -39,7 +39,7 @@ def make_call(
     *,
     length: int,
     positions: Sequence[int] = (0,),
-    first_keys: Sequence[int] = (0,),
+    cache_leftpads: Sequence[int] = (0,),
     spare_keys: int = 0,
     dtype: str = "float32",
     target: str = "cuda:90",
@@ -53,9 +53,9 @@ def make_call(
     filled = max(positions) + length
     q = rng.standard_normal((batch, length, model.num_attention_heads, model.head_dim))
     k, v = rng.standard_normal((2, batch, model.num_key_value_heads, filled + spare_keys, model.head_dim))
-    for sequence, (position, first_key) in enumerate(zip(positions, first_keys, strict=True)):
+    for sequence, (position, cache_leftpad) in enumerate(zip(positions, cache_leftpads, strict=True)):
         for tensor in (k, v):
-            tensor[sequence, :, :first_key] = np.nan
+            tensor[sequence, :, :cache_leftpad] = np.nan
             tensor[sequence, :, position + length :] = np.nan
     call = Call(
         text=source.files[0].text,
@@ -65,7 +65,7 @@ def make_call(
         k=k.astype(dtype),
         v=v.astype(dtype),
         position=np.array(positions, dtype=np.int64),
-        first_key=np.array(first_keys, dtype=np.int64),
+        cache_leftpad=np.array(cache_leftpads, dtype=np.int64),
         scale=model.head_dim**-0.5,
     )
     if not source.table:
@@ -78,7 +78,7 @@ def expected(topology: Topology, call: Call) -> tuple[torch.Tensor, torch.Tensor
     """Output and log-sum-exp in fp64."""
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
-    return reference.attention(topology, 0, q, k, v, call.position.tolist(), call.first_key.tolist(), call.scale)
+    return reference.attention(topology, 0, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale)
 
 
 def check(pool: Executor, topology: Topology, call: Call) -> Any:

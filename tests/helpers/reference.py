@@ -12,13 +12,13 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def token_mask(
-    topology: Topology, layer: int, q_length: int, k_length: int, position: int, first_key: int
+    topology: Topology, layer: int, q_length: int, k_length: int, position: int, cache_leftpad: int
 ) -> torch.Tensor:
     """Which keys each query of one sequence sees, bool `[heads, q_length, k_length]`."""
     block_size = topology.block_size
-    query = torch.arange(q_length) + position - first_key
-    key = torch.arange(k_length) - first_key
-    num_blocks = max(1, math.ceil((position + q_length - first_key) / block_size))
+    query = torch.arange(q_length) + position - cache_leftpad
+    key = torch.arange(k_length) - cache_leftpad
+    num_blocks = max(1, math.ceil((position + q_length - cache_leftpad) / block_size))
     blocks = torch.from_numpy(topology.block_mask(layer, num_blocks))
     visible = blocks[:, query.clamp(min=0) // block_size][:, :, key.clamp(0, num_blocks * block_size - 1) // block_size]
     return visible & (key >= 0) & (key <= query[:, None])
@@ -31,12 +31,12 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     position: Sequence[int] | None = None,
-    first_key: Sequence[int] | None = None,
+    cache_leftpad: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[batch, q_length, heads, head_dim]` and log-sum-exp `[batch, heads, q_length]`, both fp64.
 
-    Queries before first_key, which see nothing, have zeros and minus infinity.
+    Queries before cache_leftpad, which see nothing, have zeros and minus infinity.
     """
     batch, heads, q_length, head_dim = q.shape
     k_length = k.shape[2]
@@ -45,7 +45,7 @@ def attention(
     out, lse = [], []
     for sequence in range(batch):
         start = k_length - q_length if position is None else position[sequence]
-        first = 0 if first_key is None else first_key[sequence]
+        first = 0 if cache_leftpad is None else cache_leftpad[sequence]
         end = start + q_length  # a longer k and v may hold anything behind it
         mask = token_mask(topology, layer, q_length, end, start, first)
         scores = q[sequence].double() @ k[sequence, :, :end].transpose(-1, -2) * (scale or head_dim**-0.5)

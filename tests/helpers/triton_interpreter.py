@@ -24,7 +24,7 @@ class Call:
     """One launch, in float16 or float32.
 
     q `[batch, length, heads, head_dim]`, as projections leave it; k and v `[batch, heads, length, head_dim]`; position
-    and first_key int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all;
+    and cache_leftpad int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all;
     `table` is rows, plans and segments of a table that it reads. The arrays hold the layer's KV heads from
     `first_kv_head` on.
     """
@@ -36,7 +36,7 @@ class Call:
     k: Array
     v: Array
     position: Array
-    first_key: Array
+    cache_leftpad: Array
     scale: float
     heads: tuple[int, ...] = ()
     table: tuple[Array, ...] = ()
@@ -48,7 +48,7 @@ class DecodeCall:
     """One query a sequence, in float16 or float32: as `Call`, with the two decoding kernels and a layer's table."""
 
     decode_text: str
-    reduce_text: str
+    combine_text: str
     rows: Array
     plans: Array
     segments: Array
@@ -57,7 +57,7 @@ class DecodeCall:
     k: Array
     v: Array
     position: Array
-    first_key: Array
+    cache_leftpad: Array
     scale: float
     first_kv_head: int = 0
 
@@ -112,7 +112,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
             v,
             out,
             lse,
-            torch.from_numpy(call.first_key),
+            torch.from_numpy(call.cache_leftpad),
             torch.from_numpy(call.position),
             *q.stride()[:3],
             *k.stride()[:3],
@@ -141,14 +141,14 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
     partial_lse = torch.full((batch, heads, call.num_splits), torch.nan)
     with tempfile.TemporaryDirectory() as folder:
         decode = _load(call.decode_text, "decode", Path(folder))
-        reduce = _load(call.reduce_text, "reduce", Path(folder))
+        combine = _load(call.combine_text, "combine", Path(folder))
         decode[(k.shape[1], batch, call.num_splits)](
             q,
             k,
             v,
             partial,
             partial_lse,
-            torch.from_numpy(call.first_key),
+            torch.from_numpy(call.cache_leftpad),
             torch.from_numpy(call.position),
             *q.stride()[:3],
             *k.stride()[:3],
@@ -160,7 +160,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             torch.from_numpy(call.segments),
             call.rows.shape[1],
         )
-        reduce[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
+        combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
     return out.numpy(), lse.numpy()
 
 

@@ -197,19 +197,20 @@ def test_a_layer_that_is_not_there(folder: Path, layer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "first_key"), [(-1, 0), (1, 0), (0, -1), (torch.tensor([10**12]), 0), (torch.tensor([-(10**12)]), 0)]
+    ("position", "cache_leftpad"),
+    [(-1, 0), (1, 0), (0, -1), (torch.tensor([10**12]), 0), (torch.tensor([-(10**12)]), 0)],
 )
-def test_a_position_outside_the_keys(folder: Path, position: int | torch.Tensor, first_key: int) -> None:
-    with pytest.raises(TopologyError, match="attention: position, first_key: expected"):
-        load(folder).attention(0, *tensors(), position=position, first_key=first_key)
+def test_a_position_outside_the_keys(folder: Path, position: int | torch.Tensor, cache_leftpad: int) -> None:
+    with pytest.raises(TopologyError, match="attention: position, cache_leftpad: expected"):
+        load(folder).attention(0, *tensors(), position=position, cache_leftpad=cache_leftpad)
 
 
 @pytest.mark.parametrize("wrong", [torch.tensor([0, 0]), torch.tensor([0.0]), torch.tensor(0)])
 def test_a_position_of_the_wrong_kind(folder: Path, wrong: torch.Tensor) -> None:
     with pytest.raises(PatchError, match=r"attention: position: expected an int or an integer tensor \[1\]"):
         load(folder).attention(0, *tensors(), position=wrong)
-    with pytest.raises(PatchError, match=r"attention: first_key: expected an int or an integer tensor \[1\]"):
-        load(folder).attention(0, *tensors(), first_key=wrong)
+    with pytest.raises(PatchError, match=r"attention: cache_leftpad: expected an int or an integer tensor \[1\]"):
+        load(folder).attention(0, *tensors(), cache_leftpad=wrong)
 
 
 def test_a_sequence_beyond_the_topology(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_sequence_beyond_the_topology(tmp_path: Path) -> None:
     package = load(compile_package(topology, tmp_path / "kernels"))
     k = torch.randn(1, 1, 300, 32)
     assert package.attention(0, k[:, :, :128], k, k, position=0).shape == (1, 128, 1, 32)
-    assert package.attention(0, k[:, :, :1], k, k, position=200, first_key=100).shape == (1, 1, 1, 32)
+    assert package.attention(0, k[:, :, :1], k, k, position=200, cache_leftpad=100).shape == (1, 1, 1, 32)
     for length, position in ((129, 0), (1, 128)):
         with pytest.raises(TopologyError, match=r"beyond: error\), got a longer one"):
             package.attention(0, k[:, :, :length], k, k, position=position)

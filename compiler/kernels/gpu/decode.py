@@ -11,7 +11,7 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import log2, padded
-from surgeon.runtime.package.interface import DECODE, REDUCE
+from surgeon.runtime.package.interface import COMBINE, DECODE
 from surgeon.runtime.package.schedule import UNBOUNDED
 from surgeon.runtime.package.segment_table import SegmentTable
 
@@ -35,7 +35,7 @@ class DecodeTile:
 
 
 @dataclass(frozen=True)
-class ReduceTile:
+class CombineTile:
     """How many splits are joined at once, and the padded head size."""
 
     splits: int
@@ -48,7 +48,7 @@ def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, Ta
 
 
 def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
-    """Renders `decode.py` and `reduce.py` for one target; nothing where a KV head has too many query heads for a table.
+    """Renders `decode.py` and `combine.py` for one target, or nothing where a KV head has too many query heads.
 
     `tables` are those of `wanted_tables`.
     """
@@ -72,17 +72,17 @@ def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) 
         arguments=DECODE.arguments,
         log2_e=repr(math.log2(math.e)),
     )
-    reduce = render_template(
+    combine = render_template(
         "gpu/combine.py.jinja",
         shape=shape,
-        tile=ReduceTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
-        arguments=REDUCE.arguments,
+        tile=CombineTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
+        arguments=COMBINE.arguments,
         ln_2=repr(math.log(2)),
     )
     target, served = first.target, tuple(specs)
     return (
         GpuSource(target, served, _files("decode", target.folder, decode), "decode", tile, (), _TABLE.name, read),
-        GpuSource(target, served, _files("reduce", target.folder, reduce), "reduce", Tile(1, 1, warps=4, stages=1)),
+        GpuSource(target, served, _files("combine", target.folder, combine), "combine", Tile(1, 1, warps=4, stages=1)),
     )
 
 

@@ -43,21 +43,21 @@ class _BlockSparse(torch.autograd.Function):
     ) -> torch.Tensor:
         group, blocks = q.shape[0] // k.shape[0], visible.shape[1]
         output = torch.empty_like(q)
-        log_sum_exp = torch.empty(q.shape[:2], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=q.dtype, device=q.device)
         for head in range(q.shape[0]):
             keys, hidden = _gathered(visible[head], q.shape[1] // blocks)
             scores = _scores(_split(q[head], blocks), _split(k[head // group], blocks), keys, hidden, scale)
             total = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - total[..., None])
             output[head] = (weights @ _take(_split(v[head // group], blocks), keys)).flatten(0, 1)
-            log_sum_exp[head] = total.flatten()
-        ctx.save_for_backward(q, k, v, output, log_sum_exp, visible)
+            lse[head] = total.flatten()
+        ctx.save_for_backward(q, k, v, output, lse, visible)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, output, log_sum_exp, visible = ctx.saved_tensors
+        q, k, v, output, lse, visible = ctx.saved_tensors
         (upstream,) = gradients
         group, blocks = q.shape[0] // k.shape[0], visible.shape[1]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -67,7 +67,7 @@ class _BlockSparse(torch.autograd.Function):
             queries, gradient = _split(q[head], blocks), _split(upstream[head], blocks)
             k_seen, v_seen = _take(_split(k[shared], blocks), keys), _take(_split(v[shared], blocks), keys)
             scores = _scores(queries, _split(k[shared], blocks), keys, hidden, ctx.scale)
-            weights = torch.exp(scores - _split(log_sum_exp[head], blocks)[..., None])
+            weights = torch.exp(scores - _split(lse[head], blocks)[..., None])
             mean = (gradient * _split(output[head], blocks)).sum(dim=-1, keepdim=True)
             inner = weights * (gradient @ v_seen.transpose(1, 2) - mean) * ctx.scale
             dq[head] = (inner @ k_seen).flatten(0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from surgeon.runtime.errors import ModelError, shown
+from surgeon.runtime.errors import ModelError, short_repr
 from surgeon.runtime.evaluate.processes import all_processes
 from surgeon.runtime.installation import required
 from surgeon.runtime.package.manifest import ModelShape
@@ -47,7 +47,7 @@ def read_checkpoint(
         raise ModelError(
             "--device-map",
             "one device for the model of each process",
-            f"{shown(device_map)} in {processes} processes",
+            f"{short_repr(device_map)} in {processes} processes",
             "start one process, or name a device",
         )
     if device_map is not None:
@@ -64,13 +64,13 @@ def read_checkpoint(
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            name, "a causal language model with its tokenizer", shown(reason, 200), "check the path or the name"
+            name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
         ) from None
     except (AssertionError, RuntimeError) as error:  # as torch and accelerate say it of a device that is not there
         if device_map is None:
             raise
         raise ModelError(
-            "--device-map", "devices that there are", shown(f"{device_map}: {error}", 200), "name others, or none"
+            "--device-map", "devices that there are", short_repr(f"{device_map}: {error}", 200), "name others, or none"
         ) from None
     return model, tokenizer
 
@@ -102,17 +102,17 @@ def check_decoder(model: torch.nn.Module) -> None:
     for name in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(model.config, name, None)
         if value is not None:
-            raise ModelError(f"config.{name}", "full causal attention, so None", shown(value), _REMEDY)
+            raise ModelError(f"config.{name}", "full causal attention, so None", short_repr(value), _REMEDY)
     for layer, kind in enumerate(getattr(model.config, "layer_types", None) or ()):
         if kind != "full_attention":
-            raise ModelError(f"config.layer_types[{layer}]", "'full_attention'", shown(kind), _REMEDY)
+            raise ModelError(f"config.layer_types[{layer}]", "'full_attention'", short_repr(kind), _REMEDY)
     modules = [module for _, module in find_attention(model)]
     layers = getattr(model.config, "num_hidden_layers", None)
     if (found := [layer_of(module) for module in modules]) != list(range(layers or 0)) or not modules:
         raise ModelError(
             type(model).__name__,
             f"one attention module in each of {layers} layers",
-            f"those of layers {shown(found)}",
+            f"those of layers {short_repr(found)}",
             _REMEDY,
         )
     for module in modules:

@@ -2,7 +2,7 @@
 
 import torch
 
-from surgeon.runtime.errors import PackageError, TargetError, shown
+from surgeon.runtime.errors import PackageError, TargetError, short_repr
 from surgeon.runtime.kernels.cpu import sdpa
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows, dense_tokens
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
@@ -38,7 +38,7 @@ class CpuKernels:
         for kernel in kernels:
             if kernel.dtype not in _DTYPES:
                 raise PackageError(
-                    f"{files.folder}: kernels", "a known dtype", shown(kernel.dtype), "compile the package again"
+                    f"{files.folder}: kernels", "a known dtype", short_repr(kernel.dtype), "compile the package again"
                 )
             library = libraries[kernel.file]
             for layer in kernel.layers:
@@ -55,20 +55,22 @@ class CpuKernels:
         self,
         layer: int,
         operands: Operands,
-        log_sum_exp: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel, or dense attention where that is the same and faster; see `CpuLibrary.attend`."""
-        if self.dense_rows.torch_is_faster and log_sum_exp is None and rotary is None:
+        if self.dense_rows.torch_is_faster and lse is None and rotary is None:
             end = sdpa.visible_end(operands)
             most = min(self.dense_rows.tokens[layer], operands.k.shape[2])
             if end is not None and operands.q.shape[2] <= end <= most:
                 return sdpa.attend(operands, end)
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, log_sum_exp, first_kv_head, rotary)
+        return library.attend(kernel, operands, lse, first_kv_head, rotary)
 
-    def attend_paged(self, layer: int, operands: Operands, pages: torch.Tensor, first_kv_head: int = 0) -> torch.Tensor:
-        """Runs a layer's kernel on keys and values in slots; see `Package.run_paged`."""
+    def attend_paged(
+        self, layer: int, operands: Operands, block_table: torch.Tensor, first_kv_head: int = 0
+    ) -> torch.Tensor:
+        """Runs a layer's kernel on keys and values in slots; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, None, first_kv_head, pages=pages)
+        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table)

@@ -11,13 +11,13 @@ from ctypes import c_char_p, c_int32
 
 import torch
 
-from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_PAGE = range(5)
+_OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
 _CALL = struct.Struct("@11P11q5qf5i0q")
@@ -78,7 +78,9 @@ class CpuLibrary:
         # The look-up also finds what other libraries export, so only names of ours are asked for.
         function = getattr(self._library, symbol, None) if _SYMBOL.fullmatch(symbol) else None
         if function is None:
-            raise PackageError(self._where, "a function of the library", shown(symbol), "compile the package again")
+            raise PackageError(
+                self._where, "a function of the library", short_repr(symbol), "compile the package again"
+            )
         found: ctypes._NamedFuncPointer = function
         found.argtypes = [c_char_p]
         found.restype = c_int32
@@ -88,32 +90,32 @@ class CpuLibrary:
         self,
         kernel: "ctypes._NamedFuncPointer",
         operands: Operands,
-        log_sum_exp: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        pages: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool.
 
         k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
-        `[batch, length, head_dim]`, rotates q and k, which then have one length. With `pages`, k and v are slots;
-        see `Package.run_paged`.
+        `[batch, length, head_dim]`, rotates q and k, which then have one length. With `block_table`, k and v are pools;
+        see `LayerKernels.run_paged`.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
-            PatchError: a query reads a block that the pages do not hold.
+            PatchError: a query reads a block that is not held.
         """
-        q, k, v, position, first_key, scale = operands
+        q, k, v, position, cache_leftpad, scale = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
         out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
-        if pages is None:
-            k_length, num_pages, num_slots = k.shape[2], 0, 0
+        if block_table is None:
+            k_length, max_blocks, pool_blocks = k.shape[2], 0, 0
         else:
-            k, v, pages = k.contiguous(), v.contiguous(), pages.contiguous()
-            k_length, num_pages, num_slots = pages.shape[2] * k.shape[1], pages.shape[2], k.shape[0]
+            k, v, block_table = k.contiguous(), v.contiguous(), block_table.contiguous()
+            k_length, max_blocks, pool_blocks = block_table.shape[2] * k.shape[1], block_table.shape[2], k.shape[0]
         positions = _positions(position, batch, k_length - q_length)
-        first_keys = _positions(first_key, batch, 0)
+        cache_leftpads = _positions(cache_leftpad, batch, 0)
         cos, sin = rotary or (None, None)
         rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype)
         call = _CALL.pack(
@@ -121,28 +123,28 @@ class CpuLibrary:
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
-            _address(log_sum_exp),
+            _address(lse),
             _address(positions),
-            _address(first_keys),
+            _address(cache_leftpads),
             _address(cos),
             _address(sin),
             _address(rotated_k),
-            _address(pages),
+            _address(block_table),
             *q.stride()[:3],
-            *(k.stride()[:3] if pages is None else (0, 0, head_dim)),
-            *(v.stride()[:3] if pages is None else (0, 0, head_dim)),
+            *(k.stride()[:3] if block_table is None else (0, 0, head_dim)),
+            *(v.stride()[:3] if block_table is None else (0, 0, head_dim)),
             *((0, 0) if cos is None else cos.stride()[:2]),
             batch,
             q_length,
             k_length,
-            num_pages,
-            num_slots,
+            max_blocks,
+            pool_blocks,
             scale,
             _CODES[q.dtype],
             self._variant,
             torch.get_num_threads(),
             first_kv_head,
-            k.shape[1] if pages is None else pages.shape[1],
+            k.shape[1] if block_table is None else block_table.shape[1],
         )
         status = kernel(call)
         if status != _OK:
@@ -172,8 +174,8 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
     if status == _OUT_OF_RANGE:
         positions = "Sk − Sq" if position is None else str(position.tolist())
         return TopologyError(
-            "attention: position, first_key",
-            f"first_key ≥ 0 and 0 ≤ position ≤ {k_length} − {q_length} (keys − queries)",
+            "attention: position, cache_leftpad",
+            f"cache_leftpad ≥ 0 and 0 ≤ position ≤ {k_length} − {q_length} (keys − queries)",
             f"position {positions}",
             "pass the index in k of each sequence's first query's own key",
         )
@@ -184,9 +186,9 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
             "a longer one",
             'shorten it, or compile a topology with "beyond" set to "window" or "dense"',
         )
-    if status == _MISSING_PAGE:
+    if status == _MISSING_BLOCK:
         return PatchError(
-            "attention: pages",
+            "attention: block_table",
             "a slot for every block that the queries read",
             "a block that the cache has dropped, or a slot that it does not have",
             "read no rows before those that the cache was trimmed for",

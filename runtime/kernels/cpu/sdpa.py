@@ -12,7 +12,7 @@ _LOG = logging.getLogger("surgeon")
 
 def visible_end(operands: Operands) -> int | None:
     """Where the visible keys end, if all sequences are unpadded and stand at one position; else None."""
-    if operands.first_key is not None and bool(operands.first_key.any()):
+    if operands.cache_leftpad is not None and bool(operands.cache_leftpad.any()):
         return None
     if operands.position is None:
         return operands.k.shape[2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, shown
+from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
 from surgeon.runtime.kernels.gpu.driver import Driver, Function
 from surgeon.runtime.kernels.gpu.open_driver import open_driver
 from surgeon.runtime.kernels.gpu.segment_tables import LoadedTable, load_tables
@@ -110,7 +110,7 @@ class GpuKernels:
         self,
         layer: int,
         operands: Operands,
-        log_sum_exp: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
         first_kv_head: int = 0,
     ) -> torch.Tensor:
         """Queues a layer's kernels on the current stream.
@@ -125,28 +125,28 @@ class GpuKernels:
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
-        q, k, v, position, first_key, scale = operands
+        q, k, v, position, cache_leftpad, scale = operands
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
-        self._check_lengths(q_length, k_length, position, first_key)
+        self._check_lengths(q_length, k_length, position, cache_leftpad)
         out = q.new_empty((batch, q_length, heads, head_dim))
         if out.numel() == 0:
             return out
         q, k, v = (self._fitting(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v)))
         positions = _positions(position, q, k_length - q_length)
-        first_keys = _positions(first_key, q, 0)
+        cache_leftpads = _positions(cache_leftpad, q, 0)
         values: dict[str, int | float] = {
             "q": q.data_ptr(),
             "k": k.data_ptr(),
             "v": v.data_ptr(),
             "out": out.data_ptr(),
-            "lse": 0 if log_sum_exp is None else log_sum_exp.data_ptr(),
-            "first_key": first_keys.data_ptr(),
+            "lse": 0 if lse is None else lse.data_ptr(),
+            "cache_leftpad": cache_leftpads.data_ptr(),
             "position": positions.data_ptr(),
             "num_queries": q_length,
             "first_kv_head": first_kv_head,
             "num_kv_heads": kv_heads,
-            "write_lse": int(log_sum_exp is not None),
+            "write_lse": int(lse is not None),
             "scale": scale,
             "global_scratch": 0,
             "profile_scratch": 0,
@@ -155,8 +155,8 @@ class GpuKernels:
         lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": batch, "one": 1}
         stream = torch.cuda.current_stream(self._device).cuda_stream
         decode = self._kernels.get(("decode", layer, q.dtype), ())
-        reduce = self._kernels.get(("reduce", layer, q.dtype), ())
-        if q_length > 1 or not decode or not reduce:
+        combine = self._kernels.get(("combine", layer, q.dtype), ())
+        if q_length > 1 or not decode or not combine:
             values |= self._table("prefill", layer)
             if self._max_keys is not None:
                 out.fill_(torch.nan)
@@ -180,7 +180,7 @@ class GpuKernels:
         }
         values |= self._table("decode", layer)
         lengths["splits"] = splits
-        for kernel in (*decode, *reduce):
+        for kernel in (*decode, *combine):
             kernel.launch(lengths, stream, values)
         return out
 
@@ -194,7 +194,7 @@ class GpuKernels:
         return max(1, min(self._programs // groups, -(-k_length // self._block_size), _MAX_SPLITS))
 
     def _check_lengths(
-        self, q_length: int, k_length: int, position: torch.Tensor | None, first_key: torch.Tensor | None
+        self, q_length: int, k_length: int, position: torch.Tensor | None, cache_leftpad: torch.Tensor | None
     ) -> None:
         if position is not None:
             return
@@ -202,7 +202,7 @@ class GpuKernels:
             raise TopologyError(
                 "attention: position", f"at most {k_length} queries, as keys", str(q_length), "pass every key so far"
             )
-        if first_key is None and self._max_keys is not None and k_length > self._max_keys:
+        if cache_leftpad is None and self._max_keys is not None and k_length > self._max_keys:
             raise TopologyError(
                 "attention",
                 f"at most {self._max_keys} tokens, which the topology covers (beyond: error)",
@@ -248,11 +248,11 @@ def _check(entry: KernelEntry, where: str) -> None:
     check_interface(entry, where)
     launch = entry.launch
     if launch is None or not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
-        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", shown(launch), _AGAIN)
+        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", short_repr(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
-        raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", shown(entry.dtype), _AGAIN)
+        raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
     if entry.heads and entry.phase != "prefill":
-        raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", shown(entry.heads), _AGAIN)
+        raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", short_repr(entry.heads), _AGAIN)
 
 
 def _load(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from surgeon.runtime.errors import PatchError, SurgeonError, shown
+from surgeon.runtime.errors import PatchError, SurgeonError, short_repr
 
 
 def exported(
@@ -23,5 +23,5 @@ def exported(
     except SurgeonError:
         raise
     except Exception as error:  # torch.export fails with whatever the model's code runs into
-        got = f"{type(error).__name__}: {shown(str(error), 200)}"
+        got = f"{type(error).__name__}: {short_repr(str(error), 200)}"
         raise PatchError("torch.export", expected, got, remedy) from error

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from surgeon.runtime.errors import PatchError, shown
+from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.ops.input_checks import valid_keys
 from surgeon.runtime.transformers.graph.export import exported
@@ -119,8 +119,8 @@ def _check_sites(graph: torch.fx.GraphModule, package: Package, left: set[int]) 
     if layers != expected:
         raise PatchError(
             "traced graph",
-            f"one attention for each of the layers {shown(expected)}",
-            f"those of the layers {shown(layers)}",
+            f"one attention for each of the layers {short_repr(expected)}",
+            f"those of the layers {short_repr(layers)}",
             "use patch(model, package)",
         )
 

@@ -15,7 +15,7 @@ import packages
 from models import padded, sparse_topology, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli import main as cli
-from surgeon.compiler.package.export_hf import Variant, export, variants
+from surgeon.compiler.package.export_hf import Build, builds, export
 from surgeon.compiler.system import atomic_files
 from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import PackageError
@@ -114,7 +114,7 @@ def test_a_packages_text_does_not_become_code(tmp_path: Path) -> None:
 
 
 def test_variants() -> None:
-    assert variants(["cuda:100", "cuda:86", "cpu"]) == (Variant("cpu", ()), Variant("cuda", ("10.0a", "8.6")))
+    assert builds(["cuda:100", "cuda:86", "cpu"]) == (Build("cpu", ()), Build("cuda", ("10.0a", "8.6")))
 
 
 def test_an_export_is_replaced_and_nothing_else(light: Path, tmp_path: Path) -> None:

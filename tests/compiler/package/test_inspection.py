@@ -15,7 +15,7 @@ import packages
 import topologies
 from surgeon.compiler import read_topology
 from surgeon.compiler.cli import main as cli
-from surgeon.compiler.package.inspection import PackageReport, inspect, pattern_of, report_json
+from surgeon.compiler.package.inspection import PackageReport, inspect, report_json, summary_of
 from surgeon.compiler.package.inspection_text import report_lines
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.runtime.errors import PackageError
@@ -56,18 +56,18 @@ def test_density_is_that_of_the_definition(seed: int, num_blocks: int, beyond: s
         num_blocks=num_blocks,
         beyond=beyond,
     )
-    pattern = pattern_of(topology, schedule_layers(topology))
+    summary = summary_of(topology, schedule_layers(topology))
     expected = np.array([topology.block_mask(layer, num_blocks).sum(axis=(1, 2)) for layer in range(3)])
     expected = expected / (num_blocks * (num_blocks + 1) // 2)
-    np.testing.assert_array_equal(pattern.density, expected)
-    assert pattern.mean_density == pytest.approx(expected.mean(), rel=1e-15)
+    np.testing.assert_array_equal(summary.density, expected)
+    assert summary.mean_density == pytest.approx(expected.mean(), rel=1e-15)
 
 
 def test_equal_heads_and_layers_are_counted_once(tmp_path: Path) -> None:
     heads = [topologies.head(cut=0.0), topologies.head(cut=0.5), topologies.DENSE]  # the tree has no height below 1
     report = inspect(write(tmp_path, *heads, layers=3))
-    assert report.pattern.distinct_layers == 1
-    assert report.pattern.distinct_heads == 2
+    assert report.summary.distinct_layers == 1
+    assert report.summary.distinct_heads == 2
 
 
 def test_a_topology_file_as_json(tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
     tree = {"linkage": topologies.balanced_tree(4)}
     file.write_text(json.dumps(topologies.document([[], [topologies.head()] * 2], [tree], num_blocks=4)))
     report = inspect(file)
-    assert report.pattern.density == ((), (0.4, 0.4))
-    assert report.pattern.mean_density == 0.4
-    assert (report.pattern.distinct_layers, report.pattern.distinct_heads) == (1, 1)
+    assert report.summary.density == ((), (0.4, 0.4))
+    assert report.summary.mean_density == 0.4
+    assert (report.summary.distinct_layers, report.summary.distinct_heads) == (1, 1)
     lines = report_lines(report, 80, "utf-8")
     assert lines[-2:] == ("layer 0  not covered", "layer 1  ▄▄  0.400")
     assert "        0  not covered" in lines
     packaged = inspect(packages.write(tmp_path / "kernels", read_topology(file), ["cpu", "cuda:90"]))
-    assert packaged.pattern == report.pattern
+    assert packaged.summary == report.summary
     assert report_lines(packaged, 80, "utf-8")[-2:] == lines[-2:]
     uncovered, covered = json.loads(report_json(packaged))["runs"]
     assert uncovered is None
@@ -135,7 +135,7 @@ def test_a_long_topology_is_counted_without_being_expanded() -> None:
     num_blocks = topology.num_blocks
     visible = [sum(min(row + 1, window + 1) for row in range(num_blocks)) for window in (1, 8)]
     causal = num_blocks * (num_blocks + 1) / 2
-    assert pattern_of(topology, schedule_layers(topology)).density == (tuple(pairs / causal for pairs in visible),)
+    assert summary_of(topology, schedule_layers(topology)).density == (tuple(pairs / causal for pairs in visible),)
 
 
 @pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "█"), ("ascii", "@")])
@@ -168,7 +168,7 @@ def test_the_command_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out) == json.loads(report_json(inspect(file)))
     assert cli.main(["inspect", str(file)]) == 0
     text = capsys.readouterr().out
-    assert inspect(file).pattern.topology_sha256 in text
+    assert inspect(file).summary.topology_sha256 in text
     assert "llama: 2 layers, 1 head, 1 KV head, head size 32" in text
 
 
@@ -193,7 +193,7 @@ def test_a_package_for_people(tmp_path: Path) -> None:
     assert isinstance(report, PackageReport)
     text = "\n".join(report_lines(report, 80, "utf-8"))
     assert report.id in text
-    assert report.pattern.topology_sha256 in text
+    assert report.summary.topology_sha256 in text
     assert "cpu: 3 kernels, fp32, bf16, fp16" in text
     assert "g++ (Debian) 12" in text
     assert "cpu/attention.so" in text
@@ -228,14 +228,14 @@ def test_a_package_has_the_pattern_of_its_topology(tmp_path: Path, beyond: str) 
         beyond=beyond,
     )
     folder = packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90"])
-    assert inspect(folder).pattern == pattern_of(topology, schedule_layers(topology))
+    assert inspect(folder).summary == summary_of(topology, schedule_layers(topology))
 
 
 def test_layers_with_one_schedule_have_one_kernel(tmp_path: Path) -> None:
     near, far = topologies.head(window=1), topologies.head(window=2)
     layers = [[near, far], [far, near], [near, far], [far, far]]
     topology = topologies.build(layers, [{"linkage": topologies.balanced_tree(8)}])
-    found = inspect(packages.write(tmp_path / "kernels", topology)).pattern.layers
+    found = inspect(packages.write(tmp_path / "kernels", topology)).summary.layers
     assert [layer.kernel for layer in found] == [0, 1, 0, 2]
     assert [layer.distinct_heads for layer in found] == [2, 2, 2, 1]
     pieces = {head: len(head.pieces) for layer in schedule_layers(topology) for head in layer.heads}

@@ -69,9 +69,9 @@ def expected_gradients(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("call", CALLS)
 def test_gradients(package: Package, call: str, dtype: torch.dtype) -> None:
-    q_length, k_length, position, first_key = CALLS[call]
+    q_length, k_length, position, cache_leftpad = CALLS[call]
     tensors = inputs(q_length, k_length, dtype)
-    places = {"position": position, "first_key": first_key}
+    places = {"position": position, "cache_leftpad": cache_leftpad}
     given = {name: None if place is None else torch.tensor(place) for name, place in places.items()}
     for layer in range(3):
         out = package.attention(layer, *tensors, scale=0.3, **given)
@@ -86,11 +86,11 @@ def test_gradients(package: Package, call: str, dtype: torch.dtype) -> None:
 
 def test_gradients_through_the_log_sum_exp(package: Package) -> None:
     tensors = inputs(70, 90, torch.float32)
-    first_key = [0, 37, 90]
-    results = package.attention_with_lse(0, *tensors, first_key=torch.tensor(first_key))
+    cache_leftpad = [0, 37, 90]
+    results = package.attention_with_lse(0, *tensors, cache_leftpad=torch.tensor(cache_leftpad))
     grads = [torch.randn(result.shape, generator=torch.Generator().manual_seed(1)) for result in results]
     found = torch.autograd.grad(results, tensors, grads)
-    expected = expected_gradients(0, tensors, grads, first_key=first_key)
+    expected = expected_gradients(0, tensors, grads, cache_leftpad=cache_leftpad)
     for ours, theirs in zip(found, expected, strict=True):
         assert reference.relative_error(ours, theirs) < TOLERANCE[torch.float32]
 
@@ -102,7 +102,7 @@ class _Exact(torch.autograd.Function):
     def forward(ctx: Any, schedule: Any, layer: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(*tensors)
         ctx.schedule = schedule
-        return reference.attention(TOPOLOGY, layer, *tensors, position=[2, 11], first_key=[0, 3])
+        return reference.attention(TOPOLOGY, layer, *tensors, position=[2, 11], cache_leftpad=[0, 3])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -127,7 +127,7 @@ def test_gradcheck(folder: Path) -> None:
 
 def test_what_nobody_reads_has_no_gradient(package: Package) -> None:
     q, k, v = inputs(40, 150, torch.float32)
-    out = package.attention(0, q, k, v, position=30, first_key=10)
+    out = package.attention(0, q, k, v, position=30, cache_leftpad=10)
     for grad in torch.autograd.grad(out.sum(), (k, v)):
         assert not grad[:, :, :10].any()
         assert grad[:, :, 10:70].any()

@@ -48,9 +48,9 @@ def live_blocks(topology: Topology, layer: int, length: int) -> int:
 
 
 def held_blocks(cache: SurgeonCache, layer: int) -> int:
-    pages = cache.layers[layer]._pages
-    assert pages is not None
-    return int((pages.table >= 0).sum())
+    pool = cache.layers[layer]._pool
+    assert pool is not None
+    return int((pool.table >= 0).sum())
 
 
 GENERATIONS: dict[str, dict[str, Any]] = {
@@ -122,8 +122,8 @@ def test_windows_take_the_same_memory_at_every_length(model: LlamaForCausalLM, p
     held = 3 * 2 * blocks * 2 * BLOCK * 32 * 4  # layers, sequences, keys and values
     assert all(3 * held_blocks(cache, layer) * 2 * BLOCK * 32 * 4 == held for layer in range(3))
     spare = 3 * 2 * 2 * 2 * BLOCK * 32 * 4
-    assert max(kept) <= 2 * (held + 2 * spare) + 3 * cache.layers[0]._pages.table.nbytes
-    assert max(kept[-5:]) <= max(kept[5:10]) + 3 * cache.layers[0]._pages.table.nbytes
+    assert max(kept) <= 2 * (held + 2 * spare) + 3 * cache.layers[0]._pool.table.nbytes
+    assert max(kept[-5:]) <= max(kept[5:10]) + 3 * cache.layers[0]._pool.table.nbytes
     assert cache.full_bytes() == 30 * 2 * 3 * 2 * 2 * BLOCK * 32 * 4
 
 
@@ -287,7 +287,7 @@ def test_some_of_the_heads(packages: dict[str, Compiled]) -> None:
             new = (tensor[:, :, begin:end] for tensor in (q_, k_, v_))
             found = layer.attend(Operands(*new, torch.tensor([begin]), torch.tensor([0]), 0.2), part)
             assert torch.equal(found, part.attention(2, q_[:, :, begin:end], k_[:, :, :end], v_[:, :, :end], 0.2))
-        held.append(int((layer._pages.table >= 0).sum()))
+        held.append(int((layer._pool.table >= 0).sum()))
     assert sum(held) == live_blocks(topology, 2, 130)
     assert held[0] != held[1]
 
@@ -326,10 +326,10 @@ def test_keys_on_a_gpu(packages: dict[str, Compiled]) -> None:
         SurgeonCache(packages["sparse"].package).update(keys, keys, 0)
 
 
-def attending(layer: PagedLayer, package: Package, length: int, position: list[int], first_key: list[int]) -> None:
+def attending(layer: PagedLayer, package: Package, length: int, position: list[int], cache_leftpad: list[int]) -> None:
     keys = torch.zeros(len(position), 2, length, 32)
     query = torch.zeros(len(position), 4, length, 32)
-    layer.attend(Operands(query, keys, keys, torch.tensor(position), torch.tensor(first_key), 0.2), package)
+    layer.attend(Operands(query, keys, keys, torch.tensor(position), torch.tensor(cache_leftpad), 0.2), package)
 
 
 def wrong_position(layer: PagedLayer, package: Package) -> None:
@@ -373,5 +373,5 @@ def test_what_does_not_follow_is_refused(
     attending(layer, package, 20, [0, 0], [0, 4])
     with pytest.raises(PatchError, match=message):
         call(layer, package)
-    attending(layer, package, 3, [20, 20], layer._first_key)
+    attending(layer, package, 3, [20, 20], layer._cache_leftpad)
     assert layer.get_seq_length() == 23

@@ -18,12 +18,12 @@ from surgeon.runtime.transformers import masks
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op runs what it runs on a GPU, wherever its tensors are."""
-    monkeypatch.setattr(torch.ops.surgeon, "first_key", input_checks._first_key_on_gpu)
+    monkeypatch.setattr(torch.ops.surgeon, "cache_leftpad", input_checks._cache_leftpad_on_gpu)
 
 
-def first_key(rows: Sequence[str], position: int, length: int) -> torch.Tensor:
+def cache_leftpad(rows: Sequence[str], position: int, length: int) -> torch.Tensor:
     mask = torch.tensor([[int(digit) for digit in row] for row in rows])
-    found: torch.Tensor = torch.ops.surgeon.first_key(mask, torch.full((len(rows),), position), length)
+    found: torch.Tensor = torch.ops.surgeon.cache_leftpad(mask, torch.full((len(rows),), position), length)
     assert found.dtype == torch.int64
     return found
 
@@ -39,7 +39,7 @@ CASES = [
 
 @pytest.mark.parametrize(("rows", "position", "length", "expected"), CASES)
 def test_first_key(rows: list[str], position: int, length: int, expected: list[int]) -> None:
-    assert first_key(rows, position, length).tolist() == expected
+    assert cache_leftpad(rows, position, length).tolist() == expected
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -48,37 +48,37 @@ def test_on_a_gpu_the_first_key_is_found_without_waiting(
     rows: list[str], position: int, length: int, expected: list[int]
 ) -> None:
     with NoWaiting():
-        found = first_key(rows, position, length)
+        found = cache_leftpad(rows, position, length)
     assert found.tolist() == expected
 
 
 def test_sequences_stand_where_they_stand() -> None:
     """A static cache that holds sequences of different lengths: what lies behind each is not there yet."""
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
-    found = torch.ops.surgeon.first_key(mask, torch.tensor([2, 0]), 2)
+    found = torch.ops.surgeon.cache_leftpad(mask, torch.tensor([2, 0]), 2)
     assert found.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("row", ["1011", "0101", "1001"])
 def test_a_hole_is_refused(row: str) -> None:
     with pytest.raises(PatchError, match=r"attention_mask\[1\]: expected valid keys in one run"):
-        first_key(["1111", row], 2, 2)
+        cache_leftpad(["1111", row], 2, 2)
 
 
 def test_a_short_mask_is_refused() -> None:
     with pytest.raises(PatchError, match=r"attention_mask: expected shape \[2, 5\].*got shape \[2, 4\]"):
-        first_key(["1111", "1111"], 3, 2)
+        cache_leftpad(["1111", "1111"], 3, 2)
 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_on_a_gpu_a_bad_mask_stops_the_device() -> None:
     """torch's own assertion for a device: on a CPU, as here, it is an error at once."""
     with pytest.raises(RuntimeError, match=r"attention_mask: expected valid keys in one run, got masked keys between"):
-        first_key(["1111", "1011"], 2, 2)
+        cache_leftpad(["1111", "1011"], 2, 2)
     with pytest.raises(RuntimeError, match=r"attention_mask: expected the cached tokens, then the new ones"):
-        first_key(["1111", "1111"], 3, 2)
+        cache_leftpad(["1111", "1111"], 3, 2)
     with pytest.raises(PatchError, match=r"attention_mask: expected shape \[1, 2\].*got shape \[2, 4\]"):
-        torch.ops.surgeon.first_key(torch.ones(2, 4), torch.tensor([2]), 2)
+        torch.ops.surgeon.cache_leftpad(torch.ones(2, 4), torch.tensor([2]), 2)
 
 
 def test_a_mask_that_is_too_short_is_refused_before_any_device_knows() -> None:
@@ -112,7 +112,7 @@ def test_a_patched_model_on_a_gpu_never_waits(
             out = model(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
         assert (out.logits.device.type, out.logits.shape) == ("meta", (2, 1, VOCABULARY))
         with NoWaiting(), pytest.raises(HostWaits):  # the same mask, as a CPU checks it
-            input_checks._first_key(mask, torch.zeros(2, dtype=torch.long), 9)
+            input_checks._cache_leftpad(mask, torch.zeros(2, dtype=torch.long), 9)
 
 
 def test_the_ops_are_sound() -> None:
@@ -120,7 +120,7 @@ def test_the_ops_are_sound() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     for dtype in (torch.int64, torch.bool, torch.float32):
         arguments = (mask.to(dtype), torch.tensor([1, 1]), 2)
-        torch.library.opcheck(torch.ops.surgeon.first_key.default, arguments)
+        torch.library.opcheck(torch.ops.surgeon.cache_leftpad.default, arguments)
     torch.library.opcheck(torch.ops.surgeon.valid_keys.default, (mask, mask))
     torch.library.opcheck(torch.ops.surgeon.valid_keys.default, (mask, None))
 

@@ -30,12 +30,14 @@ def inputs(queries: int, keys: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 def test_a_part_is_the_whole_for_its_heads(compiled: dict[str, Compiled], layer: int, queries: int) -> None:
     package = compiled["sparse"].package
     q, k, v = inputs(queries, 70)
-    first_key = torch.tensor([0, 21])
-    whole, whole_lse = package.attention_with_lse(layer, q, k, v, first_key=first_key)
+    cache_leftpad = torch.tensor([0, 21])
+    whole, whole_lse = package.attention_with_lse(layer, q, k, v, cache_leftpad=cache_leftpad)
     for head in range(2):
         heads, kv_heads = slice(2 * head, 2 * head + 2), slice(head, head + 1)
         part = package.part(range(head, head + 1))
-        out, lse = part.attention_with_lse(layer, q[:, heads], k[:, kv_heads], v[:, kv_heads], first_key=first_key)
+        out, lse = part.attention_with_lse(
+            layer, q[:, heads], k[:, kv_heads], v[:, kv_heads], cache_leftpad=cache_leftpad
+        )
         torch.testing.assert_close(out, whole[:, :, heads], atol=1e-6, rtol=0)
         torch.testing.assert_close(lse, whole_lse[:, heads], atol=1e-6, rtol=0)
 
@@ -57,10 +59,10 @@ def test_a_part_of_a_paged_cache(compiled: dict[str, Compiled]) -> None:
     """The second KV head's blocks, each in a slot of its own, in falling order."""
     package, (q, k, v) = compiled["sparse"].package, inputs(6, 64)
     slots = [tensor[:, 1].reshape(2 * 4, 16, 32).flip(0) for tensor in (k, v)]
-    pages = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 1, 4)
+    block_table = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 1, 4)
     part = package.part(range(1, 2))
     position = torch.tensor([58, 58])
-    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, pages, position, None, 32**-0.5, part.id, 1)
+    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, block_table, position, None, 32**-0.5, part.id, 1)
     torch.testing.assert_close(found, package.attention(1, q, k, v)[:, :, 2:], atol=1e-6, rtol=0)
 
 

@@ -44,7 +44,7 @@ def make_call(
     topology: Topology,
     *,
     positions: Sequence[int],
-    first_keys: Sequence[int] | None = None,
+    cache_leftpads: Sequence[int] | None = None,
     num_splits: int = 3,
     spare_keys: int = 5,
     dtype: str = "float32",
@@ -53,21 +53,21 @@ def make_call(
 ) -> DecodeCall:
     """Random q, k, v, where every key and value that the query may not read is NaN."""
     specs = specs_of(topology)
-    decode, reduce = decode_sources(specs)
+    decode, combine = decode_sources(specs)
     table = decode_table(schedule_layers(topology)[layer])
     rng = np.random.default_rng(seed)
     batch, model = len(positions), topology.model
-    first_keys = first_keys or [0] * batch
+    cache_leftpads = cache_leftpads or [0] * batch
     q = rng.standard_normal((batch, 1, model.num_attention_heads, model.head_dim))
     shape = (2, batch, model.num_key_value_heads, max(positions) + 1 + spare_keys, model.head_dim)
     k, v = rng.standard_normal(shape)
-    for sequence, (position, first_key) in enumerate(zip(positions, first_keys, strict=True)):
+    for sequence, (position, cache_leftpad) in enumerate(zip(positions, cache_leftpads, strict=True)):
         for tensor in (k, v):
-            tensor[sequence, :, :first_key] = np.nan
+            tensor[sequence, :, :cache_leftpad] = np.nan
             tensor[sequence, :, position + 1 :] = np.nan
     return DecodeCall(
         decode_text=decode.files[0].text,
-        reduce_text=reduce.files[0].text,
+        combine_text=combine.files[0].text,
         rows=table.rows,
         plans=table.plans,
         segments=table.segments,
@@ -76,7 +76,7 @@ def make_call(
         k=k.astype(dtype),
         v=v.astype(dtype),
         position=np.array(positions, dtype=np.int64),
-        first_key=np.array(first_keys, dtype=np.int64),
+        cache_leftpad=np.array(cache_leftpads, dtype=np.int64),
         scale=model.head_dim**-0.5,
     )
 
@@ -86,7 +86,7 @@ def check(pool: Executor, topology: Topology, call: DecodeCall, layer: int = 0) 
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
     expected_out, expected_lse = reference.attention(
-        topology, layer, q, k, v, call.position.tolist(), call.first_key.tolist(), call.scale
+        topology, layer, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale
     )
     assert np.isfinite(out).all()
     assert reference.relative_error(torch.from_numpy(out), expected_out) <= TOLERANCE[call.q.dtype.name]
@@ -143,7 +143,7 @@ def test_blocks_of_several_tiles(pool: Executor) -> None:
 
 def test_left_padding_and_queries_before_the_first_key(pool: Executor) -> None:
     topology = mixed(4, 2, seed=2)
-    call = make_call(topology, positions=[5 * BLOCK + 3, 5 * BLOCK + 3, 4], first_keys=[BLOCK + 9, 0, 9])
+    call = make_call(topology, positions=[5 * BLOCK + 3, 5 * BLOCK + 3, 4], cache_leftpads=[BLOCK + 9, 0, 9])
     check(pool, topology, call)
     out, lse = pool.submit(launch_decode, call, True).result()
     assert not out[2].any()
@@ -153,7 +153,7 @@ def test_left_padding_and_queries_before_the_first_key(pool: Executor) -> None:
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (6, 2), (12, 3)])
 def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads: int, num_kv_heads: int) -> None:
     topology = mixed(num_heads, num_kv_heads, seed=num_heads)
-    call = make_call(topology, positions=[11 * BLOCK - 3, 5 * BLOCK + 3, 4], first_keys=[0, BLOCK + 9, 9])
+    call = make_call(topology, positions=[11 * BLOCK - 3, 5 * BLOCK + 3, 4], cache_leftpads=[0, BLOCK + 9, 9])
     check(pool, topology, call)
     out, lse = pool.submit(launch_decode, call, True).result()
     for own in (range(1), range(1, num_kv_heads)):
@@ -216,6 +216,6 @@ def test_a_group_with_too_many_heads_has_no_decoding_kernels() -> None:
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    decode, reduce = decode_sources(specs_of(mixed(8, 2, head_dim=80, block_size=64)))
+    decode, combine = decode_sources(specs_of(mixed(8, 2, head_dim=80, block_size=64)))
     golden("decode_triton.py.txt", decode.files[0].text)
-    golden("reduce_triton.py.txt", reduce.files[0].text)
+    golden("combine_triton.py.txt", combine.files[0].text)

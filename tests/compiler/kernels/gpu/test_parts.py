@@ -51,7 +51,7 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(
 ) -> None:
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0 if schedule_as == "table" else 10_000)
     topology = mixed(block_size, num_heads, num_kv_heads)
-    call = make_call(topology, length=70, positions=[0, 250], first_keys=[65, 3], spare_keys=9)
+    call = make_call(topology, length=70, positions=[0, 250], cache_leftpads=[65, 3], spare_keys=9)
     assert bool(call.table) == (schedule_as == "table")
     check(pool, topology, call)
     out, lse = pool.submit(launch, call, True).result()
@@ -67,7 +67,7 @@ def test_kernels_for_groups_of_heads_give_their_heads_of_a_part(
     pool: Executor, own: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topology = topologies.window_topology([1, 2, 3, 4, 5, 2], num_kv_heads=3, block_size=128, head_dim=16, num_blocks=6)
-    call = make_call(topology, length=200, positions=[400], first_keys=[3])
+    call = make_call(topology, length=200, positions=[400], cache_leftpads=[3])
     out, lse = pool.submit(launch, call, True).result()
     leaves = sum(map(num_leaves, kernel_spec(topology).schedule.heads[:3]))
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", leaves)

@@ -111,20 +111,20 @@ def test_a_chunk_that_starts_inside_a_block_of_a_longer_cache(pool: Executor) ->
 
 def test_decode_of_sequences_at_different_positions(pool: Executor) -> None:
     topology = scattered_clusters()
-    call = make_call(topology, length=1, positions=[0, BLOCK - 1, 4 * BLOCK + 2], first_keys=[0, 3, BLOCK])
+    call = make_call(topology, length=1, positions=[0, BLOCK - 1, 4 * BLOCK + 2], cache_leftpads=[0, 3, BLOCK])
     check(pool, topology, call)
 
 
 def test_left_padding_counts_blocks_from_the_first_key_and_writes_zeros_before_it(pool: Executor) -> None:
     topology = scattered_clusters()
     length = 3 * BLOCK + 5
-    call = make_call(topology, length=length, positions=[0, 0, 0], first_keys=[0, 5, 2 * BLOCK + 9])
+    call = make_call(topology, length=length, positions=[0, 0, 0], cache_leftpads=[0, 5, 2 * BLOCK + 9])
     check(pool, topology, call)
 
 
 def test_a_sequence_that_is_all_padding_so_far(pool: Executor) -> None:
     topology = scattered_clusters()
-    call = make_call(topology, length=BLOCK + 2, positions=[4, 4], first_keys=[2 * BLOCK, 0])
+    call = make_call(topology, length=BLOCK + 2, positions=[4, 4], cache_leftpads=[2 * BLOCK, 0])
     out = check(pool, topology, call)
     assert not out[0, : 2 * BLOCK - 4].any()
 
@@ -150,7 +150,7 @@ def test_blocks_of_several_tiles(pool: Executor, block_size: int, head_dim: int)
 
 def test_log_sum_exp_is_left_alone_unless_asked_for(pool: Executor) -> None:
     topology = contiguous_clusters()
-    call = make_call(topology, length=BLOCK + 3, first_keys=[BLOCK])
+    call = make_call(topology, length=BLOCK + 3, cache_leftpads=[BLOCK])
     _, lse = pool.submit(launch, call, False).result()
     assert np.isnan(lse).all()
 

@@ -66,7 +66,7 @@ def test_head_sizes(pool: Executor, schedule_as: str, block_size: int, head_dim:
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_left_padding_and_chunks_of_a_longer_cache(pool: Executor, schedule_as: str, block_size: int) -> None:
     topology = mixed(block_size, seed=5)
-    call = make_call(topology, length=150, positions=[0, 77, 250], first_keys=[140, 70, 3], spare_keys=9)
+    call = make_call(topology, length=150, positions=[0, 77, 250], cache_leftpads=[140, 70, 3], spare_keys=9)
     out = check(pool, topology, call)
     assert not out[0, :140].any()
 
@@ -74,7 +74,7 @@ def test_left_padding_and_chunks_of_a_longer_cache(pool: Executor, schedule_as: 
 @pytest.mark.parametrize("length", [1, 129])
 def test_short_lengths(pool: Executor, schedule_as: str, length: int) -> None:
     topology = mixed(32, seed=length)
-    check(pool, topology, make_call(topology, length=length, positions=[0, 200], first_keys=[0, 0]))
+    check(pool, topology, make_call(topology, length=length, positions=[0, 200], cache_leftpads=[0, 0]))
 
 
 def test_rows_that_the_topology_refuses_are_left_alone(pool: Executor, schedule_as: str) -> None:
@@ -91,7 +91,7 @@ def test_rows_that_the_topology_refuses_are_left_alone(pool: Executor, schedule_
 def test_a_table_for_blocks_that_hold_a_tile(pool: Executor, monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0)
     topology = mixed(block_size, seed=block_size, num_heads=3, num_blocks=5)
-    call = make_call(topology, length=2 * block_size + 30, positions=[3 * block_size - 20], first_keys=[3])
+    call = make_call(topology, length=2 * block_size + 30, positions=[3 * block_size - 20], cache_leftpads=[3])
     assert call.table
     check(pool, topology, call)
 
@@ -128,7 +128,7 @@ def test_a_layer_of_scattered_trees_is_a_table(pool: Executor, block_size: int) 
     assert len(source.files[0].text.splitlines()) < 250  # its size has nothing to do with the pieces
     (entry,) = build_triton(source, "bf16").kernels
     assert (entry.schedule, entry.table) == ("attention_000", "prefill_8x4" if block_size == 16 else "prefill_1x1")
-    call = make_call(topology, length=40, positions=[block_size * 250 - 25], first_keys=[3])
+    call = make_call(topology, length=40, positions=[block_size * 250 - 25], cache_leftpads=[3])
     check(pool, topology, call)
 
 

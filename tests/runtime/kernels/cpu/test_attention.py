@@ -77,7 +77,7 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     position: list[int] | None = None,
-    first_key: list[int] | None = None,
+    cache_leftpad: list[int] | None = None,
     layers: tuple[int, ...] = (0,),
 ) -> None:
     for layer in layers:
@@ -87,9 +87,9 @@ def check(
             k,
             v,
             position=None if position is None else torch.tensor(position),
-            first_key=None if first_key is None else torch.tensor(first_key),
+            cache_leftpad=None if cache_leftpad is None else torch.tensor(cache_leftpad),
         )
-        expected, _ = reference.attention(topology, layer, q, k, v, position, first_key)
+        expected, _ = reference.attention(topology, layer, q, k, v, position, cache_leftpad)
         assert found.shape == expected.shape
         assert found.is_contiguous()
         assert found.dtype == q.dtype
@@ -116,10 +116,10 @@ def test_every_head_size_and_ratio(compiled: Compile, head_dim: int, heads: tupl
     for dtype in DTYPES:
         check(topology, package, *inputs(topology, 1, 300, 300, dtype), layers=(0, 1))
         # Two sequences of different lengths, the shorter one padded on the left.
-        check(topology, package, *inputs(topology, 2, 130, 130, dtype), first_key=[0, 67])
+        check(topology, package, *inputs(topology, 2, 130, 130, dtype), cache_leftpad=[0, 67])
         # A later chunk of one prompt, and of a padded one; then one step of decoding.
-        check(topology, package, *inputs(topology, 2, 90, 333, dtype), first_key=[0, 100])
-        check(topology, package, *inputs(topology, 2, 1, 333, dtype), first_key=[0, 100], layers=(0, 1))
+        check(topology, package, *inputs(topology, 2, 90, 333, dtype), cache_leftpad=[0, 100])
+        check(topology, package, *inputs(topology, 2, 1, 333, dtype), cache_leftpad=[0, 100], layers=(0, 1))
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
@@ -141,8 +141,8 @@ def test_kernels_that_clang_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for variant in load(folder).cpu_variants:
         package = load(folder, cpu_variant=variant)
         for dtype in DTYPES:
-            check(topology, package, *inputs(topology, 2, 300, 300, dtype), first_key=[0, 67], layers=(0, 1))
-            check(topology, package, *inputs(topology, 2, 1, 333, dtype), first_key=[0, 100], layers=(0, 1))
+            check(topology, package, *inputs(topology, 2, 300, 300, dtype), cache_leftpad=[0, 67], layers=(0, 1))
+            check(topology, package, *inputs(topology, 2, 1, 333, dtype), cache_leftpad=[0, 100], layers=(0, 1))
     needed = subprocess.run(
         ["objdump", "-p", folder / "cpu" / "attention.so"], capture_output=True, text=True, check=True
     )
@@ -208,8 +208,8 @@ def test_every_shape_of_tree_in_every_variant(compiled: Compile, shape: str, var
     length = min(topology.num_blocks * topology.block_size + 100, 1500)
     for dtype in DTYPES:
         check(topology, package, *inputs(topology, 1, length, length, dtype))
-        check(topology, package, *inputs(topology, 2, 77, length, dtype), first_key=[3, 40])
-        check(topology, package, *inputs(topology, 2, 1, length, dtype), first_key=[0, 33])
+        check(topology, package, *inputs(topology, 2, 77, length, dtype), cache_leftpad=[3, 40])
+        check(topology, package, *inputs(topology, 2, 1, length, dtype), cache_leftpad=[0, 33])
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 48, 128, 256])
@@ -218,8 +218,8 @@ def test_every_block_size(compiled: Compile, block_size: int) -> None:
     package = compiled(topology)
     for dtype in DTYPES:
         check(topology, package, *inputs(topology, 1, 700, 700, dtype), layers=(0, 1))
-        check(topology, package, *inputs(topology, 2, 130, 500, dtype), first_key=[5, 201])
-        check(topology, package, *inputs(topology, 2, 1, 500, dtype), first_key=[5, 201])
+        check(topology, package, *inputs(topology, 2, 130, 500, dtype), cache_leftpad=[5, 201])
+        check(topology, package, *inputs(topology, 2, 1, 500, dtype), cache_leftpad=[5, 201])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,8 +231,8 @@ def test_a_cache_longer_than_what_is_filled(compiled: Compile, dtype: torch.dtyp
     for sequence, begin in enumerate(position):  # what lies behind the queries' own keys must never be read
         k[sequence, :, begin + 40 :] = torch.nan
         v[sequence, :, begin + 40 :] = torch.nan
-    check(topology, package, q, k, v, position=position, first_key=[0, 8])
-    check(topology, package, q[:, :, -1:], k, v, position=[169, 244], first_key=[0, 8])
+    check(topology, package, q, k, v, position=position, cache_leftpad=[0, 8])
+    check(topology, package, q[:, :, -1:], k, v, position=[169, 244], cache_leftpad=[0, 8])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,10 +259,10 @@ def test_decoding_step_by_step_equals_prefill(compiled: Compile) -> None:
     topology = _mixed(6, 2, 64, seed=12, block_size=16)
     package = compiled(topology)
     q, k, v = inputs(topology, 2, 260, 260, torch.float32)
-    first_key = torch.tensor([0, 21])
-    whole = package.attention(0, q, k, v, first_key=first_key)
+    cache_leftpad = torch.tensor([0, 21])
+    whole = package.attention(0, q, k, v, cache_leftpad=cache_leftpad)
     for step in range(30, 260):
-        one = package.attention(0, q[:, :, step : step + 1], k, v, position=step, first_key=first_key)
+        one = package.attention(0, q[:, :, step : step + 1], k, v, position=step, cache_leftpad=cache_leftpad)
         torch.testing.assert_close(one, whole[:, step : step + 1], rtol=1e-5, atol=1e-5)
 
 
@@ -276,8 +276,8 @@ def test_a_few_queries(compiled: Compile, variant: str, q_length: int) -> None:
     for dtype in DTYPES:
         q, k, v = inputs(topology, 4, q_length, 300, dtype)
         # Across a block's border, all padding, padding up to the last query, and no padding at all.
-        position, first_key = [250, 30, 60, 283 - q_length], [9, 80, 59 + q_length, 0]
-        check(topology, package, q, k, v, position=position, first_key=first_key, layers=(0, 1))
+        position, cache_leftpad = [250, 30, 60, 283 - q_length], [9, 80, 59 + q_length, 0]
+        check(topology, package, q, k, v, position=position, cache_leftpad=cache_leftpad, layers=(0, 1))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
@@ -299,8 +299,8 @@ def test_log_sum_exp(compiled: Compile, dtype: torch.dtype, q_length: int) -> No
     topology = _mixed(6, 2, 64, seed=14)
     package = compiled(topology)
     q, k, v = inputs(topology, 2, q_length, 200, dtype)
-    out, found = package.attention_with_lse(0, q, k, v, scale=0.3, first_key=torch.tensor([0, 50]))
-    expected_out, expected = reference.attention(topology, 0, q, k, v, first_key=[0, 50], scale=0.3)
+    out, found = package.attention_with_lse(0, q, k, v, scale=0.3, cache_leftpad=torch.tensor([0, 50]))
+    expected_out, expected = reference.attention(topology, 0, q, k, v, cache_leftpad=[0, 50], scale=0.3)
     assert reference.relative_error(out, expected_out) < reference.TOLERANCE[dtype]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -310,13 +310,13 @@ def test_padding_queries_are_zeros(compiled: Compile) -> None:
     topology = _mixed(6, 2, 64, seed=15)
     package = compiled(topology)
     q, k, v = inputs(topology, 2, 100, 100, torch.float32)
-    out, lse = package.attention_with_lse(0, q, k, v, first_key=torch.tensor([30, 100]))
+    out, lse = package.attention_with_lse(0, q, k, v, cache_leftpad=torch.tensor([30, 100]))
     assert torch.equal(out[0, :30], torch.zeros_like(out[0, :30]))
     assert torch.equal(out[1], torch.zeros_like(out[1]))  # a sequence of nothing but padding
     assert torch.isneginf(lse[0, :, :30]).all()
     assert torch.isneginf(lse[1]).all()
     assert torch.isfinite(lse[0, :, 30:]).all()
-    check(topology, package, q, k, v, first_key=[30, 100])
+    check(topology, package, q, k, v, cache_leftpad=[30, 100])
 
 
 @pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])

@@ -1,4 +1,4 @@
-"""Attention over pages: the same bits as over whole keys and values, as long as every block that is read is there."""
+"""Paged attention: the same bits as over whole keys and values, as long as every block that is read is there."""
 
 from pathlib import Path
 
@@ -41,24 +41,24 @@ def live_blocks(made: Topology, layer: int, first_row: int, num_blocks: int) -> 
 
 
 def paged(
-    made: Topology, layer: int, k: torch.Tensor, v: torch.Tensor, position: list[int], first_key: list[int]
+    made: Topology, layer: int, k: torch.Tensor, v: torch.Tensor, position: list[int], cache_leftpad: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots in random order, NaN where nothing is held, and the pages, -1 where no query from `position` on reads."""
+    """Blocks in random order, NaN where nothing is held, and their table, -1 where no query after `position` reads."""
     size, (batch, kv_heads, length, head_dim) = made.block_size, k.shape
     generator = torch.Generator().manual_seed(3)
-    num_pages = -(-length // size)
-    free = torch.randperm(batch * kv_heads * num_pages, generator=generator).tolist()
+    max_blocks = -(-length // size)
+    free = torch.randperm(batch * kv_heads * max_blocks, generator=generator).tolist()
     slots_k, slots_v = torch.full((2, len(free), size, head_dim), torch.nan, dtype=k.dtype)
-    pages = torch.full((batch, kv_heads, num_pages), -1, dtype=torch.int32)
-    for sequence, first in enumerate(first_key):
+    block_table = torch.full((batch, kv_heads, max_blocks), -1, dtype=torch.int32)
+    for sequence, first in enumerate(cache_leftpad):
         blocks = -(-(length - first) // size)
         live = live_blocks(made, layer, max(0, position[sequence] - first) // size, blocks)
         for head, block in np.argwhere(live).tolist():
-            slot = pages[sequence, head, block] = free.pop() if block % 3 else free.pop(0)
+            slot = block_table[sequence, head, block] = free.pop() if block % 3 else free.pop(0)
             begin, end = first + block * size, min(first + (block + 1) * size, length)
             slots_k[slot, : end - begin] = k[sequence, head, begin:end]
             slots_v[slot, : end - begin] = v[sequence, head, begin:end]
-    return slots_k, slots_v, pages
+    return slots_k, slots_v, block_table
 
 
 def inputs(q_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,12 +78,14 @@ def test_pages_change_no_bit(folders: dict[int, Path], block_size: int, variant:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for q_length in (1, 5, 70, 300):
             q, k, v = inputs(q_length, dtype)
-            position, first_key = [LENGTH - q_length] * 2, [0, 75]
-            places = torch.tensor(position), torch.tensor(first_key)
+            position, cache_leftpad = [LENGTH - q_length] * 2, [0, 75]
+            places = torch.tensor(position), torch.tensor(cache_leftpad)
             for layer in (0, 1):
-                slots_k, slots_v, pages = paged(made, layer, k, v, position, first_key)
-                dropped += int((pages < 0).sum())
-                found = torch.ops.surgeon.attention_paged(q, slots_k, slots_v, pages, *places, 0.125, package.id, layer)
+                slots_k, slots_v, block_table = paged(made, layer, k, v, position, cache_leftpad)
+                dropped += int((block_table < 0).sum())
+                found = torch.ops.surgeon.attention_paged(
+                    q, slots_k, slots_v, block_table, *places, 0.125, package.id, layer
+                )
                 assert torch.equal(found, package.attention(layer, q, k, v, 0.125, *places))
     assert dropped > 100
 
@@ -97,39 +99,41 @@ def test_opcheck(package: Package) -> None:
     q, k, v = inputs(5, torch.float32)
     slots = paged(topology(64), 0, k, v, [LENGTH - 5] * 2, [0, 0])
     op = torch.ops.surgeon.attention_paged.default
-    for first_key in (None, torch.tensor([0, 0])):
-        torch.library.opcheck(op, (q, *slots, torch.tensor([LENGTH - 5] * 2), first_key, 0.125, package.id, 0))
+    for cache_leftpad in (None, torch.tensor([0, 0])):
+        torch.library.opcheck(op, (q, *slots, torch.tensor([LENGTH - 5] * 2), cache_leftpad, 0.125, package.id, 0))
 
 
 @pytest.mark.parametrize("slot", [-1, 10_000])
 def test_a_block_that_is_read_must_be_there(package: Package, slot: int) -> None:
     q, k, v = inputs(1, torch.float32)
-    slots_k, slots_v, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
-    pages[1, 0, (LENGTH - 1) // 64] = slot
+    slots_k, slots_v, block_table = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
+    block_table[1, 0, (LENGTH - 1) // 64] = slot
     with pytest.raises(PatchError, match="expected a slot for every block that the queries read, got a block that"):
-        package.kernels.run_paged(0, Operands(q, slots_k, slots_v, torch.tensor([LENGTH - 1] * 2), None, 0.125), pages)
+        package.kernels.run_paged(
+            0, Operands(q, slots_k, slots_v, torch.tensor([LENGTH - 1] * 2), None, 0.125), block_table
+        )
 
 
 def test_a_position_behind_the_pages(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
-    *slots, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
-    assert pages.shape[2] * 64 == 448
+    *slots, block_table = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
+    assert block_table.shape[2] * 64 == 448
     with pytest.raises(TopologyError, match="position"):
-        package.kernels.run_paged(0, Operands(q, *slots, torch.tensor([448, 0]), None, 0.125), pages)
+        package.kernels.run_paged(0, Operands(q, *slots, torch.tensor([448, 0]), None, 0.125), block_table)
 
 
 def test_what_does_not_fit(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
-    slots_k, slots_v, pages = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
+    slots_k, slots_v, block_table = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     place = torch.tensor([LENGTH - 1] * 2)
     for (*tensors, table, position), message in (
-        ((q[:, :2], slots_k, slots_v, pages, place), r"attention: q: expected \[batch, 6, length, 64\]"),
-        ((q, k, slots_v, pages, place), r"attention: k: expected \[slots, 64, 64\]"),
-        ((q, slots_k, slots_v[1:], pages, place), r"attention: v: expected \[slots, 64, 64\], k and v alike"),
-        ((q, slots_k, slots_v.half(), pages, place), "attention: v: expected torch.float32 on cpu, as q"),
-        ((q, slots_k, slots_v, pages[:, :1], place), r"attention: pages: expected \[2, 2, blocks\]"),
-        ((q, slots_k, slots_v, pages.long(), place), "attention: pages: expected torch.int32 on cpu"),
-        ((q, slots_k, slots_v, pages, place[:1]), "attention: position: expected an int or an integer tensor"),
+        ((q[:, :2], slots_k, slots_v, block_table, place), r"attention: q: expected \[batch, 6, length, 64\]"),
+        ((q, k, slots_v, block_table, place), r"attention: k: expected \[slots, 64, 64\]"),
+        ((q, slots_k, slots_v[1:], block_table, place), r"attention: v: expected \[slots, 64, 64\], k and v alike"),
+        ((q, slots_k, slots_v.half(), block_table, place), "attention: v: expected torch.float32 on cpu, as q"),
+        ((q, slots_k, slots_v, block_table[:, :1], place), r"attention: block_table: expected \[2, 2, blocks\]"),
+        ((q, slots_k, slots_v, block_table.long(), place), "attention: block_table: expected torch.int32 on cpu"),
+        ((q, slots_k, slots_v, block_table, place[:1]), "attention: position: expected an int or an integer tensor"),
     ):
         with pytest.raises(PatchError, match=message):
             package.kernels.run_paged(0, Operands(*tensors, position, None, 0.125), table)

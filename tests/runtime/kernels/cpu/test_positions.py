@@ -30,22 +30,22 @@ def tensors(q_length: int = 1, batch: int = 1) -> tuple[torch.Tensor, torch.Tens
     ("arguments", "error", "message"),
     [
         ({"position": MOST}, TopologyError, "position ≤ 60 − 1"),
-        ({"position": MOST, "first_key": MOST}, TopologyError, "position ≤ 60 − 1"),
-        ({"position": MOST - 59, "first_key": MOST}, TopologyError, "position ≤ 60 − 1"),
+        ({"position": MOST, "cache_leftpad": MOST}, TopologyError, "position ≤ 60 − 1"),
+        ({"position": MOST - 59, "cache_leftpad": MOST}, TopologyError, "position ≤ 60 − 1"),
         ({"position": torch.tensor([MOST])}, TopologyError, "position ≤ 60 − 1"),
         ({"position": torch.tensor([2**31 - 1], dtype=torch.int32)}, TopologyError, "position ≤ 60 − 1"),
         ({"position": LENGTH}, TopologyError, "position ≤ 60 − 1"),
         ({"position": -1}, TopologyError, "position ≤ 60 − 1"),
         ({"position": -(2**63)}, TopologyError, "position ≤ 60 − 1"),
-        ({"first_key": -1}, TopologyError, "first_key ≥ 0"),
-        ({"first_key": -(2**63)}, TopologyError, "first_key ≥ 0"),
+        ({"cache_leftpad": -1}, TopologyError, "cache_leftpad ≥ 0"),
+        ({"cache_leftpad": -(2**63)}, TopologyError, "cache_leftpad ≥ 0"),
         (
             {"position": 2**63},
             PatchError,
             r"position: expected an int or an integer tensor \[1\], got 9223372036854775808",
         ),
         ({"position": -(2**63) - 1}, PatchError, "position: expected an int"),
-        ({"first_key": 2**64}, PatchError, "first_key: expected an int"),
+        ({"cache_leftpad": 2**64}, PatchError, "cache_leftpad: expected an int"),
         ({"position": 2.0}, PatchError, "position: expected an int .* got 2.0"),
         ({"position": "3"}, PatchError, "position: expected an int .* got '3'"),
         ({"position": True}, PatchError, "position: expected an int .* got True"),
@@ -59,7 +59,11 @@ def tensors(q_length: int = 1, batch: int = 1) -> tuple[torch.Tensor, torch.Tens
             PatchError,
             "position: expected an integer tensor on cpu, as q",
         ),
-        ({"first_key": torch.tensor([0], device="meta")}, PatchError, "first_key: expected an integer tensor on cpu"),
+        (
+            {"cache_leftpad": torch.tensor([0], device="meta")},
+            PatchError,
+            "cache_leftpad: expected an integer tensor on cpu",
+        ),
         ({"scale": "x"}, PatchError, "scale: expected a finite number, got 'x'"),
         ({"scale": float("nan")}, PatchError, "scale: expected a finite number, got nan"),
         ({"scale": float("inf")}, PatchError, "scale: expected a finite number, got inf"),
@@ -95,10 +99,10 @@ def test_what_is_no_tensor(package: Package, name: str) -> None:
 
 def test_pages_behind_all_numbers(package: Package) -> None:
     slots = torch.zeros(4, 64, 32)
-    pages = torch.zeros(1, 1, 4, dtype=torch.int32)
-    for position, first_key in ((MOST, MOST), (MOST, MOST - 3), (MOST, 0), (0, -MOST), (-MOST, 0)):
+    block_table = torch.zeros(1, 1, 4, dtype=torch.int32)
+    for position, cache_leftpad in ((MOST, MOST), (MOST, MOST - 3), (MOST, 0), (0, -MOST), (-MOST, 0)):
         operands = Operands(
-            torch.zeros(1, 2, 1, 32), slots, slots, torch.tensor([position]), torch.tensor([first_key]), 0.5
+            torch.zeros(1, 2, 1, 32), slots, slots, torch.tensor([position]), torch.tensor([cache_leftpad]), 0.5
         )
         with pytest.raises(TopologyError, match="position"):
-            package.kernels.run_paged(0, operands, pages)
+            package.kernels.run_paged(0, operands, block_table)

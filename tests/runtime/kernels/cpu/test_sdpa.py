@@ -51,8 +51,8 @@ def compare(
     generator = torch.Generator().manual_seed(keys)
     q = torch.randn(2, 2, queries, 32, generator=generator)
     k, v = torch.randn(2, 2, 1, keys, 32, generator=generator)
-    first_key = torch.tensor([0, padding]) if padding else None
-    found = package.attention(layer, q, k, v, scale=0.3, position=position, first_key=first_key)
+    cache_leftpad = torch.tensor([0, padding]) if padding else None
+    found = package.attention(layer, q, k, v, scale=0.3, position=position, cache_leftpad=cache_leftpad)
     positions = None if position is None else [position] * 2
     expected, _ = reference.attention(topology, layer, q, k, v, positions, [0, padding], scale=0.3)
     assert found.is_contiguous()

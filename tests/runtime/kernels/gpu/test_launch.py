@@ -44,10 +44,10 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
 ) -> None:
     gpu = kernels(files, backend, driver)
     q, k, v = tensors(q_length=150, k_length=400)
-    position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
+    position, cache_leftpad = torch.tensor([200, 250]), torch.tensor([0, 7])
     lse = torch.empty((2, HEADS, 150))
     standin.log()
-    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
+    out = gpu.attend(1, Operands(q, k, v, position, cache_leftpad, 0.125), lse)
     (launch,) = launches(standin)
     assert arguments(entry_of(files, backend), launch) == {
         "q": q.data_ptr(),
@@ -55,7 +55,7 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
         "v": v.data_ptr(),
         "out": out.data_ptr(),
         "lse": lse.data_ptr(),
-        "first_key": first_key.data_ptr(),
+        "cache_leftpad": cache_leftpad.data_ptr(),
         "position": position.data_ptr(),
         "q_batch_stride": 150 * HEADS * HEAD_DIM,
         "q_head_stride": HEAD_DIM,
@@ -94,11 +94,11 @@ def test_positions_that_are_not_given_follow_from_the_lengths(
     gpu = kernels(files, backend, driver)
     standin.log()
     gpu.attend(0, Operands(*tensors(3, 300), None, None, 1.0))
-    position, first_key = made
-    assert (position.tolist(), first_key.tolist()) == ([297, 297], [0, 0])
+    position, cache_leftpad = made
+    assert (position.tolist(), cache_leftpad.tolist()) == ([297, 297], [0, 0])
     (launch,) = launches(standin)
     found = arguments(entry_of(files, backend), launch)
-    assert (found["position"], found["first_key"]) == (position.data_ptr(), first_key.data_ptr())
+    assert (found["position"], found["cache_leftpad"]) == (position.data_ptr(), cache_leftpad.data_ptr())
     assert (found["lse"], found["write_lse"]) == (0, 0)
 
 
@@ -122,22 +122,22 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     gpu = kernels(files, backend, driver)
     standin.log()
     q, k, v = tensors(q_length=1, k_length=700)
-    position, first_key = torch.tensor([600, 650]), torch.tensor([0, 7])
+    position, cache_leftpad = torch.tensor([600, 650]), torch.tensor([0, 7])
     lse = torch.empty((2, HEADS, 1))
-    out = gpu.attend(1, Operands(q, k, v, position, first_key, 0.125), lse)
-    decode, reduce = launches(standin)
+    out = gpu.attend(1, Operands(q, k, v, position, cache_leftpad, 0.125), lse)
+    decode, combine = launches(standin)
     splits = 2 * PROCESSORS // (2 * KV_HEADS)
     assert decode["grid"] == [KV_HEADS, 2, splits]
-    assert reduce["grid"] == [HEADS, 2, 1]
-    assert decode["stream"] == reduce["stream"] == STREAM
+    assert combine["grid"] == [HEADS, 2, 1]
+    assert decode["stream"] == combine["stream"] == STREAM
     first = arguments(entry_of(files, backend, "decode"), decode)
-    second = arguments(entry_of(files, backend, "reduce"), reduce)
-    assert {name: first[name] for name in ("q", "k", "v", "position", "first_key", "scale")} == {
+    second = arguments(entry_of(files, backend, "combine"), combine)
+    assert {name: first[name] for name in ("q", "k", "v", "position", "cache_leftpad", "scale")} == {
         "q": q.data_ptr(),
         "k": k.data_ptr(),
         "v": v.data_ptr(),
         "position": position.data_ptr(),
-        "first_key": first_key.data_ptr(),
+        "cache_leftpad": cache_leftpad.data_ptr(),
         "scale": 0.125,
     }
     assert first["k_head_stride"] == 700 * HEAD_DIM
@@ -164,16 +164,16 @@ def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
     assert out.shape == (2, 150, HEADS // KV_HEADS, HEAD_DIM)
 
     gpu.attend(1, Operands(*second_kv_head(q_length=1), None, None, 1.0), first_kv_head=1)
-    decode, reduce = launches(standin)
+    decode, combine = launches(standin)
     splits = 2 * PROCESSORS // 2  # fewer heads leave each more of the device
     assert decode["grid"] == [1, 2, splits]
-    assert reduce["grid"] == [HEADS // KV_HEADS, 2, 1]
+    assert combine["grid"] == [HEADS // KV_HEADS, 2, 1]
     found = arguments(entry_of(files, backend, "decode"), decode)
     table = decode_table(schedule_layers(topology())[1])
     rows = (ctypes.c_int32 * table.rows.size).from_address(int(found["table_rows"]))
     assert list(rows) == table.rows.flatten().tolist()  # the whole's, of which the kernel takes its own
     assert found["first_kv_head"] == 1
-    assert arguments(entry_of(files, backend, "reduce"), reduce)["num_splits"] == splits
+    assert arguments(entry_of(files, backend, "combine"), combine)["num_splits"] == splits
 
 
 @by_any_way
@@ -239,10 +239,10 @@ def test_a_launch_never_waits_for_the_device(
     files: PackageFiles, backend: str, driver: Driver, standin: Standin, q_length: int
 ) -> None:
     gpu = kernels(files, backend, driver)
-    position, first_key = torch.tensor([200, 250]), torch.tensor([0, 7])
+    position, cache_leftpad = torch.tensor([200, 250]), torch.tensor([0, 7])
     standin.log()
     with NoWaiting():
-        gpu.attend(1, Operands(*tensors(q_length, 300), position, first_key, 1.0))
+        gpu.attend(1, Operands(*tensors(q_length, 300), position, cache_leftpad, 1.0))
     assert launches(standin)
 
 

@@ -72,12 +72,12 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     position: list[int] | None = None,
-    first_key: list[int] | None = None,
+    cache_leftpad: list[int] | None = None,
     layer: int = 0,
 ) -> None:
-    places = [None if place is None else torch.tensor(place, device="cuda") for place in (position, first_key)]
-    out, lse = package.attention_with_lse(layer, q, k, v, position=places[0], first_key=places[1])
-    expected, expected_lse = reference.attention(topology, layer, q.cpu(), k.cpu(), v.cpu(), position, first_key)
+    places = [None if place is None else torch.tensor(place, device="cuda") for place in (position, cache_leftpad)]
+    out, lse = package.attention_with_lse(layer, q, k, v, position=places[0], cache_leftpad=places[1])
+    expected, expected_lse = reference.attention(topology, layer, q.cpu(), k.cpu(), v.cpu(), position, cache_leftpad)
     assert reference.relative_error(out.cpu(), expected) < reference.TOLERANCE[q.dtype]
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-2, atol=2e-2)
 
@@ -101,20 +101,20 @@ def test_shapes(head_dim: int, num_heads: int, num_kv_heads: int, tmp_path: Path
 @pytest.mark.parametrize("q_length", [1, 150])
 def test_chunks_of_a_longer_cache_with_left_padding(package: Package, topology: Topology, q_length: int) -> None:
     q, k, v = tensors(topology, q_length, 900, torch.bfloat16)
-    check(package, topology, q, k, v, position=[600, 233], first_key=[0, 77])
+    check(package, topology, q, k, v, position=[600, 233], cache_leftpad=[0, 77])
 
 
 def test_positions_of_the_past(package: Package, topology: Topology) -> None:
     q, k, v = tensors(topology, 1, 900, torch.float16, batch=3)
-    check(package, topology, q, k, v, position=[899, 64, 3], first_key=[5, 0, 9])
+    check(package, topology, q, k, v, position=[899, 64, 3], cache_leftpad=[5, 0, 9])
 
 
 @pytest.mark.parametrize("q_length", [1, 150])
 def test_a_part_of_the_kv_heads_is_the_whole_for_them(package: Package, topology: Topology, q_length: int) -> None:
     q, k, v = tensors(topology, q_length, 900, torch.bfloat16)
-    first_key = torch.tensor([0, 77], device="cuda")
-    whole = package.attention(1, q, k, v, first_key=first_key)
-    part = package.part(range(1, 2)).attention(1, q[:, 4:], k[:, 1:], v[:, 1:], first_key=first_key)
+    cache_leftpad = torch.tensor([0, 77], device="cuda")
+    whole = package.attention(1, q, k, v, cache_leftpad=cache_leftpad)
+    part = package.part(range(1, 2)).attention(1, q[:, 4:], k[:, 1:], v[:, 1:], cache_leftpad=cache_leftpad)
     torch.testing.assert_close(part, whole[:, :, 4:], rtol=2e-2, atol=2e-2)  # a part has more splits of its keys
 
 
@@ -122,10 +122,10 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(package: Package, topology
 def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topology, q_length: int) -> None:
     q, k, v = tensors(topology, q_length, 700, torch.bfloat16)
     position = torch.tensor([500, 300], device="cuda")
-    first_key = torch.zeros_like(position)
+    cache_leftpad = torch.zeros_like(position)
 
     def call() -> torch.Tensor:
-        return package.attention(0, q, k, v, position=position, first_key=first_key)
+        return package.attention(0, q, k, v, position=position, cache_leftpad=cache_leftpad)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -43,10 +43,10 @@ def tensors(length: int, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 def test_the_op_is_the_formula_and_the_attention(every_dtype: Compiled, length: int, dtype: torch.dtype) -> None:
     topology, package = every_dtype.topology, every_dtype.package
     q, k, v, cos, sin = tensors(length, 2, dtype)
-    first_key = [0, length // 3]
-    found = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, torch.tensor(first_key), 0.2, package.id, 1)
+    cache_leftpad = [0, length // 3]
+    found = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, torch.tensor(cache_leftpad), 0.2, package.id, 1)
     rotated = (rotate(x.double(), cos.double(), sin.double()) for x in (q, k))
-    expected, _ = reference.attention(topology, 1, *rotated, v, first_key=first_key, scale=0.2)
+    expected, _ = reference.attention(topology, 1, *rotated, v, cache_leftpad=cache_leftpad, scale=0.2)
     assert reference.relative_error(found, expected) < 2 * reference.TOLERANCE[dtype]  # keys are rounded once more
     one = torch.ops.surgeon.attention_rotary(q[:1], k[:1], v[:1], cos[:1], sin[:1], None, 0.2, package.id, 1)
     shared = torch.ops.surgeon.attention_rotary(q, k, v, cos[:1], sin[:1], None, 0.2, package.id, 1)

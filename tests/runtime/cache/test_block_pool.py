@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surgeon.runtime.cache.pages import Pages
+from surgeon.runtime.cache.block_pool import BlockPool
 
 BLOCK, BATCH, HEADS, HEAD_DIM = 4, 2, 3, 8
 
@@ -14,12 +14,12 @@ def states(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-def pages(dtype: torch.dtype = torch.float32) -> Pages:
+def block_table(dtype: torch.dtype = torch.float32) -> BlockPool:
     empty = torch.empty(BATCH, HEADS, 0, HEAD_DIM, dtype=dtype)
-    return Pages(BLOCK, empty, empty)
+    return BlockPool(BLOCK, empty, empty)
 
 
-def check(held: Pages, keys: torch.Tensor, values: torch.Tensor, padding: list[int], wanted: torch.Tensor) -> None:
+def check(held: BlockPool, keys: torch.Tensor, values: torch.Tensor, padding: list[int], wanted: torch.Tensor) -> None:
     """That the wanted blocks `[batch, heads, blocks]` hold these tokens, each sequence's behind its padding."""
     for sequence, head, block in wanted.nonzero().tolist():
         slot = int(held.table[sequence, head, block])
@@ -33,7 +33,7 @@ def check(held: Pages, keys: torch.Tensor, values: torch.Tensor, padding: list[i
 @pytest.mark.parametrize("chunks", [[21], [1] * 21, [2, 9, 4, 1, 5], [5, 16]], ids=str)
 def test_tokens_are_found_where_the_table_says(chunks: list[int]) -> None:
     keys, values = states(21)
-    padding, held, begin = [0, 6], pages(), 0
+    padding, held, begin = [0, 6], block_table(), 0
     for chunk in chunks:  # the first of them are padding of the second sequence
         part = slice(begin, begin + chunk)
         held.write(begin - torch.tensor(padding), keys[:, :, part], values[:, :, part])
@@ -48,7 +48,7 @@ def test_only_what_is_wanted_is_held() -> None:
     keys, values = states(21)
     wanted = torch.rand(BATCH, HEADS, 6, generator=torch.Generator().manual_seed(1)) < 0.4
     wanted[1, :, 4:] = False
-    held = pages()
+    held = block_table()
     held.write(torch.tensor([0, -6]), keys, values, wanted)
     check(held, keys, values, [0, 6], wanted)
     assert len(held.keys) <= int(wanted.sum()) * 9 // 8 + BATCH * HEADS
@@ -56,14 +56,14 @@ def test_only_what_is_wanted_is_held() -> None:
 
 def test_a_batch_of_nothing_but_padding() -> None:
     keys, values = states(5)
-    held = pages()
+    held = block_table()
     held.write(torch.tensor([-5, -9]), keys, values)
     assert held.nbytes == 0
 
 
 def test_slots_are_taken_again_and_given_back() -> None:
     keys, values = states(400)
-    held, most = pages(), 0
+    held, most = block_table(), 0
     for begin in range(0, 400, BLOCK):
         part = slice(begin, begin + BLOCK)
         held.write(torch.tensor([begin] * BATCH), keys[:, :, part], values[:, :, part])
@@ -73,7 +73,7 @@ def test_slots_are_taken_again_and_given_back() -> None:
         most = max(most, len(held.keys))
         check(held, keys[:, :, : begin + BLOCK], values[:, :, : begin + BLOCK], [0, 0], wanted)
     assert most <= 2 * (3 + 1) * BATCH * HEADS  # twice what is held and a spare slot a head
-    whole = pages()
+    whole = block_table()
     whole.write(torch.tensor([0, 0]), keys, values)
     assert len(whole.keys) >= 100 * BATCH * HEADS
     whole.keep(wanted)
@@ -83,7 +83,7 @@ def test_slots_are_taken_again_and_given_back() -> None:
 
 def test_sequences_are_selected() -> None:
     keys, values = states(10)
-    held = pages()
+    held = block_table()
     wanted = torch.ones(BATCH, HEADS, 3, dtype=torch.bool)
     wanted[1, 2, 1] = wanted[0, 0, 0] = False
     held.write(torch.tensor([0, 0]), keys, values, wanted)

@@ -9,8 +9,8 @@ import torch
 _SPARE = 8  # one slot in so many is made ahead
 
 
-class Pages:
-    """The slots of one layer and the table that finds blocks in them; see `Package.run_paged` for both.
+class BlockPool:
+    """The slots of one layer and the table that finds blocks in them; see `LayerKernels.run_paged` for both.
 
     Blocks count from each sequence's first valid key. A slot's rows behind the last token written hold anything.
     """
