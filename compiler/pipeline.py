@@ -10,6 +10,7 @@ from surgeon.compiler.kernels.backend import BACKENDS
 from surgeon.compiler.package.write import check_replaceable, write_package
 from surgeon.compiler.schedule.liveness import liveness_tables
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.schedule.segment_tables import segment_tables
 from surgeon.compiler.specs.artifacts import Binary, Source
 from surgeon.compiler.specs.tiles import TargetTiles
 from surgeon.compiler.system.cache import Cache
@@ -54,11 +55,14 @@ def compile_package(
     }
     for target, backend in backends.items():
         backend.check_compiler(target)
+    # One table serves every target that wants it: its name says which schedule and which table of it.
+    wanted = [backend.wanted_tables(specs[target]) for target, backend in backends.items()]
+    tables = segment_tables({name: table for of_target in wanted for name, table in of_target.items()})
     sources: list[Source] = []
     binaries: list[Binary] = []
     for target, backend in backends.items():
         stages.specs(target, specs[target])
-        rendered = backend.render(specs[target], platform.machine())
+        rendered = backend.render(specs[target], tables, platform.machine())
         stages.sources(rendered)
         built = backend.build(rendered, cache, jobs, progress)
         stages.binaries(built)

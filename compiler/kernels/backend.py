@@ -9,14 +9,16 @@ from surgeon.compiler.kernels.cpu.render import render_cpu
 from surgeon.compiler.kernels.cpu.variants import variants_for
 from surgeon.compiler.kernels.gpu.compile import check_triton
 from surgeon.compiler.kernels.gpu.pool import build_gpu
-from surgeon.compiler.kernels.gpu.render import render_gpu
+from surgeon.compiler.kernels.gpu.render import render_gpu, wanted_tables
 from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.schedule.segment_tables import TableShape
 from surgeon.compiler.specs.artifacts import Binary, CpuSource, GpuSource
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
 from surgeon.compiler.specs.specialize import Tiles, specialize_cpu, specialize_gpu
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.package.segment_table import SegmentTable
 from surgeon.runtime.package.target import Target
 
 Spec = TypeVar("Spec")
@@ -27,19 +29,25 @@ Made = TypeVar("Made")
 class Backend(Generic[Spec, Made]):
     """The stages of one kind of target, from schedules to specifications, to sources, to binaries.
 
-    `render` takes the build machine too, as `platform.machine()` names it. `check_compiler` raises a TargetError where
-    what compiles for the target is not installed.
+    `wanted_tables` names the tables of segments that `render` takes. A name says which schedule and which table of it,
+    so that all targets of a package share them. `render` takes the build machine too, as `platform.machine()` names it.
+    `check_compiler` raises a TargetError where what compiles for the target is not installed.
     """
 
     specialize: Callable[
         [Topology, Sequence[LayerSchedule], Target, Sequence[str] | None, Tiles | None], tuple[Spec, ...]
     ]
-    render: Callable[[tuple[Spec, ...], str], tuple[Made, ...]]
+    wanted_tables: Callable[[tuple[Spec, ...]], dict[str, tuple[LayerSchedule, TableShape]]]
+    render: Callable[[tuple[Spec, ...], Mapping[str, SegmentTable], str], tuple[Made, ...]]
     check_compiler: Callable[[Target], None]
     build: Callable[[tuple[Made, ...], Cache, int, Progress | None], tuple[Binary, ...]]
 
 
-def _render_cpu(specs: tuple[CpuSpec, ...], machine: str) -> tuple[CpuSource, ...]:
+def _no_tables(_specs: tuple[CpuSpec, ...]) -> dict[str, tuple[LayerSchedule, TableShape]]:
+    return {}  # C++ holds the schedule itself
+
+
+def _render_cpu(specs: tuple[CpuSpec, ...], _tables: Mapping[str, SegmentTable], machine: str) -> tuple[CpuSource, ...]:
     return (render_cpu(specs, variants_for(machine)),)
 
 
@@ -49,12 +57,12 @@ def _build_cpu(
     return tuple(build_cpu(source, cache, jobs, progress) for source in sources)
 
 
-def _render_gpu(specs: tuple[GpuSpec, ...], _machine: str) -> tuple[GpuSource, ...]:
-    return render_gpu(specs)
+def _render_gpu(specs: tuple[GpuSpec, ...], tables: Mapping[str, SegmentTable], _machine: str) -> tuple[GpuSource, ...]:
+    return render_gpu(specs, tables)
 
 
-CPU = Backend(specialize_cpu, _render_cpu, lambda _target: None, _build_cpu)
-GPU = Backend(specialize_gpu, _render_gpu, check_triton, build_gpu)
+CPU = Backend(specialize_cpu, _no_tables, _render_cpu, lambda _target: None, _build_cpu)
+GPU = Backend(specialize_gpu, wanted_tables, _render_gpu, check_triton, build_gpu)
 
 BACKENDS: Mapping[str, Backend[Any, Any]] = {"cpu": CPU, "cuda": GPU, "hip": GPU}
 """By the backend that a target names."""

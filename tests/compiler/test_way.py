@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from surgeon.compiler import Topology, compile_package
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.schedule.segment_tables import TableShape
+from surgeon.compiler.schedule.segments import SegmentTable
 from topologies import random_topology
 
 WAY = ("topology", "schedule", "specs", "kernels", "package")
@@ -19,7 +22,7 @@ def room_of(frame: FrameType) -> str:
     return below.partition(".")[0]
 
 
-def rooms_entered(topology: Topology, target: str, out: Path) -> list[str]:
+def rooms_entered(topology: Topology, targets: tuple[str, ...], out: Path) -> list[str]:
     """The rooms whose functions a compile calls from outside of them, one after the other.
 
     The methods of what a stage hands on go with it, and are not counted.
@@ -35,19 +38,36 @@ def rooms_entered(topology: Topology, target: str, out: Path) -> list[str]:
 
     sys.setprofile(called)
     try:
-        compile_package(topology, out, targets=(target,), dtypes=("bf16",))
+        compile_package(topology, out, targets=targets, dtypes=("bf16",))
     finally:
         sys.setprofile(None)
     return entered
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda:90"])
-def test_a_compile_enters_each_room_at_most_twice(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [("cpu",), ("cpu", "cuda:90", "hip:gfx942")])
+def test_a_compile_enters_each_room_at_most_twice(targets: tuple[str, ...], tmp_path: Path) -> None:
     topology = random_topology(
         np.random.default_rng(0), num_layers=2, num_heads=4, num_kv_heads=2, num_blocks=8, head_dim=64, block_size=32
     )
-    compile_package(topology, tmp_path / "first", targets=(target,), dtypes=("bf16",))  # and keep what compilers make
-    entered = rooms_entered(topology, target, tmp_path / "second")
+    compile_package(topology, tmp_path / "first", targets=targets, dtypes=("bf16",))  # and keep what compilers make
+    entered = rooms_entered(topology, targets, tmp_path / "second")
     print(" -> ".join(entered))
     assert entered[0] == entered[-1] == "package"  # which refuses what stands in the way at once
     assert {room: entered.count(room) for room in WAY if entered.count(room) > 2} == {}
+
+
+def test_targets_share_the_tables_of_their_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = random_topology(
+        np.random.default_rng(0), num_layers=2, num_heads=4, num_kv_heads=2, num_blocks=8, head_dim=64, block_size=32
+    )
+    made: list[tuple[LayerSchedule, TableShape]] = []
+
+    def counted(shape: TableShape, layer: LayerSchedule) -> SegmentTable:
+        made.append((layer, shape))
+        return table_of(shape, layer)
+
+    table_of = TableShape.of
+    monkeypatch.setattr(TableShape, "of", counted)
+    compile_package(topology, tmp_path / "kernels", targets=("cuda:90", "hip:gfx942"), dtypes=("bf16",))
+    assert made
+    assert len(made) == len(set(made))

@@ -18,8 +18,8 @@ import numpy as np
 
 import topologies
 from compiled_code import spills
+from gpu_sources import gpu_sources
 from surgeon.compiler.kernels.gpu.compile import build_triton
-from surgeon.compiler.kernels.gpu.render import render_gpu
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize_gpu
@@ -41,7 +41,7 @@ def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, Gp
             block_size=block_size,
             num_blocks=num_blocks,
         )
-        for source in render_gpu(specialize_gpu(topology, schedule_layers(topology), target, [dtype])):
+        for source in gpu_sources(specialize_gpu(topology, schedule_layers(topology), target, [dtype])):
             if block_size == 128 or source.phase == "prefill":
                 yield f"{source.phase}, blocks of {block_size}{', by table' if source.table else ''}", source
 

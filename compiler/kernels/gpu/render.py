@@ -1,18 +1,24 @@
 """Kernel specifications ─▶ sources of a GPU target: kernels for many queries, and those for one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from surgeon.compiler.kernels.gpu import decode, prefill
-from surgeon.compiler.schedule.segment_tables import segment_tables
+from surgeon.compiler.schedule.schedule import LayerSchedule
+from surgeon.compiler.schedule.segment_tables import TableShape
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.kernel_spec import GpuSpec
+from surgeon.runtime.package.segment_table import SegmentTable
 
 
-def render_gpu(specs: Sequence[GpuSpec]) -> tuple[GpuSource, ...]:
-    """Renders one target's kernels, with the tables of their schedules that they read or are made from.
+def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
+    """The tables that one target's kernels read or are rendered from, by the names that they have in the package."""
+    return prefill.wanted_tables(specs) | decode.wanted_tables(specs)
+
+
+def render_gpu(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
+    """Renders one target's kernels; `tables` hold those of `wanted_tables`, and may hold others.
 
     Raises:
         TargetError: a schedule lists more keys than a 32-bit number counts.
     """
-    tables = segment_tables(prefill.wanted_tables(specs) | decode.wanted_tables(specs))
     return (*prefill.render_prefill(specs, tables), *decode.render_decode(specs, tables))
