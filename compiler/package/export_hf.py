@@ -3,7 +3,7 @@
 Below build/ stands one folder for each backend of torch that the package has kernels for, each with the whole package
 as it is. The module in it verifies and loads that package through `surgeon.runtime`, which must be installed.
 
-Source: `kernels` 0.17, resolver.py, builds.py and importer.py: builds without an architecture, "torch-<backend>".
+Source: `kernels` 0.17, resolver.py, variants.py and importer.py: variants without an architecture, "torch-<backend>".
 """
 
 import base64

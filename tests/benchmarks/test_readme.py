@@ -1,8 +1,61 @@
-"""The README's figures are those of the results, to the letter."""
+"""The figures of the README pages are those of the results, to the letter."""
 
+import fnmatch
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import figures
 import readme
 
+PART = readme.Part(Path(), "figures", lambda: "| new |\n")
 
-def test_the_readme_shows_the_results() -> None:
-    text = readme.README.read_text(encoding="utf-8")
-    assert f"{readme.BEGIN}\n{readme.table()}{readme.END}" in text
+
+@pytest.mark.parametrize("part", readme.PARTS, ids=lambda part: str(part.name))
+def test_a_page_shows_the_results(part: readme.Part) -> None:
+    assert f"{part.begin}\n{part.make()}{part.end}" in part.page.read_text(encoding="utf-8")
+
+
+def test_what_lies_between_the_marks_is_replaced(tmp_path: Path) -> None:
+    part = readme.Part(tmp_path / "page.md", PART.name, PART.make)
+    part.page.write_text(f"before\n{part.begin}\n| old |\n{part.end}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        assert readme.main([part]) == 0
+        assert part.page.read_text(encoding="utf-8") == f"before\n{part.begin}\n| new |\n{part.end}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["no marks", f"{PART.end} before {PART.begin}"])
+def test_a_page_without_marks_stays_as_it_is(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = readme.Part(tmp_path / "page.md", PART.name, PART.make)
+    part.page.write_text(text, encoding="utf-8")
+    assert readme.main([part]) == 2
+    assert part.page.read_text(encoding="utf-8") == text
+    assert f"page.md: expected the marks {part.begin} and {part.end}, got none" in capsys.readouterr().err
+
+
+def test_every_result_has_its_command() -> None:
+    page = (readme.FOLDER / "README.md").read_text(encoding="utf-8")
+    patterns = re.findall(r"`([\w*-]+\.json)`", page)
+    for file in figures.RESULTS.iterdir():
+        assert any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns), file.name
+
+
+def test_far_back_is_the_first_half_of_the_longest_prompts() -> None:
+    pilot = json.loads((figures.RESULTS / f"pilot-{figures.QUARTER}.json").read_text(encoding="utf-8"))
+    dense = {(cell["length"], cell["depth"]): cell["found"] for cell in pilot["columns"][0]["passkeys"]}
+    expected = sum(dense[pilot["length"], depth] for depth in (0.1, 0.3, 0.5))
+    assert f"found {expected} when it read all blocks" in figures.far_back()
+    assert f"| {expected} of 12 |" in figures.choices()
+
+
+def test_the_rules_of_thumb_cover_what_was_measured() -> None:
+    text = " ".join(readme.README.read_text(encoding="utf-8").split())
+    (prompts,) = map(int, re.findall(r"multiply it by (\d+)\.", text))
+    (least, most) = map(int, re.findall(r"in fp32, and (\d+) to (\d+) GB\.", text)[0])
+    rows = json.loads((figures.RESULTS / "learning-cost.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        assert prompts / 1.2 < row["cpu_seconds"] / row["prompt_cpu_seconds"] <= prompts, row["model"]
+        beyond_the_weights = row["peak_mb"] / 1e3 - row["parameters"] * 4 / 1e9
+        assert least - 0.5 < beyond_the_weights <= most, row["model"]
