@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inputs.smollm2 import load_model, load_tokenizer, model_folder
+from inputs.checkpoints import SMOLLM2_135M, load_model, load_tokenizer, model_folder
 from inputs.texts import Text, real_text, windows
 from measure.quality import explicit_mask
 from measure.timing import interleaved, machine
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> list[Comparison]:
     """Fetches, compiles, compares and prints."""
-    folder = model_folder(cache_folder(), say)
+    folder = model_folder(SMOLLM2_135M, cache_folder(), say)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     text = real_text(cache_folder(), say)
     compiled_for = {length: compiled(name) for length, name in LEARNED.items()}

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from inputs.smollm2 import load_model, load_tokenizer, model_folder
+from inputs.checkpoints import SMOLLM2_135M, load_model, load_tokenizer, model_folder
 from inputs.texts import held_out_texts, learning_texts, windows
 from measure.timing import machine
 from surgeon.compiler import Topology, compile_package, read_topology
@@ -119,7 +119,7 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
     out = FOLDER / "topologies" / f"{case.name}.json"
     names = [f"{name}.txt" for name in ("handbook", "old", "perl")]
     if again or not out.exists():
-        folder = model_folder(cache_folder(), console.print)
+        folder = model_folder(SMOLLM2_135M, cache_folder(), console.print)
         work = cache_folder() / "learning"
         with tempfile.TemporaryDirectory() as scratch:
             files = [Path(scratch) / name for name in names]
@@ -135,13 +135,16 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
 @functools.cache
 def model(_role: Literal["dense", "patched"]) -> PreTrainedModel:
     """The model that stays dense, or the one that is patched and unpatched: each has a config of its own."""
-    return load_model(model_folder(cache_folder()))
+    return load_model(model_folder(SMOLLM2_135M, cache_folder()))
 
 
 @functools.cache
 def held_out(length: int) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:
     """The held-out texts' names, and their sequences `[1, length]`."""
-    tokenizer, texts = load_tokenizer(model_folder(cache_folder())), held_out_texts(cache_folder(), console.print)
+    tokenizer, texts = (
+        load_tokenizer(model_folder(SMOLLM2_135M, cache_folder())),
+        held_out_texts(cache_folder(), console.print),
+    )
     return tuple((text.name, tuple(windows(tokenizer, text, length, TOKENS_SCORED // length))) for text in texts)
 
 

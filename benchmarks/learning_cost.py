@@ -1,6 +1,7 @@
 """Measures what learning a topology costs a model: CPU time and peak memory, in a process of its own.
 
     python benchmarks/learning_cost.py                        # SmolLM2-135M
+    python benchmarks/learning_cost.py qwen2.5-coder-0.5b-instruct
     python benchmarks/learning_cost.py path/to/another/model
 
 The topology is thrown away; the row goes to results/learning-cost.json. CPU seconds are those of all threads, so that
@@ -37,7 +38,12 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes the row, and returns the exit status."""
     parser = argparse.ArgumentParser(description="Measure what learning a topology costs a model.")
-    parser.add_argument("model", nargs="?", type=Path, help="a model's folder; default: SmolLM2-135M, fetched")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="smollm2-135m-instruct",
+        help="a model's folder, or what is fetched: smollm2-135m-instruct (the default), qwen2.5-coder-0.5b-instruct",
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     settings = PASSIVE | {"OMP_NUM_THREADS": str(options.threads)}
@@ -45,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         os.execve(sys.executable, [sys.executable, __file__, *given], os.environ | settings)
 
-    from inputs.smollm2 import model_folder
+    from inputs.checkpoints import CHECKPOINTS, model_folder
     from inputs.texts import learning_texts
     from surgeon.compiler.system.cache import cache_folder
 
-    model = options.model or model_folder(cache_folder(), print)
+    known = CHECKPOINTS.get(options.model)
+    model = model_folder(known, cache_folder(), print) if known else Path(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch) / f"{name}.txt" for name in ("handbook", "old", "perl")]
         for file, text in zip(files, learning_texts(cache_folder(), print), strict=True):

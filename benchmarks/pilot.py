@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from inputs.smollm2 import model_folder
+from inputs.checkpoints import SMOLLM2_135M, model_folder
 from inputs.texts import held_out_texts
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
@@ -59,7 +59,7 @@ def run_pilots(results: Path) -> list[Path]:
         ModelError: the model or a text cannot be had.
     """
     cache = cache_folder()
-    model = model_folder(cache, console.print)
+    model = model_folder(SMOLLM2_135M, cache, console.print)
     pilots = []
     with tempfile.TemporaryDirectory() as scratch:
         texts = [Path(scratch) / name for name in ("handbook-last-quarter.txt", "new-testament.txt")]

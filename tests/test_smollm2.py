@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import demo
-from inputs.smollm2 import UnreachableError, load_model, load_tokenizer, model_folder
+from inputs.checkpoints import SMOLLM2_135M, UnreachableError, load_model, load_tokenizer, model_folder
 from inputs.texts import SHIPPED, Text
 from models import masked_model
 from surgeon.compiler import Topology, compile_package, read_topology
@@ -42,7 +42,7 @@ PADDING = 2  # the model's own
 @pytest.fixture(scope="module")
 def files() -> Path:
     try:
-        return model_folder(USER_CACHE)
+        return model_folder(SMOLLM2_135M, USER_CACHE)
     except UnreachableError as error:
         if os.environ.get("CI"):
             raise

@@ -31,13 +31,13 @@ def main(kind: str, topology: str, length: int, steps: int, variant: str | None)
     from transformers import DynamicCache
     from transformers.utils import logging
 
-    from inputs.smollm2 import load_model, model_folder
+    from inputs.checkpoints import SMOLLM2_135M, load_model, model_folder
     from surgeon.compiler.system.cache import cache_folder
     from surgeon.runtime import SurgeonCache, load, patch
 
     torch.set_num_threads(2)
     logging.disable_progress_bar()
-    model = load_model(model_folder(cache_folder()))
+    model = load_model(model_folder(SMOLLM2_135M, cache_folder()))
     package = load(cache_folder() / "kernels" / topology, strict=True, cpu_variant=variant)
     if kind != "dense":
         patch(model, package)

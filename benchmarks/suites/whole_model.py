@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from inputs.smollm2 import load_model, model_folder
+from inputs.checkpoints import SMOLLM2_135M, load_model, model_folder
 from measure.peak_memory import peak_bytes
 from measure.timing import interleaved, repeats_for, seconds_of
 from surgeon.compiler import compile_package, read_topology
@@ -94,7 +94,7 @@ def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> Non
 
 def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
     """Two models over the same files, each with a config of its own, one of them patched."""
-    folder = model_folder(cache_folder())
+    folder = model_folder(SMOLLM2_135M, cache_folder())
     dense, patched = load_model(folder), load_model(folder)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
     package = load(out, strict=True, cpu_variant=variant)
