@@ -54,7 +54,7 @@ def operands_of(
             )
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < math.inf:
         raise PatchError("attention: scale", "a finite number", short_repr(scale), "leave it out for D**-0.5")
     return Operands(
         q, k, v, _per_sequence("position", position, q), _per_sequence("cache_leftpad", cache_leftpad, q), float(scale)

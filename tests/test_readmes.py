@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,13 @@ def test_a_command_is_one_that_there_is(command: list[str], monkeypatch: pytest.
             assert cli.main(arguments) == cli.DONE
         case ["make", target]:
             assert re.search(rf"^{target}:", text_of(ROOT / "Makefile"), re.MULTILINE)
-        case ["pip", "install", *_]:
-            pass
+        case ["pip", "install", *what]:
+            with (ROOT / "pyproject.toml").open("rb") as stream:
+                project = tomllib.load(stream)["project"]
+            extras = {extra for name in what for extra in re.findall(r"\.\[(.*)\]", name)}
+            assert extras <= project["optional-dependencies"].keys()
+            libraries = {re.split(r"\W", requirement)[0] for requirement in project["dependencies"]}
+            assert {name for name in what if name.isalnum()} <= libraries
         case [script, "python", program, *_]:
             assert (ROOT / script).is_file()
             assert (ROOT / program).is_file()

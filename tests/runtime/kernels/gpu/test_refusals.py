@@ -42,7 +42,7 @@ REFUSED = {
     "too many threads": (with_launch(threads=2048), r"launch: expected threads, rows and bytes that can be"),
     "a phase": (
         lambda entry: dataclasses.replace(entry, phase="sample"),
-        r"phase: expected one of prefill, decode, reduce, got 'sample'",
+        r"phase: expected one of prefill, decode, combine, got 'sample'",
     ),
     "heads of a decoding kernel": (
         lambda entry: dataclasses.replace(entry, heads=(0, 4)) if entry.phase == "decode" else entry,
