@@ -138,7 +138,7 @@ def _read(
     fits = ascend(0, first, end - 1, len(pieces) - 1) & ascend(0, first_run)
     matrices.require(f"{name}.heads", places, fits, f"some of {len(pieces)} pieces, and a first run")
     heads = {}
-    for place in map(tuple, np.unique(places, axis=0).tolist()):
+    for place in dict.fromkeys(map(tuple, places.tolist())):
         own, left = pieces[place[0] : place[1]], runs[place[2] :]
         num_runs = int(own[:, 3].max())
         if num_runs > len(left):
