@@ -7,17 +7,21 @@ given back, in steps of a fraction of what is held, so that memory stays near th
 import torch
 
 _SPARE = 8  # one slot in so many is made ahead
+_CPU = torch.device("cpu")
 
 
 class BlockPool:
     """The slots of one layer and the table that finds blocks in them; see `LayerKernels.run_paged` for both.
 
-    Blocks count from each sequence's first valid key. A slot's rows behind the last token written hold anything.
+    Blocks count from each sequence's first valid key. A slot's rows behind the last token written hold anything. The
+    tensors outlive the calls that make them, so that none is an inference tensor, whatever mode the caller is in.
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, block_size: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Holds nothing yet of a layer with keys and values like these, `[batch, KV heads, tokens, head_dim]`."""
-        self.table = torch.empty((*keys.shape[:2], 0), dtype=torch.int32)
+        self.table = torch.empty((*keys.shape[:2], 0), dtype=torch.int32, device=_CPU)
         self.keys = keys.new_empty((0, block_size, keys.shape[3]))
         self.values = values.new_empty((0, block_size, values.shape[3]))
 
@@ -26,6 +30,8 @@ class BlockPool:
         """Bytes of the slots, held or not, and of the table."""
         return self.keys.nbytes + self.values.nbytes + self.table.nbytes
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def write(
         self, first: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, wanted: torch.Tensor | None = None
     ) -> None:
@@ -35,12 +41,12 @@ class BlockPool:
         holding; all, if None.
         """
         size = self.keys.shape[1]
-        places = first[:, None] + torch.arange(keys.shape[2])  # [batch, tokens]
+        places = first[:, None] + torch.arange(keys.shape[2], device=_CPU)  # [batch, tokens]
         end = int(places[:, -1].max()) // size + 1
         if end <= 0:
             return
         self._widen(end)
-        blocks = torch.arange(end)
+        blocks = torch.arange(end, device=_CPU)
         new = (blocks >= places[:, :1] // size) & (blocks <= places[:, -1:] // size)  # [batch, blocks]
         new = new[:, None] & (self.table[:, :, :end] < 0)
         if wanted is not None:
@@ -54,14 +60,18 @@ class BlockPool:
             given = states.flatten(0, 2) if everything else states[written]
             held.flatten(0, 1).index_copy_(0, rows.flatten() if everything else rows[written], given)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def keep(self, wanted: torch.Tensor) -> None:
         """Drops all blocks but these, bool `[batch, KV heads, blocks]`, and those that are not held anyway."""
         blocks = wanted.shape[2]
         self.table[:, :, :blocks].masked_fill_(~wanted, -1)
         self.table[:, :, blocks:] = -1
         if len(self.keys) > 2 * self._with_spare(int((self.table >= 0).sum())):
-            self.select(torch.arange(len(self.table)))
+            self.select(torch.arange(len(self.table), device=_CPU))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def select(self, sequences: torch.Tensor) -> None:
         """Makes the cache that of these sequences, some perhaps twice; neighbouring blocks move together."""
         table = self.table.index_select(0, sequences)
@@ -76,7 +86,7 @@ class BlockPool:
             )
             for held in (self.keys, self.values)
         )
-        table[is_held] = torch.arange(len(slots), dtype=torch.int32)
+        table[is_held] = torch.arange(len(slots), dtype=torch.int32, device=_CPU)
         self.table = table
 
     def _hold(self, new: torch.Tensor) -> None:
@@ -85,12 +95,12 @@ class BlockPool:
         if not count:
             return
         table = self.table[:, :, : new.shape[2]]
-        taken = torch.zeros(len(self.keys), dtype=torch.bool)
+        taken = torch.zeros(len(self.keys), dtype=torch.bool, device=_CPU)
         taken[self.table[self.table >= 0].long()] = True
         free = (~taken).nonzero()[:count, 0]
         if len(free) < count:
             more = self._with_spare(len(self.keys) + count - len(free)) - len(self.keys)
-            free = torch.cat((free, torch.arange(len(self.keys), len(self.keys) + more)))[:count]
+            free = torch.cat((free, torch.arange(len(self.keys), len(self.keys) + more, device=_CPU)))[:count]
             self.keys, self.values = (
                 torch.cat((held, held.new_empty(more, *held.shape[1:]))) for held in (self.keys, self.values)
             )

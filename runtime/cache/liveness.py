@@ -22,6 +22,6 @@ class Liveness:
         known = self.last_readers.shape[1]
         readers = self.last_readers[:, :num_blocks]
         if num_blocks > known:
-            behind = torch.arange(1, num_blocks - known + 1)
+            behind = torch.arange(1, num_blocks - known + 1, device=self.last_readers.device)
             readers = torch.cat((readers, readers[:, -1:] + behind), dim=1)
         return readers >= rows[:, None, None]

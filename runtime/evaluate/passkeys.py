@@ -67,7 +67,9 @@ def passkeys(
                 filler = fillers[len(tasks) % len(fillers)][0, :room].tolist()
                 before = round(depth * room)
                 prompt = [*start, *filler[:before], *hidden, *filler[before:], *question]
-                tasks.append(Passkey(length, depth, torch.tensor(prompt), torch.tensor(answer)))
+                tasks.append(
+                    Passkey(length, depth, torch.tensor(prompt, device="cpu"), torch.tensor(answer, device="cpu"))
+                )
     return tuple(tasks)
 
 

@@ -47,9 +47,9 @@ class Processes:
 
         A row is `width` numbers, which arrive to the bit.
         """
-        table = torch.zeros(items, width, dtype=torch.float64)
+        table = torch.zeros(items, width, dtype=torch.float64, device="cpu")
         for item, row in rows.items():
-            table[item] = torch.tensor(row, dtype=torch.float64)
+            table[item] = torch.tensor(row, dtype=torch.float64, device="cpu")
         if self.group is not None:
             table = table.to(self.device)
             distributed.all_reduce(table, group=self.group)  # all others have zeros there, so that sums are exact

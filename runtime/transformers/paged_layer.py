@@ -240,11 +240,11 @@ class PagedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these sequences."""
-        self.reorder_cache(torch.arange(len(self._cache_leftpad))[indices])
+        self.reorder_cache(torch.arange(len(self._cache_leftpad), device="cpu")[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence so many times."""
-        self.reorder_cache(torch.arange(len(self._cache_leftpad)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self._cache_leftpad), device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing: the pool is on the CPU."""
@@ -279,7 +279,10 @@ class PagedLayer(CacheLayerMixin):
 
         Bool `[batch, KV heads, blocks]`, as many blocks as the longest sequence has.
         """
-        ends = torch.tensor([max(0, -(-(length - first) // self._block_size)) for first in self._cache_leftpad])
+        blocks_of = [max(0, -(-(length - first) // self._block_size)) for first in self._cache_leftpad]
+        ends = torch.tensor(blocks_of, device="cpu")
         blocks = int(ends.max())
-        live = self._liveness.live(torch.tensor(self._rows_at(length)), blocks)
-        return live[:, self._kv_heads.start : self._kv_heads.stop] & (torch.arange(blocks) < ends[:, None, None])
+        live = self._liveness.live(torch.tensor(self._rows_at(length), device="cpu"), blocks)
+        return live[:, self._kv_heads.start : self._kv_heads.stop] & (
+            torch.arange(blocks, device="cpu") < ends[:, None, None]
+        )

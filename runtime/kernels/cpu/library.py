@@ -108,7 +108,7 @@ class CpuLibrary:
         q, k, v, position, cache_leftpad, scale = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
-        out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype)
+        out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
         if block_table is None:
             k_length, max_blocks, pool_blocks = k.shape[2], 0, 0
         else:
@@ -117,7 +117,7 @@ class CpuLibrary:
         positions = _positions(position, batch, k_length - q_length)
         cache_leftpads = _positions(cache_leftpad, batch, 0)
         cos, sin = rotary or (None, None)
-        rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype)
+        rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype, device="cpu")
         call = _CALL.pack(
             q.data_ptr(),
             k.data_ptr(),

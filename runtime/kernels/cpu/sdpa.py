@@ -26,7 +26,7 @@ def attend(operands: Operands, end: int) -> torch.Tensor:
     queries = q.shape[2]
     mask = None
     if 1 < queries < end:
-        mask = torch.ones(queries, end, dtype=torch.bool).tril(end - queries)
+        mask = torch.ones(queries, end, dtype=torch.bool, device="cpu").tril(end - queries)
     _LOG.debug("attention of %d queries over %d keys by scaled_dot_product_attention", queries, end)
     k, v, causal = k[:, :, :end], v[:, :, :end], queries == end
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
