@@ -1,4 +1,4 @@
-"""`surgeon inspect`: the contents of a topology file or a package."""
+"""`surgeon inspect`: shows the contents of a topology file or a package."""
 
 import argparse
 import shutil
