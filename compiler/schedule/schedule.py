@@ -140,7 +140,7 @@ def _intervals(blocks: tuple[int, ...]) -> tuple[Run, ...]:
 
 
 def _merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Joins runs that overlap or touch, given in order of their begins, and drops empty ones."""
+    """Joins runs that overlap or touch, given in order of where they begin, and drops empty ones."""
     merged: list[Run] = []
     for run in runs:
         if merged and run.begin <= merged[-1].end:

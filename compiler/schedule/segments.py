@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Intervals(NamedTuple):
-    """The key intervals of a reader in rows before `end_row`: their begins and ends, not distinguished and unordered.
+    """The key intervals of a reader in rows before `end_row`: their bounds, unordered, begin and end not distinguished.
 
     A bound is at `offsets` or, if `follows` is 1, that far from the row's own position. `readers` has one bit set;
     bounds with other bits belong to other readers, listed together.

@@ -1,4 +1,4 @@
-"""`surgeon learn`, `assess` and `pilot` under torchrun: two processes find what one does, and one of them speaks."""
+"""`surgeon learn`, `assess` and `pilot` under torchrun: two processes find what one does, and only one prints."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_two_processes_find_what_one_does_and_go_on_from_what_one_left(
     assert quality(tmp_path / "two" / "pilot.json") == pytest.approx(quality(tmp_path / "one" / "pilot.json"), rel=1e-6)
     assert [file.name for file in (tmp_path / "two").iterdir()] == ["pilot.json"]
 
-    assert main([*learns[0], "--json"]) == 0  # and one goes on from what two left
+    assert main([*learns[0], "--json"]) == 0  # and one continues from what two left
     assert json.loads(capsys.readouterr().out)["provenance"]["steps"]["computed"] == 0
 
 
