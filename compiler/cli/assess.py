@@ -70,4 +70,4 @@ def picture(found: "Assessment") -> Iterator[str]:
         )
 
 
-ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _add_arguments, _run)
+ASSESS = Command("assess", "Show the cost of thinning each head of a model.", _add_arguments, _run)

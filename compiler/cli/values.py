@@ -32,8 +32,8 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Declares `--jobs`, and says at the end of the help where compiled parts are cached."""
     parser.epilog = (
-        "What has been compiled is kept in ~/.cache/surgeon/compiled, or below $SURGEON_CACHE, and not compiled again."
-        " It takes 1 GB at most, or what $SURGEON_CACHE_SIZE says: 500M, 2G, or 0 for no limit."
+        "Compiled parts are cached in ~/.cache/surgeon/compiled, or in $SURGEON_CACHE/compiled, and not compiled again."
+        " The cache takes at most 1 GB, or $SURGEON_CACHE_SIZE: for example 500M or 2G, or 0 for no limit."
     )
     parser.add_argument(
         "--jobs", type=positive, metavar="N", help="compilers to run at once; default: one per processor"
