@@ -59,7 +59,7 @@ class _UsageError(Exception):
 
 
 class _ShowVersion(argparse.Action):
-    """Like argparse's version action, which needs the version even if nobody asks for it."""
+    """Shows the version, which is only looked up when asked for; argparse's own action needs it up front."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from surgeon.runtime.installation import DISTRIBUTION, version

@@ -1,4 +1,4 @@
-"""Refinement at the sparse model, where the divergence itself tells which heads should see more and which less."""
+"""Refinement at the sparse model, where the divergence itself tells which heads should see more, and which less."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -95,5 +95,5 @@ def test_bad_input_is_one_line_of_one_process_and_status_2(folder: Path, tmp_pat
     (tmp_path / "binary").write_bytes(b"\xff\xfe\0\1")
     output = torchrun(SCRIPT, *learning(folder, tmp_path / "t.json", "--text", str(tmp_path / "binary")), fails=True)
     assert output.count("surgeon: ") == output.count("expected UTF-8 text") == 1, output
-    assert "exitcode  : 2 " in output, "torchrun's report of the first process"
+    assert "exitcode  : 2 " in output, "torchrun's report of the main process"
     assert not (tmp_path / "t.json").exists()
