@@ -1,7 +1,7 @@
 """Build time: from a topology to a package of compiled kernels.
 
-The names below are imported when they are first used: to read a topology or a package takes a small part of the
-compiler, and most of what a short command takes is imports.
+The names below are imported on first use: reading a topology or a package needs only a small part of the compiler, and
+a short command spends most of its time on imports.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Writes every stage's product to a folder, for people who want to read what the compiler did."""
+"""Writes the output of every stage to a folder, for people who want to read what the compiler did."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,30 +12,30 @@ from surgeon.runtime.package.target import Target
 
 
 class Dump:
-    """The folder given with --dump, numbered in the order of the stages; None writes nothing."""
+    """The folder given with --dump, with its entries numbered in the order of the stages; None writes nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def schedules(self, topology: Topology, layers: Sequence[LayerSchedule]) -> None:
-        """The canonical topology and the schedule of every layer as text."""
+        """Writes the canonical topology and the schedule of every layer as text."""
         self._write("1-topology.json", topology.canonical().encode())
         text = "\n".join(f"layer {index}\n{_layer_text(layer)}" for index, layer in enumerate(layers))
         self._write("2-schedule.txt", text.encode())
 
     def specs(self, target: Target, specs: Sequence[KernelSpec]) -> None:
-        """Which kernels a target needs and which layers they serve."""
+        """Writes the kernels that a target needs and the layers that they serve."""
         lines = [f"{spec.name}: layers {', '.join(map(str, spec.layers))}; {', '.join(spec.dtypes)}" for spec in specs]
         self._write(f"3-kernels-{target.folder}.txt", ("\n".join(lines) + "\n").encode())
 
     def sources(self, sources: Sequence[Source]) -> None:
-        """The rendered sources."""
+        """Writes the rendered sources."""
         for source in sources:
             for file in source.files:
                 self._write(f"4-sources/{file.path}", file.text.encode())
 
     def binaries(self, binaries: Sequence[Binary]) -> None:
-        """The compiled files."""
+        """Writes the compiled files."""
         for binary in binaries:
             self._write(f"5-binaries/{binary.path}", binary.data)
 

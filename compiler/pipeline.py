@@ -31,11 +31,12 @@ def compile_package(
 ) -> Path:
     """Compiles a topology's attention kernels into the folder `out`, which appears whole or not at all.
 
-    `dtypes` None means every storage type of each target; `jobs` is how many compilers run at once, by default one a
-    core; `dump` is a folder that receives every stage's product; `tiles` come before Surgeon's own (see `read_tiles`).
+    `dtypes` None means every storage type of each target; `jobs` is the number of compilers that run at once, by
+    default one per core; `dump` is a folder that receives every stage's output; `tiles` take precedence over the
+    built-in ones (see `read_tiles`).
 
     Raises:
-        TargetError: a target or dtype that does not exist or cannot hold the kernels.
+        TargetError: a target or dtype does not exist or cannot hold the kernels.
         BuildError: a compiler is missing or fails.
         PackageError: `out` exists and is not a kernel package.
     """
@@ -47,7 +48,7 @@ def compile_package(
     layers = schedule_layers(topology)
     last_readers = liveness_tables(layers)
     stages.schedules(topology, layers)
-    # What cannot be made is refused before the first compiler starts.
+    # Refuses what cannot be compiled before the first compiler starts.
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
     backends = {target: BACKENDS[target.backend] for target in chosen}
     specs = {
@@ -55,7 +56,7 @@ def compile_package(
     }
     for target, backend in backends.items():
         backend.check_compiler(target)
-    # One table serves every target that wants it: its name says which schedule and which table of it.
+    # One table serves every target that wants it: its name identifies the schedule and its table.
     wanted = [backend.wanted_tables(specs[target]) for target, backend in backends.items()]
     tables = segment_tables({name: table for of_target in wanted for name, table in of_target.items()})
     sources: list[Source] = []

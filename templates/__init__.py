@@ -1,1 +1,1 @@
-"""The Jinja templates that the compiler renders, in a folder for each backend and each kind of output."""
+"""The Jinja templates that the compiler renders, in one folder per backend or kind of output."""

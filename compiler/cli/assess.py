@@ -18,7 +18,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--density", type=density, default=0.25, help="visible share of the block pairs to assess at; default: 0.25"
     )
-    parser.add_argument("--work", type=path, metavar="FOLDER", help="where finished steps are kept; default: nowhere")
+    parser.add_argument(
+        "--work", type=path, metavar="FOLDER", help="folder for the results of finished steps; default: none are kept"
+    )
     add_json(parser)
 
 
@@ -42,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
 
 
 def picture(found: "Assessment") -> Iterator[str]:
-    """The assessment in lines of text: a digit a head, then the figures."""
+    """The assessment as lines of text: one digit per head, then the figures."""
     import numpy as np
 
     cost = np.array(found.cost)
@@ -68,4 +70,4 @@ def picture(found: "Assessment") -> Iterator[str]:
         )
 
 
-ASSESS = Command("assess", "Show what thinning each head of a model would cost.", _add_arguments, _run)
+ASSESS = Command("assess", "Show the cost of thinning each head of a model.", _add_arguments, _run)

@@ -1,7 +1,7 @@
-"""The contract of a command, which each command's file fulfils.
+"""The interface that every command's file implements.
 
-A command's file imports what its work needs inside functions: most of what a short command takes is imports, and help
-and wrong usage need none of them.
+A command's file imports what its work needs inside functions: a short command spends most of its time on imports, and
+neither help nor a usage error needs any of them.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """The lines for standard output; `passed` is false where a threshold that the user gave was missed."""
+    """The lines for standard output; `passed` is false if a threshold that the user gave was missed."""
 
     lines: Iterable[str]
     passed: bool = True
@@ -21,7 +21,7 @@ class Outcome:
 class Command:
     """A subcommand: `configure` declares its arguments, `run` does the work.
 
-    `run` returns the lines for standard output, in an Outcome where a threshold can be missed.
+    `run` returns the lines for standard output, in an Outcome if a threshold can be missed.
     """
 
     name: str

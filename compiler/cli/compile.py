@@ -1,4 +1,4 @@
-"""`surgeon compile`, also `surgeon-compile`: a topology becomes a package of attention kernels."""
+"""`surgeon compile`, also `surgeon-compile`: compiles a topology to a package of attention kernels."""
 
 import argparse
 import json
@@ -13,19 +13,19 @@ from surgeon.runtime.package.target import DTYPES
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("topology", metavar="topology.json", help="the learned topology")
-    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="the package to make or to replace")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="the package to write or replace")
     parser.add_argument(
         "--target",
         action="append",
         metavar="TARGET",
-        help="cpu, cuda:<compute capability> or hip:<gfx name>, for instance cuda:90; repeatable; default: cpu",
+        help="cpu, cuda:<compute capability> or hip:<gfx name>, for example cuda:90; repeatable; default: cpu",
     )
     parser.add_argument(
-        "--dtype", action="append", choices=DTYPES, help="repeatable; default: every dtype that each target takes"
+        "--dtype", action="append", choices=DTYPES, help="repeatable; default: every dtype that each target supports"
     )
     add_jobs(parser)
-    parser.add_argument("--tiles", type=path, metavar="FILE", help="a table of GPU tiles, as surgeon tune writes it")
-    parser.add_argument("--dump", type=path, metavar="FOLDER", help="write the product of every stage there")
+    parser.add_argument("--tiles", type=path, metavar="FILE", help="a table of GPU tiles written by surgeon tune")
+    parser.add_argument("--dump", type=path, metavar="FOLDER", help="write the output of every stage to this folder")
     add_json(parser)
 
 

@@ -1,4 +1,4 @@
-"""`surgeon export`: a package in the layout of another tool."""
+"""`surgeon export`: writes a package in the layout of another tool."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from surgeon.compiler.cli.values import add_json, path
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="PACKAGE", help="the kernel package")
     parser.add_argument("--format", required=True, choices=("hf-kernels",), help="hf-kernels: for get_local_kernel")
-    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="the folder to make or to replace")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="the folder to write or replace")
     add_json(parser)
 
 

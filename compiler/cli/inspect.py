@@ -1,4 +1,4 @@
-"""`surgeon inspect`: the contents of a topology file or a package."""
+"""`surgeon inspect`: shows the contents of a topology file or a package."""
 
 import argparse
 import shutil
@@ -24,4 +24,4 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     return report_lines(report, shutil.get_terminal_size().columns, stdout_encoding())
 
 
-INSPECT = Command("inspect", "Show what a topology file or a package holds.", _add_arguments, _run)
+INSPECT = Command("inspect", "Show the contents of a topology file or a package.", _add_arguments, _run)

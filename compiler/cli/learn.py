@@ -1,4 +1,4 @@
-"""`surgeon learn`: a frozen model and text become a topology file."""
+"""`surgeon learn`: learns a topology file from a frozen model and text."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measured(parser)
     parser.add_argument(
-        "--density", required=True, type=density, help="visible share of the block pairs, for instance 0.25"
+        "--density", required=True, type=density, help="visible share of the block pairs, for example 0.25"
     )
     parser.add_argument("--out", required=True, type=path, metavar="topology.json", help="the file to write")
     parser.add_argument(
@@ -33,22 +33,24 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default="budget",
         help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
     )
-    parser.add_argument("--steps", type=positive, default=60, metavar="N", help="steps of ultrametric; default: 60")
     parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="sequences of a step of ultrametric; default: 1"
+        "--steps", type=positive, default=60, metavar="N", help="training steps of ultrametric; default: 60"
     )
     parser.add_argument(
-        "--arity", type=int, choices=(2, 3, 5, 7), default=2, help="of ultrametric's digits; default: 2"
+        "--batch", type=positive, default=1, metavar="N", help="sequences per step of ultrametric; default: 1"
     )
     parser.add_argument(
-        "--cuts", action="store_true", help="also try clusters; a head gets one where it pays on text not used for it"
+        "--arity", type=int, choices=(2, 3, 5, 7), default=2, help="arity of ultrametric's digits; default: 2"
+    )
+    parser.add_argument(
+        "--cuts", action="store_true", help="also try clusters; a head gets them if they help on held-out text"
     )
     parser.add_argument(
         "--work",
         type=path,
         metavar="FOLDER",
-        help="where finished steps are kept, so that the same command continues an interrupted run; default: a folder"
-        " beside --out, removed at the end",
+        help="folder for the results of finished steps, so that the same command continues an interrupted run;"
+        " default: a folder beside --out, removed at the end",
     )
     add_json(parser)
 
@@ -77,10 +79,10 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
-    # Before the work and not after it: that it cannot be written, and that SciPy is missing.
+    # Fails before the work, not after it, if the file cannot be written or SciPy is missing.
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
-        raise TopologyError(str(out), "a file to write", "a folder", "name a file, for instance topology.json")
+        raise TopologyError(str(out), "a file to write", "a folder", "name a file, for example topology.json")
     if request.cuts:
         required("scipy", ModelError, "--cuts")
     work: Path = arguments.work or out.with_name(out.name + ".steps")

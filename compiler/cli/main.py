@@ -1,6 +1,6 @@
 """The command line: `surgeon COMMAND …`, and `surgeon-compile …` for its first command.
 
-What holds for every command is here once: errors, the exit status, safe printing. Each command has a file of its own.
+Everything that all commands share is here: errors, the exit status, safe printing. Each command has its own file.
 """
 
 import argparse
@@ -33,7 +33,7 @@ READER_LEFT = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `surgeon` with the arguments given, or the process's, and returns the exit status."""
+    """Runs `surgeon` with the given arguments, or the process's own, and returns the exit status."""
     summary = "Compiles a learned topology into block-sparse attention kernels."
     parser = _Parser(prog="surgeon", description=summary, allow_abbrev=False)
     _add_version(parser)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_compile(argv: Sequence[str] | None = None) -> int:
-    """Runs `surgeon-compile`, which is `surgeon compile`, and returns the exit status."""
+    """Runs `surgeon-compile`, the same as `surgeon compile`, and returns the exit status."""
     parser = _Parser(prog="surgeon-compile", description=COMPILE.summary, allow_abbrev=False)
     _add_version(parser)
     _configure(parser, COMPILE)
@@ -59,7 +59,7 @@ class _UsageError(Exception):
 
 
 class _ShowVersion(argparse.Action):
-    """As argparse's own, which wants to know the version before anybody has asked."""
+    """Shows the version, which is only looked up when asked for; argparse's own action needs it up front."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from surgeon.runtime.installation import DISTRIBUTION, version
@@ -69,7 +69,7 @@ class _ShowVersion(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as an exception, so that it is printed like every other error."""
+    """Reports a usage error as an exception, so that it is printed like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message}; see {self.prog} --help")
@@ -130,20 +130,20 @@ def _show(lines: Iterable[str]) -> int:
 
 
 def _abandon_stdout() -> None:
-    # The interpreter flushes once more at exit, and would complain again.
+    # The interpreter flushes again at exit, and would report the same error again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, status: int) -> int:
     let_the_main_process_speak()
-    with contextlib.suppress(OSError):  # nobody listens: the status still tells
+    with contextlib.suppress(OSError):  # nobody is reading; the exit status still tells
         if sys.stderr is not None:
             print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)
     return status
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with control, direction and other unprintable characters spelled out."""
+    """The text on one line, with control, direction and other unprintable characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

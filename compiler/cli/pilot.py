@@ -1,4 +1,4 @@
-"""`surgeon pilot`: a package is tried on its model, and the figures are written and shown."""
+"""`surgeon pilot`: tries a package on its model, and writes and shows the figures."""
 
 import argparse
 import tempfile
@@ -12,24 +12,24 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_and_text(parser)
     parser.add_argument("package", type=path, metavar="PACKAGE", help="the kernel package to try")
     parser.add_argument("--out", type=path, default=Path("pilot.json"), metavar="FILE", help="default: pilot.json")
-    parser.add_argument("--length", type=positive, metavar="TOKENS", help="default: the topology's own")
+    parser.add_argument("--length", type=positive, metavar="TOKENS", help="default: the topology's length")
     parser.add_argument(
-        "--sequences", type=positive, default=4, metavar="N", help="sequences of each text, spread over it; default: 4"
+        "--sequences", type=positive, default=4, metavar="N", help="sequences from each text, spread evenly; default: 4"
     )
     parser.add_argument(
         "--passkeys",
         type=natural,
         default=2,
         metavar="N",
-        help="numbers to be found, for each of five depths and two lengths; default: 2",
+        help="numbers to hide and ask for at each of five depths and two lengths; default: 2",
     )
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="of timing; default: 5")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
     parser.add_argument(
-        "--max-ppl-ratio", type=ratio, metavar="X", help="exit with 3 where perplexity over dense is above this"
+        "--max-ppl-ratio", type=ratio, metavar="X", help="exit with 3 if the ratio of perplexity to dense is above this"
     )
     parser.add_argument(
-        "--min-speedup", type=ratio, metavar="X", help="exit with 3 where the first token's speed-up is below this"
+        "--min-speedup", type=ratio, metavar="X", help="exit with 3 if the speed-up of the first token is below this"
     )
     add_json(parser)
 
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     from surgeon.runtime.evaluate.processes import joined
 
     out: Path = arguments.out
-    if not out.parent.is_dir():  # said now, not after minutes
+    if not out.parent.is_dir():  # reported now rather than minutes later
         raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
     request = PilotRequest(
         model=arguments.model,
@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         min_speedup=arguments.min_speedup,
     )
     quiet_unless_watched()
-    # The baseline's package lies in the first process's folder, until all have long loaded it.
+    # The baseline's package is in the main process's folder, which is removed long after all have loaded it.
     with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
         pilot = run(request, Path(scratch), progress)
     if is_main_process():

@@ -1,4 +1,4 @@
-"""`surgeon report`: a pilot and its topology on one HTML page."""
+"""`surgeon report`: shows a pilot and its topology on one HTML page."""
 
 import argparse
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from surgeon.compiler.cli.values import path
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pilot", type=path, metavar="pilot.json", help="what surgeon pilot wrote")
+    parser.add_argument("pilot", type=path, metavar="pilot.json", help="the file written by surgeon pilot")
     parser.add_argument("topology", type=path, metavar="topology.json", help="the topology that was tried")
     parser.add_argument(
         "--beside",

@@ -1,4 +1,4 @@
-"""`surgeon tune`: the GPU of this machine chooses tiles, which become a table for `surgeon compile --tiles`."""
+"""`surgeon tune`: times tiles on this machine's GPU and writes a table for `surgeon compile --tiles`."""
 
 import argparse
 import dataclasses
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("topology", metavar="topology.json", help="the topology whose schedules are timed")
     parser.add_argument("--out", required=True, type=path, metavar="FILE", help="the table of tiles to write")
-    parser.add_argument("--layer", type=natural, default=0, metavar="N", help="the layer that is timed; default: 0")
+    parser.add_argument("--layer", type=natural, default=0, metavar="N", help="the layer to time; default: 0")
     parser.add_argument(
         "--head-dim",
         action="append",
         type=positive,
         metavar="N",
-        help="a head size to choose tiles for; repeatable; default: the topology's own",
+        help="a head size to choose tiles for; repeatable; default: the topology's",
     )
-    parser.add_argument("--tiles", type=path, metavar="FILE", help="a table to start from, instead of Surgeon's own")
+    parser.add_argument("--tiles", type=path, metavar="FILE", help="a table to start from instead of the built-in one")
     add_jobs(parser)
     add_json(parser)
 
@@ -41,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.runtime.errors import TargetError
 
     out: Path = arguments.out
-    if not out.parent.is_dir():  # found out now, and not after the last candidate
+    if not out.parent.is_dir():  # reported now rather than after the last candidate
         raise TargetError(str(out.parent), "a folder", "nothing", "make it, or name another --out")
     topology = read_topology(arguments.topology)
     start = read_tiles(arguments.tiles) if arguments.tiles else None
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
 
 
 def _lines(out: Path, found: "Tuned") -> Iterable[str]:
-    """The tiles that were chosen: a line a head size and phase, with the time of the tile before."""
+    """The chosen tiles: one line per head size and phase, with the time of the previous tile."""
     for head_dim, tuning in found.tunings.items():
         for phase in ("prefill", "decode"):
             first = next(trial for trial in tuning.trials if trial.phase == phase)

@@ -1,4 +1,4 @@
-"""The types of the arguments' values, and the arguments that several commands share."""
+"""Types of argument values, and the arguments that several commands share."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def add_model_and_text(parser: argparse.ArgumentParser) -> None:
-    """Declares a model, its place and texts."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers knows")
+    """Declares the arguments for a model, its devices and texts."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or a name that Transformers can resolve")
     parser.add_argument(
         "--device-map",
         type=device_map,
         metavar="MAP",
-        help="where the model goes, as from_pretrained takes it: auto, a device, or a JSON object; default: the CPU,"
-        " or for a pilot where the package runs",
+        help="devices for the model, as in from_pretrained: auto, a device, or a JSON object; default: the CPU,"
+        " or for a pilot the package's device",
     )
     parser.add_argument(
         "--text", action="append", required=True, type=path, metavar="FILE", help="UTF-8 text; repeatable"
@@ -22,7 +22,7 @@ def add_model_and_text(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measured(parser: argparse.ArgumentParser) -> None:
-    """Declares a model, texts, and the sequences of them that the model is measured on."""
+    """Declares the arguments for a model, texts, and the sequences that the model is measured on."""
     add_model_and_text(parser)
     parser.add_argument("--length", type=positive, default=2048, metavar="TOKENS", help="default: 2048")
     parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
@@ -30,12 +30,14 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:
-    """Declares `--jobs`, and tells in the help's last lines where compiled parts are kept."""
+    """Declares `--jobs`, and says at the end of the help where compiled parts are cached."""
     parser.epilog = (
-        "What has been compiled is kept in ~/.cache/surgeon/compiled, or below $SURGEON_CACHE, and not compiled again."
-        " It takes 1 GB at most, or what $SURGEON_CACHE_SIZE says: 500M, 2G, or 0 for no limit."
+        "Compiled parts are cached in ~/.cache/surgeon/compiled, or in $SURGEON_CACHE/compiled, and not compiled again."
+        " The cache takes at most 1 GB, or $SURGEON_CACHE_SIZE: for example 500M or 2G, or 0 for no limit."
     )
-    parser.add_argument("--jobs", type=positive, metavar="N", help="compilers at once; default: one a processor")
+    parser.add_argument(
+        "--jobs", type=positive, metavar="N", help="compilers to run at once; default: one per processor"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -44,17 +46,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def natural(text: str) -> int:
-    """A whole number of at least 0."""
+    """Parses a whole number of at least 0."""
     return _whole(text, 0)
 
 
 def density(text: str) -> float:
-    """A number above 0 and at most 1."""
+    """Parses a number above 0 and at most 1."""
     value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
@@ -62,7 +64,7 @@ def density(text: str) -> float:
 
 
 def ratio(text: str) -> float:
-    """A finite number above 0."""
+    """Parses a finite number above 0."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
@@ -70,7 +72,7 @@ def ratio(text: str) -> float:
 
 
 def device_map(text: str) -> str | dict[str, str | int]:
-    """A name for the whole model's place, or a JSON object with a device for each module."""
+    """Parses a name for the whole model's device, or a JSON object with a device for each module."""
     if not text.startswith("{"):
         return text
     try:
@@ -85,7 +87,7 @@ def device_map(text: str) -> str | dict[str, str | int]:
 
 
 def path(text: str) -> Path:
-    """A path; an empty one, as an unset variable of a shell gives it, is refused."""
+    """Parses a path; refuses an empty one, as an unset shell variable yields."""
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     return Path(text)
@@ -101,4 +103,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return math.nan  # which no comparison takes
+        return math.nan  # NaN compares false with everything

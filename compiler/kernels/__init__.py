@@ -1,1 +1,1 @@
-"""Kernel specifications ─▶ sources ─▶ binaries; a folder for each backend."""
+"""Kernel specifications ─▶ sources ─▶ binaries; one folder per backend."""

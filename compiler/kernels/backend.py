@@ -1,4 +1,4 @@
-"""The backends, each a way from schedules to binaries: the only place that asks what kind of target there is."""
+"""The backends, each a path from schedules to binaries: the only place that distinguishes kinds of target."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Backend(Generic[Spec, Made]):
-    """The stages of one kind of target, from schedules to specifications, to sources, to binaries.
+    """The stages for one kind of target: schedules to specifications, to sources, to binaries.
 
-    `wanted_tables` names the tables of segments that `render` takes. A name says which schedule and which table of it,
-    so that all targets of a package share them. `render` takes the build machine too, as `platform.machine()` names it.
-    `check_compiler` raises a TargetError where what compiles for the target is not installed.
+    `wanted_tables` names the segment tables that `render` takes. A name identifies a schedule and one of its tables, so
+    that all targets of a package share them. `render` also takes the build machine, as `platform.machine()` names it.
+    `check_compiler` raises a TargetError if the compiler for the target is not installed.
     """
 
     specialize: Callable[
@@ -65,4 +65,4 @@ CPU = Backend(specialize_cpu, _no_tables, _render_cpu, lambda _target: None, _bu
 GPU = Backend(specialize_gpu, wanted_tables, _render_gpu, check_triton, build_gpu)
 
 BACKENDS: Mapping[str, Backend[Any, Any]] = {"cpu": CPU, "cuda": GPU, "hip": GPU}
-"""By the backend that a target names."""
+"""Backends by the name that a target gives."""

@@ -1,4 +1,4 @@
-"""Which heads of a frozen model can be thinned, and what density can be expected at what loss: before learning."""
+"""Assesses a frozen model before learning: the heads that can be thinned, and the loss to expect at each density."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _DENSITIES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Expected:
-    """KL divergences, in nats a token, that can be expected at a density: of windows by cost, and of equal windows."""
+    """KL divergences to expect at a density, in nats per token: with windows by cost, and with equal windows."""
 
     density: float
     allocated: float
@@ -35,10 +35,10 @@ class Expected:
 class Assessment:
     """The cost of thinning each head; tables are `[layers][heads]`.
 
-    `missed` is the share of the dense attention beyond the sink and a window of `window` blocks, as equal windows have;
-    `cost` is each head's share of what that window costs in all heads, and `stability` the rank correlation of those
-    between texts, a mean over the pairs, None with one text. `measured` is the divergence of equal windows, to which
-    `curve`, made from costs of single heads, is scaled.
+    `missed` is the share of the dense attention outside the sink and a window of `window` blocks, the size that equal
+    windows have; `cost` is each head's share of the cost of that window in all heads, and `stability` the rank
+    correlation of the costs between texts, a mean over the pairs, or None with one text. `measured` is the divergence
+    of equal windows; `curve`, computed from the costs of single heads, is scaled to it.
     """
 
     grid: Grid
@@ -61,7 +61,7 @@ def assess(
     """Assesses a frozen model on two sequences of each text, one to measure on and one to scale by.
 
     Raises:
-        ModelError: the model is no decoder with full attention, or a text holds too few sequences.
+        ModelError: the model is not a decoder with full attention, or a text holds too few sequences.
         TopologyError: the density is out of reach.
     """
     check_decoder(model)
@@ -80,7 +80,7 @@ def assess(
 def summarize(
     costs: Sequence[Costs], missed: Sequence[Table], grid: Grid, equal: Windows, measured: float
 ) -> Assessment:
-    """Combines the costs and the missed shares of each text, `[layers, heads, blocks]`."""
+    """Combines the costs and the missed shares of all texts, `[layers, heads, blocks]` each."""
     fisher, error = (np.sum(tables, axis=0) for tables in ([c.fisher for c in costs], [c.error for c in costs]))
     total = Costs(fisher, error)
     window = int(equal.min())
@@ -105,10 +105,10 @@ def stability(heads: Sequence[Table]) -> float | None:
 
 
 def expected_curve(costs: Costs, grid: Grid, equal: Windows, measured: float) -> tuple[Expected, ...]:
-    """The divergence to expect at several densities, by the Fisher costs of single heads and one measurement.
+    """The divergence to expect at several densities, from the Fisher costs of single heads and one measurement.
 
-    Costs of single heads do not know how heads make up for each other or add up; that is put right in scale, by the
-    measured divergence of equal windows at the grid's density, and not in shape.
+    Costs of single heads ignore how heads compensate for each other or add up. The measured divergence of equal windows
+    at the grid's density corrects the scale of the curve, but not its shape.
     """
     pairs = visible_pairs(grid.blocks, grid.sink)
     cost = objective(costs, equal)

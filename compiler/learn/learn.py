@@ -1,4 +1,4 @@
-"""From a frozen model and texts to a topology: what each method does, in order."""
+"""Learns a topology from a frozen model and texts: the steps of each method, in order."""
 
 import dataclasses
 import time
@@ -29,11 +29,11 @@ from surgeon.runtime.transformers.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class Request:
-    """An order for a topology. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
+    """A request for a topology. Density is visible pairs over causal pairs of blocks; lengths and blocks are in tokens.
 
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
-    `cuts`, heads may also get clusters, which belong to their length and cannot be scaled. `settings` are for
-    the method "ultrametric", whose heads have clusters as well.
+    `cuts`, heads may also get clusters, which are tied to their length and cannot be scaled. `settings` are for the
+    method "ultrametric", whose heads have clusters as well.
     """
 
     density: float
@@ -49,9 +49,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Effort:
-    """Sequences of each text: to measure costs on, to validate on, and fresh ones for each round of refinement.
+    """Numbers of sequences per text: to measure costs on, to validate on, and fresh ones for each round of refinement.
 
-    `cuts` are those to propose cuts on, and as many again to admit them on.
+    `cuts` is the number to propose cuts on, and the same number again is used to admit them.
     """
 
     calibrate: int = 2
@@ -68,15 +68,15 @@ def learn(
     work: Path | None = None,
     progress: Progress | None = None,
 ) -> Topology:
-    """Learns a topology for a frozen model; its weights are not touched.
+    """Learns a topology for a frozen model, without changing its weights.
 
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
-    Where torch.distributed has several processes, they share the sequences, and all return the same topology. They may
-    share a folder, and need not.
+    If torch.distributed has several processes, they share the sequences, and all return the same topology. They may
+    share a folder, but need not.
 
     Raises:
-        ModelError: the model is no decoder with full attention, or a text holds too few sequences.
-        TopologyError: a length is no multiple of the block, or the density is out of reach.
+        ModelError: the model is not a decoder with full attention, or a text holds too few sequences.
+        TopologyError: a length is not a multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
     blocks = blocks_of(request.length, request.block_size)
@@ -150,10 +150,10 @@ def learn(
 
 
 def blocks_of(length: int, block_size: int) -> int:
-    """The blocks of a sequence of `length` tokens.
+    """The number of blocks in a sequence of `length` tokens.
 
     Raises:
-        TopologyError: the length is no multiple of the block.
+        TopologyError: the length is not a multiple of the block.
     """
     if length < block_size or length % block_size:
         raise TopologyError(

@@ -1,1 +1,1 @@
-"""Binaries ─▶ a package, written; and packages shown and exported."""
+"""Binaries ─▶ a package: writes, inspects and exports packages."""

@@ -1,4 +1,4 @@
-"""What a package was compiled from: its topology, and from its tables the schedules, without making them again."""
+"""The inputs that a package was compiled from: its topology, and the schedules, read back from its tables."""
 
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.topology.read import parse_topology
@@ -9,10 +9,10 @@ from surgeon.runtime.package.schedule import UNBOUNDED
 
 
 def packaged_topology(package: PackageFiles) -> Topology:
-    """The topology that stands in a verified package.
+    """Reads the topology in a verified package.
 
     Raises:
-        PackageError: it is none, or not the one that the manifest names.
+        PackageError: it is not a topology, or not the one that the manifest names.
     """
     place = f"{package.folder}/topology.json"
     try:
@@ -30,7 +30,7 @@ def packaged_topology(package: PackageFiles) -> Topology:
 
 
 def packaged_layers(package: PackageFiles) -> tuple[LayerSchedule, ...]:
-    """The schedule of every layer; equal heads and equal layers are one object, as `schedule_layers` has them.
+    """Reads the schedule of every layer; equal heads and equal layers are one object, as in `schedule_layers`.
 
     Raises:
         PackageError: the package's schedules are missing or damaged.

@@ -1,7 +1,7 @@
-"""A kernel package in the layout of Hugging Face's `kernels`, which finds and imports it there.
+"""Exports a kernel package in the layout of Hugging Face's `kernels`, which finds and imports it there.
 
-Below build/ stands one folder for each backend of torch that the package has kernels for, each with the whole package
-as it is. The module in it verifies and loads that package through `surgeon.runtime`, which must be installed.
+build/ has one folder for each torch backend that the package has kernels for, each with the whole package, unchanged.
+The module in it verifies and loads that package through `surgeon.runtime`, which must be installed.
 
 Source: `kernels` 0.17, resolver.py, variants.py and importer.py: variants without an architecture, "torch-<backend>".
 """
@@ -22,7 +22,7 @@ from surgeon.runtime.package.reader import MANIFEST, PackageFiles, read_package
 from surgeon.runtime.package.target import Target
 
 NAME = "surgeon-attention"
-"""What the kernel calls itself."""
+"""The kernel's name."""
 
 _PACKAGE = "package"
 _BACKENDS = {"cpu": "cpu", "cuda": "cuda", "hip": "rocm"}
@@ -30,19 +30,19 @@ _BACKENDS = {"cpu": "cpu", "cuda": "cuda", "hip": "rocm"}
 
 @dataclass(frozen=True)
 class Build:
-    """A folder below build/: the backend of torch that it is for, and the architectures, none for a CPU."""
+    """A folder in build/: the torch backend that it is for, and its architectures, empty for a CPU."""
 
     backend: str
     archs: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """Its name."""
+        """The folder's name."""
         return f"torch-{self.backend}"
 
 
 def builds(targets: Sequence[str]) -> tuple[Build, ...]:
-    """The builds for a package's targets, in the order of the backends' names."""
+    """The builds for a package's targets, sorted by backend name."""
     archs: dict[str, list[str]] = {}
     for target in map(Target.parse, targets):
         found = archs.setdefault(_BACKENDS[target.backend], [])
@@ -55,14 +55,16 @@ def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     """Writes a package to the folder `out` for `kernels.get_local_kernel(out)`; it appears whole or not at all.
 
     Raises:
-        PackageError: the package is damaged, or something else stands at `out`.
+        PackageError: the package is damaged, or something else exists at `out`.
     """
     out = Path(out)
     atomic_files.check_replaceable(out, "an export for Hugging Face's kernels", _is_export)
     files = read_package(package)
     manifest = (files.folder / MANIFEST).read_bytes()
     if hashlib.sha256(manifest).hexdigest() != files.id:
-        raise PackageError(str(files.folder), "a package that stays as it is", "one that changes", "export it again")
+        raise PackageError(
+            str(files.folder), "a package that does not change during the export", "one that changed", "export it again"
+        )
     packaged = {f"{_PACKAGE}/{path}": data for path, data in files.files.items()} | {f"{_PACKAGE}/{MANIFEST}": manifest}
     chosen = builds(files.manifest.targets)
     written = {"README.md": _readme(files, chosen)}
@@ -75,7 +77,7 @@ def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
 
 
 def _arch(target: Target) -> str:
-    """As `kernels` writes it: code for compute capability 9.0 and later runs on that one alone, which an "a" says."""
+    """An architecture as `kernels` writes it: "a" marks code from compute capability 9.0 on, which runs on no other."""
     if target.backend == "hip":
         return target.arch
     capability = f"{target.arch[:-1]}.{target.arch[-1]}"
@@ -83,7 +85,7 @@ def _arch(target: Target) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder holds nothing but an export: a repository with a history of its own is not replaced."""
+    """True if a folder holds nothing but an export: a repository with its own history is not replaced."""
     build = folder / "build"
     names = {entry.name for entry in folder.iterdir()}
     return (
@@ -114,7 +116,7 @@ def _description(files: PackageFiles) -> Mapping[str, object]:
 
 
 def _metadata(build: Build, package_id: str, contents: Mapping[str, bytes]) -> bytes:
-    """metadata.json: `id` is the name that Python knows the module by, the digest covers every other file."""
+    """Makes metadata.json: `id` is the module's name in Python, and the digest covers every other file."""
     digests = {path: base64.b64encode(hashlib.sha256(data).digest()).decode() for path, data in contents.items()}
     metadata = {
         "name": NAME,

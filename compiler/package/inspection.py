@@ -1,4 +1,4 @@
-"""What stands in a topology file or a package: its shape, its layers' schedules and density, targets, files, hashes."""
+"""The contents of a topology file or a package: shape, each layer's schedule and density, targets, files, hashes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ class LayerSummary:
     """One layer's schedule.
 
     `kernel` numbers the distinct schedules in the order of their first layers: layers with one number share kernels.
-    `pieces` are those of its distinct heads together; `density` is the mean over its heads.
+    `pieces` is the total over its distinct heads; `density` is the mean over its heads.
     """
 
     kernel: int
@@ -32,10 +32,10 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class TopologySummary:
-    """What a topology makes its heads see.
+    """The visibility that a topology gives its heads.
 
-    `density[l][h]` is head h's visible pairs over causal pairs of blocks at the topology's own length; equal layers and
-    heads are those with one schedule. A layer that is not covered has no summary and no densities.
+    `density[l][h]` is head h's visible pairs over causal pairs of blocks at the topology's own length; layers or heads
+    are equal if they have the same schedule. A layer that is not covered has no summary and no densities.
     """
 
     topology_sha256: str
@@ -66,9 +66,9 @@ class TopologyReport:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """How a layer's prefill runs on a GPU target: in so many kernels, each for some of its heads.
+    """The prefill kernels of a layer on a GPU target: their number, each for some of the layer's heads.
 
-    With `by_table` its schedule has too many pieces to be code, and they read it from the package's tables.
+    With `by_table` the schedule has too many pieces to be code, and the kernels read it from the package's tables.
     """
 
     target: str
@@ -78,10 +78,10 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class PackageReport:
-    """A verified package; `id` is the SHA-256 of its manifest, `size` is that of all its files in bytes.
+    """A verified package; `id` is the SHA-256 of its manifest, `size` is the total size of its files in bytes.
 
-    `on_cpu` has, for each instruction set of the CPU library, what the runtime decides by: how many tokens from the
-    start each layer sees whole, and whether torch's dense attention is faster there.
+    `on_cpu` has, for each instruction set of the CPU library, the basis of the runtime's choice: the number of tokens
+    from the start that each layer sees whole, and whether torch's dense attention is faster there.
     """
 
     path: str
@@ -92,7 +92,7 @@ class PackageReport:
     on_cpu: tuple[DenseRows, ...]
 
     def runs(self, layer: int) -> tuple[LayerRun, ...]:
-        """How a layer's prefill runs on each of the package's GPU targets."""
+        """The prefill kernels of a layer on each of the package's GPU targets."""
         found = []
         for target in self.manifest.targets:
             kernels = [
@@ -110,7 +110,7 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
     """Reads a topology file, or verifies the package in a folder.
 
     Raises:
-        TopologyError: the file is missing or no topology.
+        TopologyError: the file is missing or not a topology.
         PackageError: the folder holds no package, or a damaged one.
     """
     path = Path(path)
@@ -121,7 +121,7 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
 
 
 def summary_of(topology: Topology, layers: Sequence[LayerSchedule]) -> TopologySummary:
-    """Describes a topology and its layers' schedules, of which equal ones are one object."""
+    """Summarizes a topology and its layers' schedules; equal schedules must be one object."""
     density = tuple(tuple(topology.density(layer).tolist()) for layer in range(len(topology.layers)))
     numbers: dict[int, int] = {}
     for layer in layers:
@@ -145,7 +145,7 @@ def summary_of(topology: Topology, layers: Sequence[LayerSchedule]) -> TopologyS
 
 
 def report_json(report: TopologyReport | PackageReport) -> str:
-    """The report as one JSON object; `kind` is "topology" or "package"."""
+    """Formats the report as one JSON object; `kind` is "topology" or "package"."""
     summary = asdict(report.summary) | {"mean_density": report.summary.mean_density}
     if isinstance(report, TopologyReport):
         return json.dumps({"kind": "topology", "path": report.path, "bytes": report.size} | summary)
@@ -185,7 +185,7 @@ def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> Lay
 def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
     topology = packaged_topology(package)
-    # The schedules that its kernels were made from: to make them again would take most of the time.
+    # The schedules that its kernels were made from: making them again would take most of the time.
     summary = summary_of(topology, packaged_layers(package))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
     tokens = dense_tokens(package.manifest, package.schedules)

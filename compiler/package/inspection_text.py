@@ -1,4 +1,4 @@
-"""What `surgeon inspect` found, as lines for people, with a picture of the densities."""
+"""The findings of `surgeon inspect` as readable lines, with a picture of the densities."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from surgeon.runtime.package.manifest import KernelEntry
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = ".:-=+*%@"
-_LONGEST = 2**31 - 1  # tokens of a sequence
+_LONGEST = 2**31 - 1  # tokens in a sequence
 
 
 def report_lines(report: TopologyReport | PackageReport, width: int, encoding: str) -> tuple[str, ...]:
-    """The report for people, ending in a picture of the densities.
+    """Formats the report for people, ending with a picture of the densities.
 
-    The picture fits into `width` columns, several heads to a cell where it must, and is drawn in ASCII where `encoding`
-    has no bars. Names out of files stand in the lines as they are: the caller makes them safe to print.
+    The picture fits into `width` columns, with several heads per cell if necessary, and is drawn in ASCII if `encoding`
+    has no bars. Names from files are in the lines unchanged: the caller makes them safe to print.
     """
     head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
     layers = _layer_lines(report)
@@ -63,7 +63,7 @@ def _summary_lines(summary: TopologySummary) -> Iterator[str]:
 
 
 def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
-    """A row a layer: its kernel, its heads and pieces, and how it runs on each GPU; then what decides on a CPU."""
+    """One row per layer: its kernel, heads and pieces, its kernels on each GPU; then the basis of choice on a CPU."""
     package = report if isinstance(report, PackageReport) else None
     yield "layers     kernel, which equal layers share; distinct heads; pieces of their schedules"
     for index, layer in enumerate(report.summary.layers):

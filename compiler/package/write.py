@@ -1,4 +1,4 @@
-"""Writes a kernel package: everything that was made, listed in a manifest, put in place in one step.
+"""Writes a kernel package: all products, listed in a manifest, put in place in one step.
 
 Source: package format version 1; its reader is `surgeon.runtime.package.reader`.
 """
@@ -23,7 +23,7 @@ from surgeon.runtime.package.segment_table import FILE as TABLES
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuses to put a package where something else stands, or where the process itself does.
+    """Refuses to replace anything but a package or an empty folder, or a folder that the process is in.
 
     Raises:
         PackageError: `out` exists and is neither a kernel package nor an empty folder, or holds the current folder.
@@ -38,7 +38,7 @@ def write_package(
     sources: Sequence[Source],
     binaries: Sequence[Binary],
 ) -> Path:
-    """Writes the package to a folder beside `out` and renames it into place; what stood there before goes only then.
+    """Writes the package to a folder beside `out` and renames it into place; the old contents are removed only then.
 
     Raises:
         PackageError: `out` exists and is not a kernel package.

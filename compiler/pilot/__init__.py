@@ -1,1 +1,1 @@
-"""A package tried beside the dense model, as a table and as a page."""
+"""A package compared with the dense model, as a table and as a page."""

@@ -1,4 +1,4 @@
-"""Equal windows as dense as a topology: what a pilot holds against it."""
+"""Equal windows as dense as a topology: a pilot's baseline."""
 
 import dataclasses
 
@@ -9,10 +9,9 @@ from surgeon.compiler.topology.topology import SparseHead, Topology, mean_densit
 
 
 def window_baseline(topology: Topology, length: int) -> Topology:
-    """Equal windows and a sink over the same layers, as dense as the topology is at so many tokens.
+    """Equal windows and a sink over the same layers, as dense as the topology is at this many tokens.
 
-    The density is met from below, to less than one head's next block. Where it leaves no room for a sink, there is
-    none.
+    The density is met from below, to within one head's next block. If it leaves no room for a sink, there is none.
 
     Raises:
         TopologyError: the length is beyond the topology's own, and the topology refuses that.
@@ -36,7 +35,7 @@ def window_baseline(topology: Topology, length: int) -> Topology:
 
 
 def density_at(topology: Topology, length: int) -> float:
-    """Visible pairs over causal pairs of blocks at so many tokens, over the covered layers' heads.
+    """Visible pairs over causal pairs of blocks at this many tokens, over the covered layers' heads.
 
     Raises:
         TopologyError: the length is beyond the topology's own, and the topology refuses that.

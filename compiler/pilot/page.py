@@ -1,4 +1,4 @@
-"""`surgeon report`: a pilot and the topology it tried, as one HTML page that needs nothing beside itself."""
+"""Makes the page of `surgeon report`: a pilot and the topology it tried, as one self-contained HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
 
 @dataclass(frozen=True)
 class Fact:
-    """A line of the report's provenance."""
+    """One line of the report's provenance."""
 
     name: str
     value: str
@@ -31,8 +31,8 @@ def write_report(pilot: Path, topology: Path, out: Path, beside: Sequence[Path] 
     """Reads the files, writes the page, and returns its size in bytes.
 
     Raises:
-        PilotError: a pilot's file breaks its format, or does not belong to the topology or beside the pilot.
-        TopologyError: the topology's file breaks its format.
+        PilotError: a pilot's file violates its format, or belongs to another topology or cannot be compared.
+        TopologyError: the topology's file violates its format.
     """
     others = [(str(path), read_pilot(path)) for path in beside]
     page = report(read_pilot(pilot), read_topology(topology), others)
@@ -41,10 +41,10 @@ def write_report(pilot: Path, topology: Path, out: Path, beside: Sequence[Path] 
 
 
 def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]] = ()) -> str:
-    """The page, the same for the same input; `beside` are more pilots for the curves, and what an error calls them.
+    """Renders the page, the same for the same input; `beside` holds more pilots for the curves, by name in errors.
 
     Raises:
-        PilotError: the pilot is of another topology, or one beside it cannot be compared with it.
+        PilotError: the pilot is for another topology, or one of the others cannot be compared with it.
     """
     patched = _patched(pilot)
     if patched.topology_sha256 != topology.sha256:
@@ -87,7 +87,7 @@ def _patched(pilot: Pilot, where: str = "pilot") -> Column:
 
 
 def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
-    """Figures of different runs stand on one page only where nothing but the topology differed."""
+    """Checks that the pilots on one page differ in nothing but the topology."""
     wanted = _terms(pilot)
     tried = {_patched(pilot).topology_sha256}
     for where, other in beside:
@@ -102,7 +102,7 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
 
 
 def _terms(pilot: Pilot) -> dict[str, str]:
-    """The terms that pilots must have in common, in words."""
+    """The conditions that pilots must have in common, in words."""
     cells = pilot.columns[0].passkeys
     lengths = sorted({cell.length for cell in cells})
     return {

@@ -1,4 +1,4 @@
-"""The report's figures of pilots: quality and speed against density, and hidden numbers by depth."""
+"""The report's figures for pilots: quality and speed against density, and hidden numbers by depth."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES = (("#6b7280", "D"), ("#1d4ed8", "o"), ("#d97706", "s"), ("#15803d", "^"))
-"""Colour and marker of the columns, the dense model first."""
+"""The colour and marker of each column, the dense model first."""
 _INCHES = (3.2, 2.4)
 Extent = tuple[float, float]
 _SHARE: Extent = (-0.05, 1.05)
@@ -22,14 +22,14 @@ _SHARE: Extent = (-0.05, 1.05)
 
 @dataclass(frozen=True)
 class Point:
-    """A figure at a density or depth, both of which are shares."""
+    """A value at a density or a depth, both of which are shares."""
 
     place: float
     figure: Estimate
 
 
 def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
-    """Quality and speed of all pilots against density, relative to the dense model, which every pilot ran too."""
+    """Quality and speed of all pilots against density, relative to the dense model, which every pilot also ran."""
     dense = pilots[0].columns[0]
     charts = [
         _against_density(pilots, _title(shown.name), methodcaller("beside_dense", name), Estimate(shown.of_dense, None))
@@ -42,7 +42,7 @@ def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
 
 
 def passkey_figures(pilot: Pilot) -> tuple[Figure, ...]:
-    """For each length, what every column found by depth, and how near it came; none where no number was hidden."""
+    """For each length, every column's finds by depth and their log-probability; empty if no number was hidden."""
     charts: list[Figure] = []
     for length in sorted({cell.length for cell in pilot.columns[0].passkeys}):
         charts += [
@@ -55,7 +55,7 @@ def passkey_figures(pilot: Pilot) -> tuple[Figure, ...]:
 def curves(
     pilots: Sequence[Pilot], figure_of: Callable[[Column], Estimate | None], dense: Estimate
 ) -> dict[str, tuple[Point, ...]]:
-    """For the models of each name but the dense one, their points by rising density, up to the dense model's own."""
+    """The points of each model but the dense one, by rising density, up to the dense model's own point."""
     found: dict[str, list[Point]] = {}
     for pilot in pilots:
         for column in pilot.columns[1:]:
@@ -82,7 +82,7 @@ def _against_density(
     def draw(axes: "Axes") -> None:
         for index, (name, points) in enumerate(drawn.items(), start=1):
             _line(axes, name, index, points)
-        _line(axes, "dense", 0, [Point(1.0, dense)])  # over where the others end
+        _line(axes, "dense", 0, [Point(1.0, dense)])  # drawn on top, where the others end
         axes.set_xlim(0, 1.05)
         _finish(axes, "density", extent)
 

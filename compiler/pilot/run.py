@@ -1,4 +1,4 @@
-"""A pilot: a package on its model, beside the dense model and equal windows, measured and judged."""
+"""Runs a pilot: measures and judges a package on its model, against the dense model and equal windows."""
 
 import platform
 import time
@@ -33,11 +33,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class PilotRequest:
-    """A package, its model and texts, and how to measure them.
+    """A package, its model and texts, and the settings of the measurement.
 
     `length` None means the topology's own, `device_map` None the device that the package is for. `sequences` are taken
-    of each text; `passkeys` numbers are hidden for each of five depths and two lengths; `rounds` are of timing;
-    `window` adds the model with equal windows. The thresholds are None where there is none.
+    from each text; `passkeys` numbers are hidden for each of five depths and two lengths; `rounds` counts timing
+    rounds; `window` adds the model with equal windows. A threshold is None if there is none.
     """
 
     model: str
@@ -54,9 +54,9 @@ class PilotRequest:
 
 
 def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) -> Pilot:
-    """Measures and judges the patched model beside the dense one and equal windows.
+    """Measures and judges the patched model against the dense one and equal windows.
 
-    `scratch` is an empty folder for the package of equal windows; of several processes all read the first one's.
+    `scratch` is an empty folder for the package of equal windows; all processes read that of the main process.
 
     Raises:
         PackageError: the package cannot be read.
@@ -89,7 +89,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     columns = run_pilot(candidates, sequences, tasks, request.rounds, progress)
     (beside,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
     return Pilot(
-        model=Path(request.model).absolute().name,  # of a name on a hub, its end
+        model=Path(request.model).absolute().name,  # the last part of a name on a hub
         weights_sha256=weights,
         package_id=package.id,
         length=length,

@@ -1,4 +1,4 @@
-"""Figures of the report as SVG that can stand inline in one page, equal byte for byte for equal input."""
+"""The report's figures as SVG that can be inlined in one page, byte for byte equal for equal input."""
 
 import hashlib
 import io
@@ -21,21 +21,21 @@ _DRAWN: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "image.composite_image": False,
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names are not formulas
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as SVG, and what it shows in words. `markup` is safe as it is: all text in it is escaped."""
+    """A figure as SVG, and a description in words. `markup` is safe to use unescaped: all text in it is escaped."""
 
     title: str
     markup: str
 
 
 def figure(title: str, draw: Callable[["Axes"], None], inches: tuple[float, float]) -> Figure:
-    """The figure that `draw` makes on axes of its own, so many inches wide and high.
+    """Makes the figure that `draw` draws on new axes, with width and height in inches.
 
     Raises:
         PilotError: matplotlib is not installed.
@@ -55,7 +55,7 @@ def figure(title: str, draw: Callable[["Axes"], None], inches: tuple[float, floa
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the user has set, and as a page needs it."""
+    """Sets Matplotlib to its defaults, whatever the user has set, plus what a page needs."""
     required("matplotlib", PilotError, "surgeon report")
     import matplotlib
 
@@ -67,7 +67,7 @@ def _settings() -> Iterator[None]:
 
 
 def _inline(svg: str, title: str) -> str:
-    """The SVG element alone, as wide as its place, with names that no other figure of the page has."""
+    """The SVG element alone, as wide as its container, with ids that no other figure on the page has."""
     prefix = hashlib.sha256(f"{title}\n{svg}".encode()).hexdigest()[:8]
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)

@@ -12,7 +12,7 @@ from surgeon.runtime.evaluate.pilot_file import Column, Pilot
 
 @dataclass(frozen=True)
 class Row:
-    """A row's name, a figure with its unit for instance, and its cell in each column."""
+    """A row's name, for example a figure with its unit, and its cell in each column."""
 
     name: str
     cells: tuple[str, ...]
@@ -20,16 +20,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The heads over the cells of every row, and the rows."""
+    """The column headings, and the rows."""
 
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
 
 
 def pilot_table(pilot: Pilot) -> Table:
-    """All figures, a row each, of the pilot's models, a column each.
+    """The table of a pilot: one row per figure, one column per model.
 
-    Figures have their standard errors, and a dash stands where there is nothing to say.
+    Figures have their standard errors; a dash marks a missing value.
     """
     rows = [Row(figure.name, tuple(figure.cell(column) for column in pilot.columns)) for figure in _FIGURES]
     weights = ["unchanged" if column.weights_sha256 == pilot.weights_sha256 else "CHANGED" for column in pilot.columns]
@@ -38,7 +38,7 @@ def pilot_table(pilot: Pilot) -> Table:
 
 
 def density_table(pilots: Sequence[Pilot]) -> Table:
-    """All pilots' models, a row each by falling density, and their figures beside dense; dense is the first pilot's."""
+    """The table of several pilots: one row per model, by falling density, relative to the first pilot's dense model."""
     columns = [pilots[0].columns[0], *(column for pilot in pilots for column in pilot.columns[1:])]
     columns.sort(key=lambda column: -column.density)
     figures = [figure for figure in _FIGURES if figure.by_density]
@@ -47,7 +47,7 @@ def density_table(pilots: Sequence[Pilot]) -> Table:
 
 
 def passkeys(column: Column) -> str:
-    """The count of hidden numbers that a model found, "2 of 4" for instance: a dash where none was hidden."""
+    """The count of hidden numbers that a model found, for example "2 of 4"; a dash if none was hidden."""
     if column.passkeys_found is None:
         return "–"
     found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
@@ -55,7 +55,7 @@ def passkeys(column: Column) -> str:
 
 
 def verdict(pilot: Pilot) -> tuple[str, ...]:
-    """A sentence for every threshold and for the weights, if they changed."""
+    """One sentence for every threshold, and one for the weights if they changed."""
     sentences = [
         f"{'met' if threshold.met else 'MISSED'}: {threshold.figure} {threshold.found:.4f}, "
         f"to be {threshold.bound} {threshold.limit:g}"
@@ -67,7 +67,7 @@ def verdict(pilot: Pilot) -> tuple[str, ...]:
 
 
 def pilot_lines(pilot: Pilot, encoding: str) -> tuple[str, ...]:
-    """The table and the verdict as lines, in ASCII where `encoding` has no more."""
+    """Formats the table and the verdict as lines, in ASCII if `encoding` has nothing more."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -100,7 +100,7 @@ def _megabytes(count: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure with its unit, its cell for a model, and whether the table of several pilots has it."""
+    """A figure with its unit, its cell for a model, and whether the table of several pilots includes it."""
 
     name: str
     cell: Callable[[Column], str]
@@ -116,7 +116,7 @@ _OWN = {
     "peak_bytes": _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
     "kept_cache_bytes": _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
 }
-"""The figures of a model by itself, by their fields of `Column`."""
+"""The figures of a model on its own, by their fields in `Column`."""
 
 
 def _relative(field: str, figure: RelativeFigure) -> _Figure:

@@ -1,4 +1,4 @@
-"""The report's figures of a topology: density, dendrograms, and what every head sees."""
+"""The report's figures for a topology: density, dendrograms, and every head's mask."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ from surgeon.runtime.package.schedule import HeadSchedule
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CELLS = 64  # a mask's rows and columns in the picture; longer sequences are drawn coarser
+_CELLS = 64  # a mask's rows and columns in the picture; longer sequences are drawn more coarsely
 _TREES = 12
-_LABELS = 24  # more blocks than these have no room for their numbers
+_LABELS = 24  # with more blocks than this there is no room for their numbers
 _CUT = "#d97706"
 
 
 def density_map(density: Sequence[Sequence[float]]) -> Figure:
-    """Visible pairs over causal pairs of blocks, a row a layer and a column a head; empty where not covered."""
+    """Visible pairs over causal pairs of blocks, one row per layer, one column per head; empty if not covered."""
     heads = max(map(len, density))
     table = np.full((len(density), heads), np.nan)
     for layer, row in enumerate(density):
@@ -41,7 +41,7 @@ def density_map(density: Sequence[Sequence[float]]) -> Figure:
 
 
 def dendrogram_figures(topology: Topology) -> tuple[tuple[Figure, ...], int]:
-    """The trees, those with most cuts first and each with its heads' cuts as lines, and how many are left out."""
+    """The trees, those with the most cuts first, each with its heads' cuts as lines, and the number left out."""
     cuts: dict[int, list[float]] = {index: [] for index in range(len(topology.dendrograms))}
     for heads in topology.layers:
         for head in heads:
@@ -55,7 +55,7 @@ def dendrogram_figures(topology: Topology) -> tuple[tuple[Figure, ...], int]:
 def mask_figures(
     topology: Topology, layers: Sequence[LayerSchedule], density: Sequence[Sequence[float]]
 ) -> tuple[Figure, ...]:
-    """For each covered layer, which blocks (across) every block (down) sees, a square a head."""
+    """The masks of each covered layer: the blocks (across) that every block (down) sees, one square per head."""
     pictures = {id(head): mask_picture(head, topology.num_blocks) for layer in layers for head in layer.heads}
     figures = []
     for index, layer in enumerate(layers):
@@ -66,9 +66,9 @@ def mask_figures(
 
 
 def mask_picture(head: HeadSchedule, num_blocks: int, cells: int = _CELLS) -> npt.NDArray[np.float64]:
-    """The visible share of each cell, `[cells, cells]` or, where there are fewer blocks, `[num_blocks, num_blocks]`.
+    """The visible share of each cell, `[cells, cells]` or, if there are fewer blocks, `[num_blocks, num_blocks]`.
 
-    A row of cells is that of the blocks' row in its middle, so that time follows the picture and not the sequence.
+    A row of cells shows the row of blocks in its middle, so that time grows with the picture, not with the sequence.
     """
     cells = min(cells, num_blocks)
     edges = np.arange(cells + 1) * num_blocks // cells
@@ -109,7 +109,7 @@ def _tree(index: int, tree: Dendrogram, cuts: Sequence[float]) -> Figure:
 
 
 def _squares(title: str, squares: Sequence[npt.NDArray[np.float64]], densities: Sequence[float]) -> Figure:
-    """Heads beside each other, as many to a row as a phone can show, in one picture."""
+    """Draws heads side by side in one picture, as many per row as a phone can show."""
     across = min(len(squares), 5)
     down = -(-len(squares) // across)
     cells = squares[0].shape[0]

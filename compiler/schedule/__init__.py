@@ -1,1 +1,1 @@
-"""Topology ─▶ which blocks every row reads; analyses of it; tables of segments."""
+"""Topology ─▶ schedules, the blocks that every row reads; their analyses; segment tables."""

@@ -1,4 +1,4 @@
-"""Liveness: the last row that reads each block, found without expanding a schedule."""
+"""Liveness: the last row that reads each block, computed without expanding a schedule."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from surgeon.runtime.package.schedule import UNBOUNDED
 def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]:
     """Liveness: the last row that can read each block of each KV head, `[num_key_value_heads, num_blocks]`.
 
-    Once a sequence has passed that row, the block may leave the cache. `UNBOUNDED` where some row will always read it,
-    and in a layer that is not covered, where the model's own attention does.
+    Once a sequence has passed that row, the block may leave the cache. `UNBOUNDED` if rows read it for ever, and in a
+    layer that is not covered, where the model's own attention reads everything.
     """
     if not layer.heads:
         return np.full((layer.num_key_value_heads, num_blocks), UNBOUNDED, dtype=np.int64)
@@ -39,11 +39,11 @@ def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]
 
 
 def liveness_table(layer: LayerSchedule) -> npt.NDArray[np.int64]:
-    """The last readers of as many blocks as there are rules for, `[num_key_value_heads, blocks]`.
+    """The last readers of the blocks up to where they become regular, or of all, `[num_key_value_heads, blocks]`.
 
-    A block behind the last column has its reader as many rows behind that column's: only windows reach it.
+    The reader of a block n columns past the last is n rows after the last column's: only windows reach that block.
     """
-    # From its last piece's first row on, a head reads blocks that are as far from every row.
+    # From its last piece's first row on, a head reads blocks at the same distance from every row.
     settled = max(head.pieces[-1].first_row for head in layer.heads) + 1
     return last_readers(layer, settled if layer.num_rows == UNBOUNDED else layer.num_rows)
 

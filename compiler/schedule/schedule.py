@@ -1,8 +1,8 @@
-"""From a topology to block schedules: which blocks every head and row of blocks reads, exactly and compactly.
+"""Topology ─▶ block schedules: the blocks that every head and row of blocks reads, exactly and compactly.
 
 A head's schedule is a list of pieces. A piece is a range of rows that share a slice of constant runs and a last run
 that ends on the row itself. Because every row of a cluster reads a prefix of one list of runs, the size of the
-description follows the number of cluster fragments, not the square of the length.
+description grows with the number of cluster fragments, not with the square of the length.
 """
 
 from bisect import bisect_left
@@ -18,7 +18,7 @@ from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 class LayerSchedule:
     """The schedules of one layer's query heads; consecutive groups of heads share a KV head.
 
-    `num_rows` is the number of rows that may be asked for, `UNBOUNDED` unless the topology refuses what is beyond it.
+    `num_rows` is the number of rows that may be requested, `UNBOUNDED` unless the topology refuses rows beyond its own.
     """
 
     heads: tuple[HeadSchedule, ...]
@@ -28,7 +28,7 @@ class LayerSchedule:
 
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
-    """The schedule of every layer, without heads where none is covered; equal heads and layers are one object."""
+    """Schedules every layer, without heads if it is not covered; equal heads and equal layers are one object."""
     clusters: dict[tuple[int, float], tuple[_Cluster, ...]] = {}
     schedules: dict[Head, HeadSchedule] = {}
     for head in {head for heads in topology.layers for head in heads}:
@@ -86,7 +86,7 @@ class _RowPlan(NamedTuple):
 
 
 class _RunTable:
-    """Constant runs of one head, each distinct list stored once."""
+    """The constant runs of one head, each distinct list stored once."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -101,9 +101,9 @@ class _RunTable:
 
 
 def _row_planner(runs: list[Run], window: int, last_row: int, table: _RunTable) -> Callable[[int], _RowPlan]:
-    """How each row up to last_row splits `runs`, its sink and cluster, around its window."""
+    """Plans how each row up to last_row splits `runs`, its sink and cluster, around its window."""
     ends = [run.end for run in runs]
-    # What some window covers in every row needs no constant; leaving it out lets clusters share their runs.
+    # Blocks that a window covers in every row need no constant run; omitting them lets clusters share their runs.
     first_run = table.add(run for run in runs if run.end < last_row - window + 1)
 
     def plan(row: int) -> _RowPlan:
@@ -133,14 +133,14 @@ def _pieces_beyond(head: SparseHead, num_blocks: int, beyond: str, table: _RunTa
 
 
 def _intervals(blocks: tuple[int, ...]) -> tuple[Run, ...]:
-    """The runs of ascending blocks."""
+    """Groups ascending blocks into runs."""
     breaks = [index for index in range(1, len(blocks)) if blocks[index] != blocks[index - 1] + 1]
     ends = [*breaks, len(blocks)]
     return tuple(Run(blocks[begin], blocks[end - 1] + 1) for begin, end in zip([0, *breaks], ends, strict=True))
 
 
 def _merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Joins runs that overlap or touch, given in the order of their begins; empty ones vanish."""
+    """Joins runs that overlap or touch, given in order of where they begin, and drops empty ones."""
     merged: list[Run] = []
     for run in runs:
         if merged and run.begin <= merged[-1].end:

@@ -1,9 +1,8 @@
-"""The tables of segments that a package carries as constants for its GPU kernels.
+"""The segment tables that a package carries as constants for its GPU kernels.
 
-
-When decoding, all query heads of a KV head share one pass over its keys, though they see different blocks; in a prefill
-kernel whose tiles span several rows of blocks, the rows do. Which blocks some reader of a pass sees changes from row to
-row, so it is a table, not code.
+In decoding, all query heads of a KV head share one pass over its keys, though they see different blocks; in a prefill
+kernel whose tiles span several rows of blocks, the rows do. The blocks that some reader of a pass sees change from row
+to row, so they are in a table, not in code.
 """
 
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from surgeon.runtime.package.schedule import UNBOUNDED
 from surgeon.runtime.package.segment_table import SegmentTable
 
 MAX_GROUP = 31
-"""The most query heads a KV head for which a table can be made: a bit each."""
+"""The most query heads per KV head for which a table can be made: each has one bit."""
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """Which of a schedule's tables a kernel reads: for one query, or for tiles of `rows` and `blocks` blocks."""
+    """The kind of a schedule's table that a kernel reads: for one query, or for tiles of `rows` by `blocks` blocks."""
 
     phase: str
     rows: int = 1
@@ -30,24 +29,24 @@ class TableShape:
 
     @property
     def name(self) -> str:
-        """What it is called in the package, after the schedule's name."""
+        """The table's name in the package, after the schedule's name."""
         return self.phase if self.phase == "decode" else f"{self.phase}_{self.rows}x{self.blocks}"
 
     def of(self, layer: LayerSchedule) -> SegmentTable:
-        """The table itself."""
+        """Makes the table of a schedule."""
         return decode_table(layer) if self.phase == "decode" else prefill_table(layer, self.rows, self.blocks)
 
 
 def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> dict[str, SegmentTable]:
-    """Makes tables, each under the name that is wanted for it."""
+    """Makes the wanted tables, each under its wanted name."""
     return {name: shape.of(layer) for name, (layer, shape) in wanted.items()}
 
 
 def decode_table(layer: LayerSchedule) -> SegmentTable:
-    """Makes a layer's table in blocks: a pattern is a KV head, the readers are its query heads.
+    """Makes a layer's decoding table, in blocks: a pattern is a KV head, the readers are its query heads.
 
-    Its size follows the pieces of the heads, that of `rows` where the last one begins. No segments stand apart: splits
-    of the keys want them all in order.
+    Its size grows with the heads' pieces, that of `rows` with the row at which the last piece begins. Segments that all
+    readers see are not listed apart: splits of the keys need all segments in order.
     """
     group = len(layer.heads) // layer.num_key_value_heads
     groups = [layer.heads[begin : begin + group] for begin in range(0, len(layer.heads), group)]
@@ -59,12 +58,12 @@ def decode_table(layer: LayerSchedule) -> SegmentTable:
 
 
 def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
-    """Makes a layer's table for tiles of `rows` rows of blocks; a pattern is a head.
+    """Makes a layer's prefill table for tiles of `rows` rows of blocks; a pattern is a head.
 
-    Bounds are in units of `blocks` key blocks, which divide `rows`; a tile's own place is its first row's. A reader is
-    a row of the tile and a block of the unit, with the bit row · blocks + block. Segments that every query sees whole
-    come first, then the masked ones: those that only some see, and the tile's own, of which a query sees the keys up
-    to itself.
+    Bounds are in units of `blocks` key blocks, which divide `rows`; a tile's own position is that of its first row. A
+    reader is a row of the tile and a block of the unit, with the bit row · blocks + block. Segments that every query
+    sees whole come first, then the masked ones: those that only some see, and the tile's own, of which a query sees the
+    keys up to its own.
     """
     found = {}
     for head in dict.fromkeys(layer.heads):
@@ -78,7 +77,7 @@ def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
 
 
 def _own(rows: int, blocks: int) -> tuple[Intervals, ...]:
-    """A reader more, of the tile's own keys, so that they are segments of their own."""
+    """An extra reader, of the tile's own keys, so that these get segments of their own."""
     units = rows // blocks
     bit = 1 << rows * blocks
     return (Intervals(UNBOUNDED, np.array([0, units]), np.array([1, 1]), np.array([bit, bit])),)

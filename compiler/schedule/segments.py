@@ -1,7 +1,7 @@
-"""What several readers read together, row by row: segments of key blocks, each with the readers that see it.
+"""Segments of key blocks, row by row, each with the readers that see it.
 
-A kernel that serves several readers in one pass over the keys walks such a list. For decoding the readers are the query
-heads of a KV head; for a tile of queries they are the rows of blocks that lie in it.
+A kernel that serves several readers in one pass over the keys walks such a list. In decoding the readers are the query
+heads of a KV head; for a tile of queries they are the rows of blocks within it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +17,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class Intervals(NamedTuple):
-    """The key intervals of a reader in rows before `end_row`: their begins and ends, told alike and in no order.
+    """The key intervals of a reader in rows before `end_row`: their bounds, unordered, begin and end not distinguished.
 
-    A bound stands at `offsets`, or that far from the row's own place where `follows` is 1. `readers` has one bit set:
-    those with other bits are other readers, told together.
+    A bound is at `offsets` or, if `follows` is 1, that far from the row's own position. `readers` has one bit set;
+    bounds with other bits belong to other readers, listed together.
     """
 
     end_row: int
@@ -42,8 +42,8 @@ def head_intervals(
 ) -> tuple[Intervals, ...]:
     """The intervals that row number `row` of a tile of `rows` rows reads, in units of `blocks` blocks, dividing `rows`.
 
-    Tiles begin at multiples of their rows. The reader with bit `first_reader + c` sees block c of each unit. The last
-    run goes on to the end of the tile, where causality cuts it, and the last piece goes on for ever.
+    Tiles begin at multiples of `rows`. The reader with bit `first_reader + c` sees block c of each unit. The last run
+    continues to the end of the tile, where causality ends it, and the last piece continues for ever.
     """
     columns = np.arange(blocks)[:, None]
     runs = np.array(head.runs, dtype=np.int64).reshape(-1)
@@ -51,7 +51,7 @@ def head_intervals(
     for piece in head.pieces:
         end_row = UNBOUNDED if piece is head.pieces[-1] else -((row - piece.end_row) // rows)
         if end_row <= (found[-1].end_row if found else 0):
-            continue  # the tile's other rows are in this piece, or none
+            continue  # the tile's other rows are in this piece, or there are none
         listed = runs[2 * piece.first_run : 2 * piece.end_run]
         last_begin = piece.last_begin + row if piece.follows_row else piece.last_begin
         bounds = np.concatenate((listed, (last_begin, rows)))
@@ -68,9 +68,9 @@ def head_intervals(
 
 
 def unions(readers: Sequence[Sequence[Intervals]], step: int) -> Iterator[tuple[int, Ints]]:
-    """The rows at which more changes than the place of the row itself, and the segments from there on, ascending.
+    """Yields the rows at which more changes than the row's own position, and the segments from there on, ascending.
 
-    Row r's own place is `step` · r. Neighbouring segments that the same readers see are one.
+    Row r's own position is `step` · r. Neighbouring segments that the same readers see are merged.
     """
     numbers = [0] * len(readers)
     row = 0
@@ -91,7 +91,7 @@ def unions(readers: Sequence[Sequence[Intervals]], step: int) -> Iterator[tuple[
 
 
 def make_table(patterns: Iterable[Sequence[Plan]], num_rows: int) -> SegmentTable:
-    """The table of several patterns for at most `num_rows` rows; equal plans are one."""
+    """Makes the table of several patterns for at most `num_rows` rows; equal plans are stored once."""
     patterns = list(patterns)
     rows = np.zeros((len(patterns), min(num_rows, 1 + max(plans[-1].first_row for plans in patterns))), dtype=np.int32)
     places: dict[tuple[bytes, int], int] = {}
@@ -112,7 +112,7 @@ def make_table(patterns: Iterable[Sequence[Plan]], num_rows: int) -> SegmentTabl
 
 
 def _crossings(offsets: Ints, follows: Ints, step: int, row: int, end: int) -> list[int]:
-    """Where, from `row` to before `end`, the order of the bounds changes: rows in which two meet, and those after."""
+    """The rows from `row` to before `end` at which the order of the bounds changes: where two meet, and the next."""
     if end - row == 1:
         return [row]
     fixed, moving = np.unique(offsets[follows == 0]), np.unique(offsets[follows == 1])
@@ -124,10 +124,10 @@ def _crossings(offsets: Ints, follows: Ints, step: int, row: int, end: int) -> l
 
 
 def _union(offsets: Ints, follows: Ints, readers: Ints, own: int) -> Ints:
-    """The segments of a row whose own place is `own`."""
+    """The segments of a row whose own position is `own`."""
     places = offsets + own * follows
     order = np.argsort(places, kind="stable")
-    # Bounds that meet in this row count as one, which toggles the readers that an odd number of them belongs to.
+    # Bounds that meet in this row count as one, which toggles the readers with an odd number of them.
     first_at = np.flatnonzero(np.diff(places[order], prepend=-1))
     toggles = np.bitwise_xor.reduceat(readers[order], first_at)
     bounds, toggles = order[first_at[toggles != 0]], toggles[toggles != 0]

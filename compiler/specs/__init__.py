@@ -1,1 +1,1 @@
-"""Schedules ─▶ which kernels a target needs, with which tiles; the dataclasses of the later stages."""
+"""Schedules ─▶ specifications: the kernels that a target needs, with their tiles; dataclasses of later stages."""

@@ -15,7 +15,7 @@ from surgeon.runtime.package.target import Target
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A rendered file; `path` is its place in the package, with forward slashes."""
+    """A rendered file; `path` is its path in the package, with forward slashes."""
 
     path: str
     text: str
@@ -25,7 +25,7 @@ class SourceFile:
 class CpuSource:
     """The rendered source of a CPU library.
 
-    `flags` are those that the compiler needs for a file beyond what all have, by the file's path.
+    `flags` holds the extra compiler flags of a file, beyond those for all files, by the file's path.
     """
 
     target: Target
@@ -38,9 +38,9 @@ class CpuSource:
 class GpuSource:
     """The rendered source of one GPU kernel, which may serve several schedules.
 
-    `phase` is that of its entries in the manifest. Its one file is named after its function, `tile` is how its work is
-    cut, and `heads` are the first and the end of the query heads that it is for, empty for all. `tables` are what it
-    reads of its schedules, by the names that they have in the package; `table` is their common part, empty for none.
+    `phase` is that of its entries in the manifest. Its one file is named after its function, `tile` is its tiling, and
+    `heads` are the first and the end of the query heads that it is for, empty for all. `tables` are the tables that it
+    reads, by their names in the package; `table` is the common part of those names, empty for none.
     """
 
     target: Target
@@ -54,7 +54,7 @@ class GpuSource:
 
     @property
     def interface(self) -> Interface:
-        """How the kernel is called."""
+        """The interface that the kernel is launched by."""
         return INTERFACES[self.phase, bool(self.table)]
 
 
@@ -63,7 +63,7 @@ Source = CpuSource | GpuSource
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled file of the package, its kernels as the manifest lists them, and the tools that made it."""
+    """One compiled file of a package, its kernels as the manifest lists them, and the tools that made it."""
 
     path: str
     data: bytes
@@ -71,13 +71,13 @@ class Binary:
     tools: tuple[Tool, ...]
 
     def to_bytes(self) -> bytes:
-        """The binary as one string of bytes for the cache: a line of JSON, then the file's own bytes."""
+        """Serializes the binary for the cache: one line of JSON, then the file's own bytes."""
         rest = {"path": self.path, "kernels": list(map(asdict, self.kernels)), "tools": list(map(asdict, self.tools))}
         return json.dumps(rest).encode() + b"\n" + self.data
 
     @classmethod
     def from_bytes(cls, stored: bytes) -> "Binary":
-        """What `to_bytes` made."""
+        """Restores a binary from `to_bytes`."""
         line, _, data = stored.partition(b"\n")
         rest = json.loads(line)
         kernels = from_plain(tuple[KernelEntry, ...], rest["kernels"], "kernels")

@@ -1,4 +1,4 @@
-"""Kernel specifications: one attention kernel to make, with all that its backend must know to write it."""
+"""Kernel specifications: one attention kernel to make, with all that its backend needs to render it."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from surgeon.runtime.package.target import Target
 
 @dataclass(frozen=True)
 class Shape:
-    """What a template must know of the model."""
+    """The dimensions of the model that a template needs."""
 
     num_heads: int
     num_key_value_heads: int
@@ -51,9 +51,9 @@ class CpuSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class GpuSpec(KernelSpec):
-    """The kernels of a layer on a GPU: what its processors have, and the tile of each phase.
+    """The kernels of a layer on a GPU: the device's resources, and the tile of each phase.
 
-    `decode` is None where a KV head has too many query heads for a kernel of one query; those for many serve then.
+    `decode` is None if a KV head has too many query heads for a one-query kernel; the prefill kernels serve then.
     """
 
     device: Device

@@ -1,4 +1,4 @@
-"""From schedules to kernel specifications: one kernel for each distinct layer schedule, as the target can hold it."""
+"""Schedules ─▶ kernel specifications: one kernel per distinct layer schedule, if the target can hold it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from surgeon.runtime.package.target import Target
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 Tiles = Mapping[Target, TargetTiles]
-"""A user's own tables of tiles."""
+"""A user's own tile tables."""
 
 
 def specialize_cpu(
@@ -23,12 +23,12 @@ def specialize_cpu(
     dtypes: Sequence[str] | None = None,
     _tiles: Tiles | None = None,
 ) -> tuple[CpuSpec, ...]:
-    """The kernels that a CPU library needs, in the order of their first layers.
+    """Specifies the kernels that a CPU library needs, in the order of their first layers.
 
-    `dtypes` restricts the storage types; None means every one of the target.
+    `dtypes` restricts the storage types; None means all of the target's.
 
     Raises:
-        TargetError: a dtype or head size that there is no kernel for.
+        TargetError: there is no kernel for a dtype or the head size.
     """
     return tuple(CpuSpec(**vars(spec)) for spec in _specs(topology, layers, target, dtypes))
 
@@ -40,10 +40,10 @@ def specialize_gpu(
     dtypes: Sequence[str] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[GpuSpec, ...]:
-    """The kernels that a GPU needs, with the tiles that cut their work; `tiles` come before Surgeon's own.
+    """Specifies the kernels that a GPU needs, with their tiles; `tiles` take precedence over the built-in ones.
 
     Raises:
-        TargetError: a dtype, head size or block size that the target cannot hold.
+        TargetError: the target does not support a dtype, the head size or the block size.
     """
     specs = _specs(topology, layers, target, dtypes)
     if topology.block_size & (topology.block_size - 1):
@@ -62,17 +62,17 @@ def specialize_gpu(
 
 
 def check_head_dim(head_dim: int) -> None:
-    """Refuses a head size that no kernel template has.
+    """Refuses a head size that no kernel template supports.
 
     Raises:
-        TargetError: it is one.
+        TargetError: no kernel template supports it.
     """
     if head_dim not in HEAD_DIMS:
         raise TargetError(
             "model.head_dim",
             f"one of {', '.join(map(str, HEAD_DIMS))}",
             str(head_dim),
-            "no kernel template has this head size",
+            "no kernel template supports this head size",
         )
 
 

@@ -1,7 +1,7 @@
-"""How GPU kernels cut their work on each target: the table tiles.json, or a user's own, read and checked.
+"""The tiles of GPU kernels on each target: the table tiles.json, or a user's own, read and checked.
 
-Source: tiles.json version 1. Per target: threads a warp, shared memory a program, and for each phase a tile by padded
-head size. `surgeon tune` writes the same format.
+Source: tiles.json version 1. Per target: threads per warp, shared memory per program, and for each phase a tile by
+padded head size. `surgeon tune` writes the same format.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from surgeon.runtime.package.strict_json import Fault, parse_root, read_document
 from surgeon.runtime.package.target import Target
 
 MIN_BLOCK = 16
-"""The smallest block that a GPU kernel takes: the least that a matrix instruction sums over in 16 bits."""
+"""The smallest block that a GPU kernel supports: the fewest terms that a 16-bit matrix instruction sums over."""
 
 MAX_READERS = 32
-"""The most pairs of a row of blocks in a tile of queries and a block in a tile of keys: each has a bit in a mask."""
+"""The most pairs of a row of blocks in a query tile and a block in a key tile: each pair is one bit of a mask."""
 
 PHASES = ("prefill", "decode")
 
@@ -36,7 +36,7 @@ _FAULT = Fault(TargetError, _REMEDY)
 
 @dataclass(frozen=True)
 class Device:
-    """What a target's processors have: threads a warp, and bytes of shared memory that one program may have."""
+    """A target's resources: threads per warp, and bytes of shared memory that one program may use."""
 
     warp_size: int
     shared_bytes: int
@@ -44,7 +44,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys a tile in tokens, the warps that share it, and how many tiles of keys are under way at once."""
+    """Queries and keys per tile in tokens, the warps that share it, and the number of key tiles in flight."""
 
     queries: int
     keys: int
@@ -54,7 +54,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class TargetTiles:
-    """One target's tiles, those of each phase by padded head size: a head of another size takes the next larger one."""
+    """One target's tiles, per phase by padded head size: a head of another size takes the next larger one."""
 
     target: Target
     device: Device
@@ -62,16 +62,16 @@ class TargetTiles:
     decode: Mapping[int, Tile]
 
     def prefill_tile(self, head_dim: int, block_size: int) -> Tile:
-        """The tile of a kernel for many queries: inside one block, or over several whole blocks where they are smaller.
+        """The tile of a kernel for many queries: within one block, or over several whole blocks if they are smaller.
 
         Raises:
-            TargetError: no tile of this head size or these blocks fits the target.
+            TargetError: no tile for this head size or block size fits the target.
         """
         tile = self.listed("prefill", head_dim)
         if block_size < MIN_BLOCK:
             raise TargetError(
                 "block_size",
-                f"at least {MIN_BLOCK} tokens for {self.target}, which its matrix instructions take at once",
+                f"at least {MIN_BLOCK} tokens for {self.target}, the fewest its matrix instructions take",
                 str(block_size),
                 "learn the topology with blocks of 32, 64 or 128",
             )
@@ -83,16 +83,16 @@ class TargetTiles:
         return Tile(queries, keys, warps, tile.stages)
 
     def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
-        """The tile of a kernel for one query a sequence: its rows are the query heads of a KV head.
+        """The tile of a kernel for one query per sequence: its rows are the query heads of a KV head.
 
         Raises:
-            TargetError: no tile of this head size fits the target.
+            TargetError: no tile for this head size fits the target.
         """
         tile = self.listed("decode", head_dim)
         return Tile(max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size), tile.warps, tile.stages)
 
     def listed(self, phase: str, head_dim: int) -> Tile:
-        """The tile that the table has for a head size, whatever the blocks are.
+        """The table's tile for a head size, whatever the block size.
 
         Raises:
             TargetError: there is none.
@@ -106,7 +106,7 @@ class TargetTiles:
         return tiles[min(fitting)]
 
     def with_tile(self, phase: str, head_dim: int, tile: Tile) -> "TargetTiles":
-        """The same with another tile for a head size."""
+        """A copy with another tile for a head size."""
         tiles = dict(sorted((dict(self._of(phase)) | {padded(head_dim): tile}).items()))
         prefill, decode = (tiles if name == phase else self._of(name) for name in PHASES)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
@@ -116,7 +116,7 @@ class TargetTiles:
 
 
 def tiles_of(target: Target, own: Mapping[Target, TargetTiles] | None = None) -> TargetTiles:
-    """A target's tiles: those of a user's own table where it has the target, else those that come with Surgeon.
+    """A target's tiles: those of the user's own table if it has the target, else the built-in ones.
 
     Raises:
         TargetError: neither table has it.
@@ -134,19 +134,19 @@ def tiles_of(target: Target, own: Mapping[Target, TargetTiles] | None = None) ->
 
 
 def read_tiles(path: str | os.PathLike[str]) -> dict[Target, TargetTiles]:
-    """Reads a table of tiles.
+    """Reads a tile table.
 
     Raises:
-        TargetError: the file is missing, no JSON, or holds what no kernel could have; the text says where.
+        TargetError: the file is missing, not JSON, or holds tiles that no kernel could use; the text says where.
     """
     return read_document(path, _MAX_FILE_BYTES, parse_tiles, _FAULT)
 
 
 def parse_tiles(text: str) -> dict[Target, TargetTiles]:
-    """Reads the text of a table.
+    """Parses the text of a tile table.
 
     Raises:
-        TargetError: it is no JSON, or holds what no kernel could have.
+        TargetError: it is not JSON, or holds tiles that no kernel could use.
     """
     root = _object(parse_root(text, _ROOT, "tiles", _FAULT), "tiles", {"source", "targets"})
     rows = root["targets"]
@@ -156,7 +156,7 @@ def parse_tiles(text: str) -> dict[Target, TargetTiles]:
 
 
 def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
-    """The text of a table; `source` says where its numbers come from."""
+    """Formats a tile table; `source` says where its numbers come from."""
     targets = []
     for target, row in rows.items():
         phases = (

@@ -1,1 +1,1 @@
-"""What the compiler needs of the machine: atomic files, a cache, a terminal, Jinja. It knows nothing of topologies."""
+"""Machine services for the compiler: atomic files, a cache, the terminal, Jinja. It knows nothing of topologies."""

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written beside their place and renamed into it."""
+"""Folders and files that appear whole or not at all: written beside their destination and renamed into place."""
 
 import contextlib
 import ctypes
@@ -17,15 +17,15 @@ _AT_FDCWD = -100
 
 
 def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> None:
-    """Refuses to put a folder where something else stands, or where the process itself does.
+    """Refuses to replace anything but an empty folder or one of ours, or a folder that the process is in.
 
-    `is_ours` tells of a folder whether it is of the `kind` that may be replaced.
+    `is_ours` returns true for a folder of the `kind` that may be replaced.
 
     Raises:
-        PackageError: `out` exists and is neither that nor an empty folder, or holds the current folder.
+        PackageError: `out` exists and is neither of that kind nor an empty folder, or holds the current folder.
     """
     here = Path.cwd()
-    if out.resolve() in (here, *here.parents):  # the swap would take it away from under this process and its shell
+    if out.resolve() in (here, *here.parents):  # the swap would pull it out from under this process and its shell
         raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
     if not (out.is_symlink() or out.exists()):
         return
@@ -37,9 +37,9 @@ def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> 
 def write(out: Path, files: Mapping[str, bytes]) -> None:
     """Writes files, by their paths with forward slashes, to a folder beside `out` and renames it into place.
 
-    What stood there before goes only then, and what writers that were killed left beside it goes first.
+    The old contents are removed only then; whatever killed writers left beside it is removed first.
     """
-    place = out.resolve()  # a name for the folder beside it, also where `out` ends in ".."
+    place = out.resolve()  # so that it has a name and a parent even if `out` ends in ".."
     place.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(place)
     with _folder_beside(place) as temporary:
@@ -63,7 +63,7 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _folder_beside(place: Path) -> Iterator[Path]:
-    """A folder for what will stand at `place`, locked as long as its writer lives."""
+    """Makes a folder for the future contents of `place`, locked for as long as its writer lives."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
         with _locked(folder, fcntl.LOCK_EX):
@@ -77,7 +77,7 @@ def _folder_beside(place: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Removes folders that were made beside `place` for it and that no living process holds."""
+    """Removes folders that were made beside `place` for its contents and that no living process holds."""
     name = re.compile(rf"\.{re.escape(place.name)}\.\w{{8}}\.partial")  # as tempfile names them
     for folder in [path for path in place.parent.iterdir() if name.fullmatch(path.name)]:
         with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
@@ -87,9 +87,9 @@ def _remove_abandoned(place: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, mode: int) -> Iterator[bool]:
-    """Holds a lock on a folder, which its process loses however it dies; yields whether it could be had.
+    """Holds a lock on a folder, released however the process dies; yields whether the lock was acquired.
 
-    A file system without such locks gives none, and nothing is taken for abandoned there.
+    A file system without such locks grants none, so nothing on it counts as abandoned.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -111,7 +111,7 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
-    """Swaps the two folders, so that at every moment one whole folder stands under the name."""
+    """Swaps the two folders, so that at every moment there is one whole folder under the name."""
     if not out.exists():
         temporary.rename(out)
         return
@@ -122,7 +122,7 @@ def _put_in_place(temporary: Path, out: Path) -> None:
         if exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
             return
     # A file system without exchange: between these two renames the name is free for an instant, and the old folder
-    # stands beside it.
+    # is beside it.
     aside = temporary.with_suffix(".old")
     out.rename(aside)
     temporary.rename(out)

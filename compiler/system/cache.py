@@ -1,7 +1,7 @@
 """A cache of compiled parts, addressed by the content of everything that went into them.
 
-An entry is a file named by its key that holds the SHA-256 of the data and the data, so that a damaged one is a miss.
-Its modification time is when it was last used.
+An entry is a file named by its key that holds the SHA-256 of the data, then the data, so a damaged entry is a miss.
+Its modification time is the time of its last use.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from surgeon.runtime.errors import BuildError, short_repr
 DEFAULT_LIMIT = "1G"
 _SIZE = re.compile(r"([0-9]{1,15})([kMGT]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_ENTRY = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-.*")  # whole, or one that was being written
+_ENTRY = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-.*")  # a whole entry, or one being written
 
 
 def cache_folder() -> Path:
-    """What is made or fetched once lies here: $SURGEON_CACHE, or $XDG_CACHE_HOME/surgeon, or ~/.cache/surgeon."""
+    """The folder of things made or fetched once: $SURGEON_CACHE, or $XDG_CACHE_HOME/surgeon, or ~/.cache/surgeon."""
     named = os.environ.get("SURGEON_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(named or f"{base}/surgeon").expanduser().absolute()
 
 
 class Cache:
-    """Compiled parts below a folder, of at most `limit` bytes in all, None for any; several processes may share it."""
+    """Compiled parts in a folder, at most `limit` bytes in all, None for no limit; processes may share it."""
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self._folder = folder
@@ -39,13 +39,13 @@ class Cache:
         """The user's cache of compiled parts, of at most $SURGEON_CACHE_SIZE.
 
         Raises:
-            BuildError: that is not a size.
+            BuildError: its value is not a size.
         """
         return cls(cache_folder() / "compiled", _limit(os.environ.get("SURGEON_CACHE_SIZE") or DEFAULT_LIMIT))
 
     @staticmethod
     def key(parts: Iterable[str | bytes]) -> str:
-        """The address of what is made from these parts; their boundaries count."""
+        """The key of whatever is made from these parts; the boundaries between them count."""
         digest = hashlib.sha256()
         for part in parts:
             data = part.encode() if isinstance(part, str) else part
@@ -54,21 +54,21 @@ class Cache:
         return digest.hexdigest()
 
     def get(self, key: str) -> bytes | None:
-        """The data stored under a key, or None where there is none or it is damaged."""
+        """Returns the data stored under a key, or None if there is none or it is damaged."""
         file = self._folder / key
         try:
             entry = file.read_bytes()
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # removed meanwhile, or another user's
+        with contextlib.suppress(OSError):  # removed in the meantime, or another user's
             os.utime(file)
         digest, data = entry[:32], entry[32:]
         return data if hashlib.sha256(data).digest() == digest else None
 
     def put(self, key: str, data: bytes) -> None:
-        """Stores data, and removes the entries that were not used for longest where the limit is passed.
+        """Stores data, and removes the least recently used entries if the limit is exceeded.
 
-        A cache that cannot be written is left as it is, since nothing depends on it.
+        A cache that cannot be written is left alone, since nothing depends on it.
         """
         entry = hashlib.sha256(data).digest() + data
         if self._limit is not None and len(entry) > self._limit:
@@ -81,7 +81,7 @@ class Cache:
     def _shrink(self) -> None:
         """Removes entries down to the limit.
 
-        Who reads one has it open and reads on; who comes too late to read or to replace it misses it and compiles.
+        A process that is reading one has it open and reads on; one that comes too late gets a miss and compiles.
         """
         if self._limit is None:
             return
@@ -96,13 +96,13 @@ class Cache:
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         with os.scandir(self._folder) as files:
             for file in files:
-                if _ENTRY.fullmatch(file.name):  # whatever else lies here is not the cache's
+                if _ENTRY.fullmatch(file.name):  # other files here are not the cache's
                     with contextlib.suppress(FileNotFoundError):  # another process removed it
                         yield Path(file), file.stat(follow_symlinks=False)
 
 
 def _limit(text: str) -> int | None:
-    """The bytes of a size such as 500M; None for 0, no limit."""
+    """Parses a size such as 500M into bytes; None for 0, no limit."""
     size = _SIZE.fullmatch(text)
     if size is None:
         raise BuildError(

@@ -1,4 +1,4 @@
-"""The one Jinja set-up that every renderer shares."""
+"""The one Jinja environment that every renderer shares."""
 
 from functools import cache
 
@@ -7,10 +7,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 @cache
 def environment() -> Environment:
-    """Jinja over the `surgeon.templates` package.
+    """The Jinja environment for the `surgeon.templates` package.
 
-    A name that a template uses and the renderer did not give is an error, a line that holds only a tag leaves no trace
-    in the text. Values are escaped in HTML, and nowhere else, since the output is source code.
+    A name that a template uses but the renderer did not supply is an error; a line that holds only a tag leaves no
+    trace in the text. Values are escaped in HTML and nowhere else, since all other output is source code.
     """
     return Environment(
         loader=PackageLoader("surgeon.templates", ""),
@@ -23,5 +23,5 @@ def environment() -> Environment:
 
 
 def render_template(name: str, /, **values: object) -> str:
-    """The text of one template, for instance `gpu/prefill.py.jinja`, with `values` filled in."""
+    """Renders one template, for example `gpu/prefill.py.jinja`, with `values` filled in."""
     return environment().get_template(name).render(**values)

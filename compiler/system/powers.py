@@ -1,8 +1,8 @@
-"""Powers of two, which all sizes inside a GPU's kernel are."""
+"""Powers of two, as all sizes inside a GPU kernel must be."""
 
 
 def padded(number: int) -> int:
-    """The least power of two that is not below a positive number."""
+    """The smallest power of two that is at least a given positive number."""
     return 1 << (number - 1).bit_length()
 
 

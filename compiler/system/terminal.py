@@ -1,4 +1,4 @@
-"""The terminal: the characters that it can show, and progress bars where somebody watches."""
+"""The terminal: the characters that it can show, and progress bars if somebody is watching."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from surgeon.compiler.system.main_process import is_main_process
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many of its parts are done, and how many there are."""
+"""Called with the name of a step, the number of its parts that are done, and the total number."""
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """One bar that shows the step reported last and vanishes at the end; None where nobody would see it."""
+    """Yields one bar, which shows the latest step and vanishes at the end; None if nobody would see it."""
     if not _is_watched():
         yield None
         return
-    # Rich takes a tenth of a second to load, which a run without a terminal need not pay.
+    # Rich takes a tenth of a second to load, which a run without a terminal can save.
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -37,7 +37,7 @@ def quiet_unless_watched() -> None:
 
 
 def can_show(encoding: str, characters: str) -> bool:
-    """Tells whether an encoding has all these characters."""
+    """True if an encoding has all these characters."""
     try:
         characters.encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -46,7 +46,7 @@ def can_show(encoding: str, characters: str) -> bool:
 
 
 def stdout_encoding() -> str:
-    """The encoding of standard output, ASCII where it is closed or has none."""
+    """The encoding of standard output; ASCII if it is closed or has none."""
     return (sys.stdout and sys.stdout.encoding) or "ascii"
 
 

@@ -1,4 +1,4 @@
-"""The versions of what makes compiled parts."""
+"""The versions of the tools that make compiled parts."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ from surgeon.runtime.installation import version as own_version
 
 
 def versions(*distributions: str) -> tuple[str, ...]:
-    """The versions of these distributions, "none" for one that is not installed, and Surgeon's own at the end."""
+    """The versions of these distributions, "none" for one that is not installed, then Surgeon's own."""
     return (*map(_version, distributions), own_version())
 
 

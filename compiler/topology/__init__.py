@@ -1,1 +1,1 @@
-"""Trees, heads and topology.json, read and written."""
+"""Topologies: trees, heads, and topology.json, read and written."""

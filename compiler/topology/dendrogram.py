@@ -1,4 +1,4 @@
-"""The ultrametric tree over the blocks of a sequence: how it is read, and what can be asked of it.
+"""The ultrametric tree over the blocks of a sequence: its construction, distances and clusters.
 
 Source: SciPy's linkage matrix Z (`scipy.cluster.hierarchy`) and p-adic digit paths, DESIGN of topology.json version 1.
 """
@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from surgeon.runtime.errors import TopologyError, short_repr
 
-if TYPE_CHECKING:  # imported where a graph is made, which reading and scheduling do without
+if TYPE_CHECKING:  # imported where a graph is made; reading and scheduling do without it
     import networkx as nx
 
 Merge = tuple[int, int, float, int]
-"""One row of a linkage: left node, right node, height, number of leaves below. Row r makes node `num_leaves + r`."""
+"""A row of a linkage: left node, right node, height, number of leaves below. Row r makes node `num_leaves + r`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Dendrogram:
         """Checks a linkage matrix of num_blocks−1 rows [left, right, height, count].
 
         Raises:
-            TopologyError: the rows do not make one tree over the blocks; `where` is named with the row.
+            TopologyError: the rows do not make one tree over the blocks; the text names `where` and the row.
         """
         if len(rows) != num_blocks - 1:
             raise TopologyError(
@@ -87,11 +87,11 @@ class Dendrogram:
     def from_paths(cls, paths: Sequence[Sequence[int]], arity: int, where: str) -> "Dendrogram":
         """Builds the tree in which d(i,j) is the depth minus the length of the common prefix of paths i and j.
 
-        `paths` holds one row of digits a block, root digit first. A node with more than two children becomes a chain of
-        merges at one height.
+        `paths` holds one row of digits per block, root digit first. A node with more than two children becomes a chain
+        of merges at one height.
 
         Raises:
-            TopologyError: ragged rows, or a digit outside 0..arity-1.
+            TopologyError: the rows differ in length, or a digit is outside 0..arity-1.
         """
         depth = len(paths[0])
         for block, path in enumerate(paths):
@@ -100,7 +100,7 @@ class Dendrogram:
                     f"{where}[{block}]",
                     f"{depth} digits, as in the first path",
                     str(len(path)),
-                    "give every block a path of one length",
+                    "give every block a path of the same length",
                 )
             for level, digit in enumerate(path):
                 if not 0 <= digit < arity:
@@ -114,7 +114,9 @@ class Dendrogram:
         linkage: list[Merge] = []
         counts = [1] * num_blocks
         nodes = {block: tuple(path) for block, path in enumerate(paths)}
-        for height in range(depth + 1):  # blocks with equal paths merge at 0, those that differ in the last digit at 1
+        for height in range(
+            depth + 1
+        ):  # blocks with equal paths merge at 0, those that differ only in the last digit at 1
             by_prefix: dict[tuple[int, ...], list[int]] = {}
             for node, path in nodes.items():
                 by_prefix.setdefault(path[: depth - height], []).append(node)
@@ -156,13 +158,13 @@ class Dendrogram:
         return tuple(tuple(blocks) for blocks in members.values())
 
     def labels(self, cut: float) -> npt.NDArray[np.int64]:
-        """A number for the cluster that each block is in under the cut, `[num_blocks]`."""
-        # Without a graph and without a loop over the merges: a model has a cut a head.
+        """The number of each block's cluster under the cut, `[num_blocks]`."""
+        # Without a graph or a loop over the merges: a model has one cut per head.
         children, heights = self._merges
         up = np.arange(self._root + 1)
         merged = np.flatnonzero(heights <= cut)
         up[children[merged]] = self.num_blocks + merged[:, None]
-        while not np.array_equal(further := up[up], up):  # twice as far up each time
+        while not np.array_equal(further := up[up], up):  # twice as far up the tree each time
             up = further
         return up[: self.num_blocks]
 
@@ -172,7 +174,7 @@ class Dendrogram:
 
     @cached_property
     def _merges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The nodes that each row merges, `[rows, 2]`, and its height, `[rows]`."""
+        """The nodes that each row merges, `[rows, 2]`, and their heights, `[rows]`."""
         children = np.array([row[:2] for row in self.linkage], dtype=np.int64).reshape(-1, 2)
         return children, np.array([row[2] for row in self.linkage], dtype=np.float64)
 

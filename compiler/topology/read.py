@@ -1,4 +1,4 @@
-"""Reads topology.json and trusts nothing in it.
+"""Reads topology.json without trusting anything in it.
 
 Source: topology.json version 1 (`topology.schema.json` beside this file holds the same format for editors).
 """
@@ -28,7 +28,7 @@ def read_topology(path: str | os.PathLike[str]) -> Topology:
     """Reads and checks a topology file.
 
     Raises:
-        TopologyError: the file is missing, too large, not JSON, or breaks the format; the text says where.
+        TopologyError: the file is missing, too large, not JSON, or violates the format; the text says where.
     """
     return read_document(path, MAX_FILE_BYTES, parse_topology, _FAULT, "share dendrograms between heads")
 
@@ -37,7 +37,7 @@ def parse_topology(text: str) -> Topology:
     """Checks the text of a topology file.
 
     Raises:
-        TopologyError: it breaks the format; the text says where.
+        TopologyError: it violates the format; the text says where.
     """
     root = _object(
         parse_json(text, "topology", _FAULT),
@@ -63,7 +63,7 @@ def parse_topology(text: str) -> Topology:
             "list every layer",
         )
     if all(layer is None for layer in layers):
-        raise TopologyError("layers", "heads for one layer at least", "null for all", "give a layer its heads")
+        raise TopologyError("layers", "heads for at least one layer", "null for all", "give a layer its heads")
     return Topology(
         model=model,
         block_size=block_size,
@@ -87,7 +87,7 @@ def _model(value: object) -> ModelShape:
     model_type = fields["model_type"]
     if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", model_type):
         raise TopologyError(
-            "model.model_type", "a Transformers model type", short_repr(model_type), 'use for instance "llama"'
+            "model.model_type", "a Transformers model type", short_repr(model_type), 'use for example "llama"'
         )
     heads = _integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
     kv_heads = _integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
@@ -132,7 +132,7 @@ def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
         for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))
     ]
     if len(paths) != num_blocks:
-        raise TopologyError(place, f"{num_blocks} paths, one a block", str(len(paths)), "give every block its digits")
+        raise TopologyError(place, f"{num_blocks} paths, one per block", str(len(paths)), "give every block its digits")
     return Dendrogram.from_paths(paths, arity, place)
 
 

@@ -1,4 +1,4 @@
-"""The learned topology: which blocks each attention head sees, by definition.
+"""The learned topology: the definition of the blocks that each attention head sees.
 
 Source: topology.json version 1 (`topology.schema.json` beside this file).
 """
@@ -29,7 +29,7 @@ class DenseHead:
 class SparseHead:
     """A head that sees the first `sink` blocks, the last `window` blocks, and its own cluster under `cut`.
 
-    `dendrogram` is an index into the topology's dendrograms; sink and window are in blocks, cut is a tree height.
+    `dendrogram` is an index into the topology's dendrograms; sink and window are in blocks, and cut is a tree height.
     """
 
     dendrogram: int
@@ -43,11 +43,11 @@ Head = DenseHead | SparseHead
 
 @dataclass(frozen=True)
 class Topology:
-    """The heads of every layer, and the trees that their clusters come from. `read_topology` makes and has checked it.
+    """The heads of every layer, and the trees that their clusters come from, as checked by `read_topology`.
 
     `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
-    and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows at and after `num_blocks`
-    see besides sink and window: "window" nothing, "dense" everything, "error" is refused.
+    and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows from `num_blocks` on see
+    besides sink and window: "window" nothing, "dense" everything, and "error" refuses such rows.
     """
 
     model: ModelShape
@@ -59,7 +59,7 @@ class Topology:
     provenance: Mapping[str, Any]
 
     def block_mask(self, layer: int, num_blocks: int) -> npt.NDArray[np.bool_]:
-        """Which blocks each sees, straight from the definition: bool `[num_attention_heads, num_blocks, num_blocks]`.
+        """The blocks that each head sees, straight from the definition: bool `[heads, num_blocks, num_blocks]`.
 
         visible(i, j) ⇔ j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut). `num_blocks` may be any length.
 
@@ -91,10 +91,10 @@ class Topology:
         return tuple(layer for layer, heads in enumerate(self.layers) if heads)
 
     def visible_pairs(self, head: Head, num_blocks: int | None = None) -> int:
-        """Pairs of blocks that one of its heads sees, at `num_blocks` or its own length: those of the mask, counted.
+        """Counts the pairs of blocks that one of its heads sees, at `num_blocks` or its own length, as in the mask.
 
         Raises:
-            TopologyError: as `block_mask`.
+            TopologyError: as in `block_mask`.
         """
         length = self.num_blocks if num_blocks is None else num_blocks
         self._check_length(length, "density")
@@ -110,10 +110,10 @@ class Topology:
         )
 
     def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
-        """Visible pairs over causal pairs of blocks, a figure a head: `[num_attention_heads]`.
+        """Visible pairs over causal pairs of blocks, per head: `[num_attention_heads]`.
 
         Raises:
-            TopologyError: as `block_mask`.
+            TopologyError: as in `block_mask`.
         """
         pairs = {head: self.visible_pairs(head, num_blocks) for head in set(self.layers[layer])}
         causal = causal_pairs(self.num_blocks if num_blocks is None else num_blocks)
@@ -129,7 +129,7 @@ class Topology:
             )
 
     def canonical(self) -> str:
-        """The topology as JSON in one fixed spelling: keys sorted, trees as linkages, without provenance."""
+        """The topology as JSON in one canonical form: keys sorted, trees as linkages, no provenance."""
         return json.dumps(
             {
                 "format": "surgeon.topology",
@@ -147,15 +147,15 @@ class Topology:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
+        """The SHA-256 of the canonical JSON: equal for files that mean the same kernels."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
 def mean_density(topology: Topology, num_blocks: int | None = None) -> float:
-    """Visible pairs over causal pairs of blocks, over the heads of all layers that are covered.
+    """Visible pairs over causal pairs of blocks, over the heads of all covered layers.
 
     Raises:
-        TopologyError: as `Topology.block_mask`.
+        TopologyError: as in `Topology.block_mask`.
     """
     heads = Counter(head for layer in topology.layers for head in layer)
     pairs = sum(topology.visible_pairs(head, num_blocks) * count for head, count in heads.items())

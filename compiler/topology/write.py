@@ -1,4 +1,4 @@
-"""Writes a topology as the text of topology.json, for people: a line for each head and each merge."""
+"""Formats a topology as readable topology.json: one line per head and per merge."""
 
 import json
 
@@ -6,7 +6,7 @@ from surgeon.compiler.topology.topology import Topology
 
 
 def spelled(topology: Topology) -> str:
-    """The text of topology.json, with a line for each head and each merge."""
+    """The text of topology.json, with one line per head and per merge."""
     plain = json.loads(topology.canonical())
     trees = [_listed([json.dumps(row) for row in tree["linkage"]], 4) for tree in plain["dendrograms"]]
     layers = [layer and _listed([json.dumps(head) for head in layer["heads"]], 4) for layer in plain["layers"]]

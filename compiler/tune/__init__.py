@@ -1,1 +1,1 @@
-"""Choosing GPU tiles by timing them: `surgeon tune`, for a machine with a GPU and Triton."""
+"""The choice of GPU tiles by timing them: `surgeon tune`, for a machine with a GPU and Triton."""

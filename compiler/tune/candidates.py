@@ -1,4 +1,4 @@
-"""The tiles that are worth a try on a target: all of a small grid that can fit its processors."""
+"""The tiles worth trying on a target: all of a small grid that can fit its processors."""
 
 import itertools
 
@@ -17,13 +17,13 @@ _MAX_THREADS = 1024
 
 
 def prefill_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
-    """Tiles for many queries, the present one first."""
+    """Lists tiles for many queries, the present one first."""
     found = _fitting(tiles, head_dim, tiles.listed("prefill", head_dim), _QUERIES, _KEYS, _WARPS, _STAGES)
     return tuple(tile for tile in found if tile.keys <= tile.queries)
 
 
 def decode_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
-    """Tiles for one query a sequence, the present one first; the heads of a KV head are its rows, so those stay."""
+    """Lists tiles for one query per sequence, the present one first; the rows, a KV head's query heads, stay."""
     present = tiles.listed("decode", head_dim)
     return _fitting(tiles, head_dim, present, (present.queries,), _DECODE_KEYS, _DECODE_WARPS, _DECODE_STAGES)
 
@@ -33,7 +33,7 @@ def _fitting(tiles: TargetTiles, head_dim: int, present: Tile, *grid: tuple[int,
     found = [present]
     for queries, keys, warps, stages in itertools.product(*grid):
         tile = Tile(queries, keys, warps, stages)
-        # Compilers need more than the keys and values under way, so what passes here may still be refused by one.
+        # Compilers need more memory than the keys and values in flight, so they may still refuse what passes here.
         under_way = 2 * stages * keys * padded(head_dim) * _ELEMENT_BYTES
         if tile != present and under_way <= device.shared_bytes and warps * device.warp_size <= _MAX_THREADS:
             found.append(tile)

@@ -1,4 +1,4 @@
-"""Times calls on a GPU by its own events."""
+"""Times calls on a GPU with the GPU's own events."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ _LARGER_THAN_A_CACHE = 2**28  # bytes
 
 
 def timed(calls: Mapping[str, Callable[[], object]], graphs: bool, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds, one call of each in turn, the L2 cache cleared before each.
+    """Median milliseconds of each call, run in turn, with the L2 cache cleared before each.
 
-    With `graphs`, calls are captured and replayed, so that the time of the host does not count.
+    With `graphs`, calls are captured and replayed, so that host time does not count.
     """
     ready = {name: captured(call) if graphs else call for name, call in calls.items()}
     flush = torch.empty(_LARGER_THAN_A_CACHE, dtype=torch.int8, device="cuda")
@@ -31,7 +31,7 @@ def timed(calls: Mapping[str, Callable[[], object]], graphs: bool, repeats: int 
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph."""
+    """Captures the call as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):

@@ -1,4 +1,4 @@
-"""Attention by the definition, in fp64, at a sample of the queries: what a fast kernel's output is checked against."""
+"""Attention by definition, in fp64, at a sample of the queries: the reference for a fast kernel's output."""
 
 import torch
 
@@ -14,8 +14,8 @@ def sampled_error(
 ) -> float:
     """The relative Frobenius error of one sequence's output, `[1, queries, heads, head_dim]`.
 
-    `mask` `[heads, rows, blocks]` are the visible blocks; shapes of q, k and v as `Package.attention`. The queries are
-    the last ones.
+    `mask` `[heads, rows, blocks]` holds the visible blocks; q, k and v have the shapes of `Package.attention`. The
+    queries are the last ones.
     """
     position = k.shape[2] - q.shape[2]
     found, expected = [], []

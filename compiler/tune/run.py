@@ -1,4 +1,4 @@
-"""The tiles of one layer's schedules, chosen on the GPU of this machine."""
+"""Chooses tiles for one layer's schedules on this machine's GPU."""
 
 import dataclasses
 import tempfile
@@ -23,7 +23,7 @@ from surgeon.runtime.package.target import Target
 
 @dataclass(frozen=True)
 class Tuned:
-    """A table of tiles with those chosen here, the device they were timed on, and the trials of each head size."""
+    """A tile table with the tiles chosen here, the device they were timed on, and the trials of each head size."""
 
     tiles: Mapping[Target, TargetTiles]
     target: Target
@@ -41,15 +41,15 @@ def tune_here(
 ) -> Tuned:
     """Times candidates on one layer's schedules for each head size, by default the topology's own.
 
-    `start` comes before Surgeon's own tiles.
+    `start` takes precedence over the built-in tiles.
 
     Raises:
         TopologyError: the topology has no such layer.
-        TargetError: there is no GPU, or Surgeon does not know it, or Triton is missing, or no candidate works.
+        TargetError: there is no GPU, Surgeon does not know it, Triton is missing, or no candidate works.
     """
     timed_layer = one_layer(topology, layer)
     device, target = device_here()
-    check_triton(target)  # said now, and not as every candidate's fault
+    check_triton(target)  # reported now rather than as every candidate's fault
     start = start or {}
     tiles = tiles_of(target, start)
     sizes = tuple(dict.fromkeys(head_dims or (topology.model.head_dim,)))
@@ -65,10 +65,10 @@ def tune_here(
 
 
 def one_layer(topology: Topology, layer: int) -> Topology:
-    """A topology of one of a topology's layers, whose kernels are enough to time tiles.
+    """Reduces a topology to one of its layers, whose kernels are enough to time tiles.
 
     Raises:
-        TopologyError: it covers no such layer.
+        TopologyError: the topology covers no such layer.
     """
     if layer not in topology.covered:
         covered = short_repr(topology.covered)
@@ -78,7 +78,7 @@ def one_layer(topology: Topology, layer: int) -> Topology:
 
 
 def with_head_dim(topology: Topology, head_dim: int) -> Topology:
-    """The same schedules for heads of another size."""
+    """A topology with the same schedules for heads of another size."""
     return dataclasses.replace(topology, model=dataclasses.replace(topology.model, head_dim=head_dim))
 
 

@@ -1,4 +1,4 @@
-"""The choice of tiles: every candidate is measured, by a function that is handed in, and the fastest is kept."""
+"""The choice of tiles: every candidate is measured by a given function, and the fastest is kept."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,15 +9,15 @@ from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidat
 from surgeon.runtime.errors import SurgeonError, TargetError
 
 Measure = Callable[[TargetTiles, str], float]
-"""Compiles with these tiles, checks the results of a phase, "prefill" or "decode", and gives its milliseconds.
+"""Compiles with these tiles, checks the results of a phase, "prefill" or "decode", and returns its milliseconds.
 
-It raises a SurgeonError for tiles that do not compile, do not load or compute something else.
+It raises a SurgeonError for tiles that do not compile, do not load, or compute wrong results.
 """
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate for a phase: its milliseconds, or None and what was wrong with it."""
+    """One candidate for a phase: its milliseconds, or None and the fault."""
 
     phase: str
     tile: Tile
@@ -27,19 +27,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The tiles chosen, and all that were tried, the present ones first in their phase."""
+    """The chosen tiles, and all trials, the present tile first in each phase."""
 
     tiles: TargetTiles
     trials: tuple[Trial, ...]
 
     def best(self, phase: str) -> Trial:
-        """The fastest candidate of a phase; of equally fast ones that which was tried first."""
+        """The fastest candidate of a phase; of equally fast ones, the one tried first."""
         working = [trial for trial in self.trials if trial.phase == phase and trial.milliseconds is not None]
         return min(working, key=lambda trial: trial.milliseconds or math.inf)
 
 
 def tune(tiles: TargetTiles, head_dim: int, measure: Measure, tried: Callable[[Trial], None]) -> Tuning:
-    """Chooses a target's tiles of one head size, first those for many queries, then, with them, those for one.
+    """Chooses a target's tiles for one head size: first those for many queries, then, with them, those for one.
 
     `tried` is called after each trial.
 

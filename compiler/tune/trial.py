@@ -1,4 +1,4 @@
-"""One candidate on a device: compiled into a package, loaded, checked against the definition, timed."""
+"""Tries one candidate on a device: compiled into a package, loaded, checked against the definition, timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from surgeon.runtime.loading import load
 from surgeon.runtime.package.target import Target
 
 Clock = Callable[[Callable[[], object], bool], float]
-"""Milliseconds of a call; the second argument says whether the time of the host must not count."""
+"""Measures a call's milliseconds; the second argument is true if host time must not count."""
 
 DTYPE = "bf16"
 _TOLERANCE = 5e-3
@@ -38,7 +38,7 @@ def device_here() -> tuple[torch.device, Target]:
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench to try candidates on: layer 0 of a topology at its whole length, on a device of a target.
+    """A bench to try candidates on: layer 0 of a topology at its full length, on a device with its target.
 
     `work` is an empty folder for packages.
     """
@@ -51,11 +51,11 @@ class Bench:
     jobs: int | None = None
 
     def measure(self, tiles: TargetTiles, phase: str) -> float:
-        """Milliseconds of a phase; see `search.Measure`.
+        """Measures the milliseconds of a phase; see `search.Measure`.
 
         Raises:
             BuildError, TargetError: the tiles do not compile, or the device does not hold them.
-            PackageError: the kernel computes something else than the definition.
+            PackageError: the kernel's output differs from the definition's.
         """
         own = {tiles.target: tiles}
         folder = compile_package(self.topology, self.work / "kernels", [self.target], [DTYPE], self.jobs, tiles=own)

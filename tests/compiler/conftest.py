@@ -1,4 +1,4 @@
-"""What the tests of commands share, on disk: a topology, and a tiny model with texts."""
+"""Files that the tests of commands share: a topology, and a tiny model with texts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The way of a topology through the rooms of the compiler: forward, and into each room at most twice."""
+"""The path of a topology through the compiler's rooms: forward, and into each room at most twice."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from surgeon.compiler.schedule.segments import SegmentTable
 from topologies import random_topology
 
 WAY = ("topology", "schedule", "specs", "kernels", "package")
-"""The rooms that make something of a topology, in the order of the stages."""
+"""The rooms that transform a topology, in the order of the stages."""
 
 
 def room_of(frame: FrameType) -> str:
@@ -23,9 +23,9 @@ def room_of(frame: FrameType) -> str:
 
 
 def rooms_entered(topology: Topology, targets: tuple[str, ...], out: Path) -> list[str]:
-    """The rooms whose functions a compile calls from outside of them, one after the other.
+    """The rooms whose functions a compile calls from outside them, in order.
 
-    The methods of what a stage hands on go with it, and are not counted.
+    The methods of a stage's result go with it, and are not counted.
     """
     entered: list[str] = []
 
@@ -49,10 +49,10 @@ def test_a_compile_enters_each_room_at_most_twice(targets: tuple[str, ...], tmp_
     topology = random_topology(
         np.random.default_rng(0), num_layers=2, num_heads=4, num_kv_heads=2, num_blocks=8, head_dim=64, block_size=32
     )
-    compile_package(topology, tmp_path / "first", targets=targets, dtypes=("bf16",))  # and keep what compilers make
+    compile_package(topology, tmp_path / "first", targets=targets, dtypes=("bf16",))  # and keep the compilers' output
     entered = rooms_entered(topology, targets, tmp_path / "second")
     print(" -> ".join(entered))
-    assert entered[0] == entered[-1] == "package"  # which refuses what stands in the way at once
+    assert entered[0] == entered[-1] == "package"  # which refuses anything in the way at once
     assert {room: entered.count(room) for room in WAY if entered.count(room) > 2} == {}
 
 

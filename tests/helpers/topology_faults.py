@@ -117,7 +117,7 @@ def _integers() -> list[Fault]:
 
 
 def _model() -> list[Fault]:
-    kind = 'model.model_type: expected a Transformers model type, got {}; use for instance "llama"'
+    kind = 'model.model_type: expected a Transformers model type, got {}; use for example "llama"'
     weights = (
         "model.weights_sha256: expected 64 lower-case hexadecimal digits or null, got {}; "
         "use surgeon.runtime.fingerprint"
@@ -227,12 +227,12 @@ def _paths() -> list[Fault]:
     return [
         Fault(PATHS, None, f"{where}: " + LIST.format("None")),
         Fault(
-            PATHS, [], f"{where}: expected 3 paths, one a block, got 0; give every block its digits", structural=False
+            PATHS, [], f"{where}: expected 3 paths, one per block, got 0; give every block its digits", structural=False
         ),
         Fault(
             (*PATHS, 3),
             [1, 1],
-            f"{where}: expected 3 paths, one a block, got 4; give every block its digits",
+            f"{where}: expected 3 paths, one per block, got 4; give every block its digits",
             structural=False,
         ),
         Fault((*PATHS, 1), 10, f"{where}[1]: " + LIST.format("10")),
@@ -240,7 +240,7 @@ def _paths() -> list[Fault]:
         Fault(
             (*PATHS, 1),
             [1],
-            f"{where}[1]: expected 2 digits, as in the first path, got 1; give every block a path of one length",
+            f"{where}[1]: expected 2 digits, as in the first path, got 1; give every block a path of the same length",
             structural=False,
         ),
         Fault(
@@ -271,7 +271,7 @@ def _layers() -> list[Fault]:
         Fault(
             ("layers",),
             [None, None],
-            "layers: expected heads for one layer at least, got null for all; give a layer its heads",
+            "layers: expected heads for at least one layer, got null for all; give a layer its heads",
         ),
         Fault(("layers", 0), [], "layers[0]: " + OBJECT.format("[]")),
         Fault(("layers", 0, "heads"), None, "layers[0].heads: " + LIST.format("None")),

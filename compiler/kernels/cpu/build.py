@@ -1,4 +1,4 @@
-"""From the rendered C++ to one shared object: a C++ compiler run for each source file that changed, and a link."""
+"""Builds the rendered C++ into one shared object: compiles each source file that changed, then links."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from surgeon.runtime.errors import BuildError
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Tool
 
 LIBRARY = "cpu/attention.so"
-# No -ffast-math: it breaks exp2 silently. No paths, dates or build ids: equal sources give equal bytes.
+# No -ffast-math, which silently breaks exp2. No paths, dates or build ids: equal sources give equal bytes.
 _COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -42,7 +42,7 @@ class Compiler:
 def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | None = None) -> Binary:
     """Compiles and links the library of a CPU target.
 
-    `jobs` is how many compilers run at once; `progress` is called as (what, done, total).
+    `jobs` is the number of compilers that run at once; `progress` is called as (what, done, total).
 
     Raises:
         BuildError: no C++ compiler is found, or it fails.
@@ -97,7 +97,7 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
 
 @cache
 def find_compiler(wanted: str | None) -> Compiler:
-    """The C++ compiler to use: `wanted`, or the first of g++, clang++ and c++ on PATH.
+    """Returns the C++ compiler to use: `wanted`, or the first of g++, clang++ and c++ on PATH.
 
     Raises:
         BuildError: there is none.
@@ -113,7 +113,7 @@ def find_compiler(wanted: str | None) -> Compiler:
         "target cpu",
         f"the C++ compiler {wanted} (from $CXX)" if wanted else "a C++ compiler (g++ or clang++) on PATH",
         "none",
-        "install one, for instance Debian's g++, or set CXX",
+        "install one, for example Debian's g++, or set CXX",
     )
 
 
@@ -125,7 +125,7 @@ def _store(cache: Cache, key: str, data: bytes) -> bytes:
 def _run(
     compiler: Compiler, flags: tuple[str, ...], files: dict[str, bytes] | dict[str, str], inputs: list[str]
 ) -> bytes:
-    """Runs the compiler in a folder of its own, with relative names, and gives what it made."""
+    """Runs the compiler in a folder of its own, with relative names, and returns the file it made."""
     with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)

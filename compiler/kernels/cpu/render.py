@@ -1,4 +1,4 @@
-"""From kernel specifications to the C++ of one CPU library: kernels for each instruction set, driver, schedule."""
+"""Renders kernel specifications as the C++ of one CPU library: kernels per instruction set, driver, schedule."""
 
 from surgeon.compiler.kernels.cpu.variants import Variant
 from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
@@ -10,16 +10,16 @@ from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))
 _CHUNK = 128  # keys
-_DECODE_CHUNK_ELEMENTS = 4096  # of keys, and as many of values: what the L1 cache holds as floats
+_DECODE_CHUNK_ELEMENTS = 4096  # keys, and as many values: fits the L1 cache as floats
 _SPLIT_KEYS = 256
 _SPLITS_PER_THREAD = 4
-# What a thread must have to do before it is worth waking: that takes some tens of microseconds.
+# The least work worth waking a thread for: waking one takes some tens of microseconds.
 _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 
 
 def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant, ...]) -> CpuSource:
-    """The C++ sources of one library that holds all of the specifications' kernels."""
+    """Renders the C++ sources of one library that holds the kernels of all specifications."""
     dtypes = {dtype: _TYPES[dtype] for dtype in specs[0].dtypes}
     files = {
         "call.h": render_template(

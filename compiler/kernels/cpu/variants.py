@@ -1,4 +1,4 @@
-"""The variants of a CPU library: instruction sets, each with the register tile that fits it."""
+"""The variants of a CPU library: instruction sets, each with a register tile to fit."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Variant:
     """One instruction set and the register tile that fits it.
 
-    `flags` go to the compiler; `features` are what the processor must have, as `__builtin_cpu_supports` spells it;
-    `lanes` is floats a vector, `panel_vectors` vectors of queries a panel, `tile_keys` and `tile_dims` the other side
-    of the two matrix products' register tiles. Up to `decode_queries` queries a sequence, lanes of dimensions beat
-    half-empty panels of queries.
+    `flags` go to the compiler; `features` are those that the processor must have, as `__builtin_cpu_supports` spells
+    them; `lanes` is floats per vector, `panel_vectors` vectors of queries per panel, `tile_keys` and `tile_dims` the
+    other side of the two matrix products' register tiles. For up to `decode_queries` queries per sequence, lanes of
+    dimensions are faster than half-empty panels of queries.
     """
 
     name: str
@@ -51,5 +51,5 @@ X86_64 = (
 
 
 def variants_for(machine: str) -> tuple[Variant, ...]:
-    """The variants to build on a machine, as `platform.machine()` names it."""
+    """Returns the variants to build on a machine, given as `platform.machine()` names it."""
     return X86_64 if machine in ("x86_64", "AMD64") else (PORTABLE,)

@@ -1,1 +1,1 @@
-"""The GPU backend: Triton modules rendered, and compiled ahead of time without a GPU."""
+"""The GPU backend: Triton modules, rendered, then compiled ahead of time without a GPU."""

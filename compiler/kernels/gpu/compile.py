@@ -1,4 +1,4 @@
-"""Source ─▶ Binary for GPU targets: Triton ahead of time, on a machine that needs no GPU."""
+"""Source ─▶ Binary for GPU targets: Triton compiled ahead of time, on a machine that needs no GPU."""
 
 import contextlib
 import importlib.util
@@ -22,10 +22,10 @@ _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
 
 
 def check_triton(target: Target) -> None:
-    """Imports Triton, which only who compiles for a GPU needs.
+    """Imports Triton, which is only needed to compile for a GPU.
 
     Raises:
-        TargetError: it is missing.
+        TargetError: Triton is missing.
     """
     required("triton", TargetError, f"target {target}", "leave the target out")
 
@@ -33,7 +33,7 @@ def check_triton(target: Target) -> None:
 def build_triton(source: GpuSource, dtype: str) -> Binary:
     """Compiles one rendered kernel for one dtype; the file is `<target>/<name>.<dtype>.cubin`, or `.hsaco` for hip.
 
-    Nothing of the machine gets into the file: equal sources make equal bytes with one version of Triton.
+    Nothing about the machine gets into the file: equal sources make equal bytes with one version of Triton.
 
     Raises:
         TargetError: Triton is missing or has no code generator for the target, or the kernel needs more shared memory
@@ -51,7 +51,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
             f"{symbol} for {source.target}",
             f"at most {device.shared_bytes} bytes of shared memory",
             f"{metadata.shared} bytes",
-            "no tile of this head size fits the target; leave the target out",
+            "no tile for this head size fits the target; leave the target out",
         )
     if metadata.global_scratch_size:
         raise BuildError(
@@ -81,9 +81,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         table=source.table,
     )
     by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
-    entries = (
-        tuple(by_schedule) if source.phase == "prefill" else (entry,)
-    )  # one for each schedule that shares the code
+    entries = tuple(by_schedule) if source.phase == "prefill" else (entry,)  # one per schedule that shares the code
     return Binary(path, compiled.asm[extension], entries, (Tool("triton", f"{version}, fp fusion on"),))
 
 
@@ -93,14 +91,14 @@ def _symbol(source: GpuSource) -> str:
 
 
 def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple[Any, str]:
-    """Triton's CompiledKernel and Triton's version."""
+    """Returns Triton's CompiledKernel and Triton's version."""
     check_triton(source.target)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if triton.knobs.runtime.interpret:  # read when Triton was imported, so it cannot be undone here
-        raise BuildError("TRITON_INTERPRET", "it unset when kernels are compiled", "1", "unset it")
+    if triton.knobs.runtime.interpret:  # Triton reads it on import, so it cannot be undone here
+        raise BuildError("TRITON_INTERPRET", "unset while kernels are compiled", "1", "unset it")
     interface = source.interface
     arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
     signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
@@ -113,7 +111,9 @@ def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple
                 target=GPUTarget(source.target.backend, arch, device.warp_size),
                 options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
             )
-        except Exception as error:  # Triton, LLVM's binding and ptxas raise types of their own, up to bare RuntimeError
+        except (
+            Exception
+        ) as error:  # Triton, the LLVM binding and ptxas each raise their own types, even bare RuntimeError
             raise BuildError(
                 f"{_symbol(source)} for {source.target}, {dtype}",
                 "a kernel that Triton compiles",
@@ -124,7 +124,7 @@ def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple
 
 
 def _innermost(error: BaseException) -> str:
-    """One line on what went wrong: Triton wraps the cause once for every function that a kernel calls."""
+    """One line that says what went wrong: Triton wraps the cause once for every function that a kernel calls."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -132,7 +132,7 @@ def _innermost(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
-    """Triton without what the environment or an earlier run could change, and silent: errors go to BuildError."""
+    """Isolates Triton from the environment and from earlier runs, and silences it: errors go to BuildError."""
     with (
         knobs.cache.scope(),
         knobs.compilation.scope(),
@@ -148,7 +148,7 @@ def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
 
 
 def _load(source: GpuSource, folder: Path) -> ModuleType:
-    """The rendered module. Triton reads a kernel's text back from its file, so there must be one."""
+    """Imports the rendered module from a file, since Triton reads a kernel's text back from its file."""
     (file,) = source.files
     path = folder / Path(file.path).name
     path.write_text(file.text, encoding="utf-8")

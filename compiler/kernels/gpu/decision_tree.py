@@ -1,4 +1,4 @@
-"""Decision trees, balanced searches over integers that a kernel knows, where kernels hold no constant arrays."""
+"""Decision trees: balanced searches over a kernel's integers, because kernels cannot hold constant arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Leaf(Generic[Value]):
 
 @dataclass(frozen=True)
 class Split(Generic[Value]):
-    """Go on with `below` where `variable` < `bound`, else with `above`."""
+    """A branch: continues with `below` if `variable` < `bound`, else with `above`."""
 
     variable: str
     bound: int
@@ -28,7 +28,7 @@ Tree = Leaf[Value] | Split[Value]
 
 
 def search(variable: str, cases: Sequence[tuple[int, Tree[Value]]]) -> Tree[Value]:
-    """A balanced search for the last case whose number is at most `variable`; the first also holds below its own."""
+    """Builds a balanced search for the last case whose number is at most `variable`; below all of them, the first."""
     distinct = [
         case for before, case in zip([None, *cases], cases, strict=False) if before is None or before[1] != case[1]
     ]

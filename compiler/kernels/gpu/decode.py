@@ -1,4 +1,4 @@
-"""KernelSpecs ─▶ Sources of the two decoding kernels of a GPU target, which all of its layers share."""
+"""KernelSpecs ─▶ Sources of a GPU target's two decoding kernels, which all of its layers share."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ _TABLE = TableShape("decode")
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How a decoding kernel's work is cut; sizes are powers of two, `*_shift` the logarithms of tokens.
+    """The tiling of a decoding kernel; sizes are powers of two, `*_shift` their logarithms, in tokens.
 
-    `rows` are a KV head's query heads, padded; `segments` is at least the longest plan of any table.
+    `rows` is the number of query heads per KV head, padded; `segments` is at least the longest plan of any table.
     """
 
     rows: int
@@ -36,19 +36,19 @@ class DecodeTile:
 
 @dataclass(frozen=True)
 class CombineTile:
-    """How many splits are joined at once, and the padded head size."""
+    """The number of splits combined at once, and the padded head size."""
 
     splits: int
     padded_head_dim: int
 
 
 def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
-    """The tables that the decoding kernel reads, by their names in the package; none where there is no such kernel."""
+    """The tables that the decoding kernel reads, by their names in the package; empty if there is no such kernel."""
     return {f"{spec.name}.{_TABLE.name}": (spec.schedule, _TABLE) for spec in specs if spec.decode is not None}
 
 
 def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
-    """Renders `decode.py` and `combine.py` for one target, or nothing where a KV head has too many query heads.
+    """Renders `decode.py` and `combine.py` for one target, or nothing if a KV head has too many query heads.
 
     `tables` are those of `wanted_tables`.
     """

@@ -1,4 +1,4 @@
-"""Compiles a GPU target's sources in several processes, and keeps what has been compiled."""
+"""Compiles a GPU target's sources in several processes, and caches the results."""
 
 import multiprocessing
 import sys
@@ -23,9 +23,9 @@ def build_gpu(
 
     Raises:
         TargetError: Triton is missing or cannot compile for the target.
-        BuildError: it fails.
+        BuildError: the compilation fails.
     """
-    # A compiler wants no tables, which may be large.
+    # The compilers need no tables, which may be large.
     work = [(replace(source, tables={}), dtype) for source in sources for dtype in source.specs[0].dtypes]
     keys = [_key(source, dtype) for source, dtype in work]
     stored = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
@@ -35,7 +35,7 @@ def build_gpu(
     what = f"compiling for {sources[0].target}"
     report(what, len(binaries), len(work))
     if missing:
-        # Triton's compiler holds the interpreter lock and keeps state in its process: fresh processes, one a job.
+        # Triton's compiler holds the interpreter lock and keeps state in its process: hence a fresh process per job.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
             with _no_main_module():
@@ -54,9 +54,9 @@ def build_gpu(
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Keeps the processes that are started meanwhile from running the user's script again before their work.
+    """Keeps processes started meanwhile from running the user's script again before their work.
 
-    Spawned processes do that with whatever is `__main__`, and a script without a guard would compile in each of them.
+    Spawned processes rerun whatever is `__main__`, and a script without a guard would compile in each of them.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -67,8 +67,8 @@ def _no_main_module() -> Iterator[None]:
 
 
 def _key(source: GpuSource, dtype: str) -> str:
-    """What a GPU binary and its manifest entry follow from: the compiler, our use of it, the kernel and its layers."""
+    """The cache key of a GPU binary and its manifest entry: the compiler, our use of it, the kernel and its layers."""
     names = [(spec.name, spec.layers) for spec in source.specs]
-    entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is of no use
+    entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is useless
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
     return Cache.key([*versions("triton"), use, *(file.text for file in source.files)])

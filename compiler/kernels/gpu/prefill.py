@@ -1,4 +1,4 @@
-"""KernelSpecs ─▶ Sources of the prefill kernels of a GPU target: Triton modules with the schedules baked in."""
+"""KernelSpecs ─▶ Sources of a GPU target's prefill kernels: Triton modules with the schedules built in."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
 from surgeon.runtime.package.segment_table import SegmentTable
 
 MAX_LEAVES = 512
-"""The leaves of a kernel's decision trees above which a layer is cut into groups of heads: its compile time grows."""
+"""The most leaves in one kernel's decision trees: with more, a layer is split by heads, as compile time grows."""
 
 MAX_KERNELS = 4
-"""The kernels for groups of heads above which a layer's schedule is a table instead."""
+"""The most kernels per layer, one per group of heads: with more, the layer's schedule is a table instead."""
 
 _MAX_KEY_LIST = 2**31 - 1
 
@@ -30,7 +30,7 @@ _MAX_KEY_LIST = 2**31 - 1
 def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
     """The tables that prefill kernels are rendered from, by the names that they would have in the package.
 
-    Where a tile of queries spans rows, all are; where it does not, those are whose schedule is too much to be code.
+    If a tile of queries spans several rows, all kernels are; if not, only those whose schedule is too large to be code.
     """
     cut = tiling_of(specs[0])
     shape = _table_shape(cut)
@@ -41,9 +41,9 @@ def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, Ta
 def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
     """Renders one target's layer schedules; each file is `<target>/<name>.py` and its function is called `<name>`.
 
-    A schedule is code in a kernel named after its spec, or in several for consecutive heads where it has many pieces.
-    Where it has too many for that it is a table, and one kernel, `attention_by_table`, serves all such layers. `tables`
-    are those of `wanted_tables`.
+    A schedule is code in a kernel named after its spec, or, if it has many pieces, in several for consecutive heads.
+    If it has too many pieces for that, it is a table, and one kernel, `attention_by_table`, serves all such layers.
+    `tables` are those of `wanted_tables`.
 
     Raises:
         TargetError: the schedule lists more keys than a 32-bit number counts.
@@ -69,12 +69,12 @@ def _table_shape(cut: Tiling) -> TableShape:
 
 
 def _is_too_much(spec: GpuSpec, leaves: Sequence[int]) -> bool:
-    """Whether a schedule has too many leaves, one head's or all heads' together, to be code."""
+    """True if a schedule has too many leaves to be code, in one head or in all heads together."""
     return max(leaves) > MAX_LEAVES or len(head_groups(spec.schedule, leaves, MAX_LEAVES)) > MAX_KERNELS
 
 
 def _row_leaves(spec: GpuSpec) -> list[int]:
-    """About how many leaves each head's own part of the decision trees has."""
+    """The approximate number of leaves in each head's own part of the decision trees."""
     return [row_trees.num_leaves(head) for head in spec.schedule.heads]
 
 
@@ -83,7 +83,7 @@ def _table_leaves(spec: GpuSpec, table: SegmentTable) -> list[int]:
 
 
 def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | None) -> GpuSource:
-    """The kernel of some heads of a layer, with their schedule as decision trees."""
+    """Renders the kernel for some heads of a layer, with their schedule as decision trees."""
     schedule = spec.schedule
     name = spec.name if len(heads) == len(schedule.heads) else f"{spec.name}_head_{heads.start:02d}"
     if table is not None:
@@ -100,7 +100,7 @@ def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | Non
 
 
 def _by_table(found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, shape: TableShape) -> GpuSource:
-    """The kernel of all layers whose schedules are tables."""
+    """Renders the kernel for all layers whose schedules are tables."""
     specs = [spec for spec, _ in found.values()]
     heads = range(len(specs[0].schedule.heads))
     tables = {name: table for name, (_, table) in found.items()}
@@ -108,9 +108,9 @@ def _by_table(found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, sh
 
 
 def head_groups(layer: LayerSchedule, leaves: Sequence[int], max_leaves: int) -> tuple[range, ...]:
-    """Cuts a layer's heads into consecutive groups whose trees have about `max_leaves` leaves at most, or one head.
+    """Splits a layer's heads into consecutive groups whose trees have at most about `max_leaves` leaves, or one head.
 
-    `leaves` are what each head takes; equal heads of a group take them once.
+    `leaves` holds the leaves of each head; equal heads in a group count once.
     """
     begins, total = [0], 0
     patterns: set[HeadSchedule] = set()

@@ -1,4 +1,4 @@
-"""Kernel specifications ─▶ sources of a GPU target: kernels for many queries, and those for one."""
+"""Kernel specifications ─▶ sources for a GPU target: kernels for many queries and kernels for one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +11,12 @@ from surgeon.runtime.package.segment_table import SegmentTable
 
 
 def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
-    """The tables that one target's kernels read or are rendered from, by the names that they have in the package."""
+    """The tables that one target's kernels read or are rendered from, by their names in the package."""
     return prefill.wanted_tables(specs) | decode.wanted_tables(specs)
 
 
 def render_gpu(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
-    """Renders one target's kernels; `tables` hold those of `wanted_tables`, and may hold others.
+    """Renders one target's kernels; `tables` holds those of `wanted_tables`, and may hold others.
 
     Raises:
         TargetError: a schedule lists more keys than a 32-bit number counts.

@@ -1,7 +1,7 @@
 """A layer's schedule as decision trees over heads and rows of blocks.
 
-Three trees say all: which pattern a head has, which plan a row of a pattern follows, and where the entries of the
-constant lists lie in the sequence.
+Three trees describe it completely: the pattern of each head, the plan that each row of a pattern follows, and the
+positions in the sequence of the constant lists' entries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,10 @@ from surgeon.runtime.package.schedule import HeadSchedule, Piece, Run
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What a row reads, in tokens: a slice of the listed keys, then one last run that goes up to the diagonal.
+    """The keys that a row reads, in tokens: a slice of the listed keys, then one last run up to the diagonal.
 
-    The slice is `listed_keys` entries long from `first_entry` on. The last run begins at `last_run`, or that many
-    tokens before the row's own first where `follows_row`.
+    The slice has `listed_keys` entries, starting at `first_entry`. The last run begins at `last_run` or, if
+    `follows_row`, that many tokens before the row's first token.
     """
 
     first_entry: int
@@ -28,11 +28,11 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class ScheduleTrees:
-    """A layer's schedule.
+    """A layer's schedule as decision trees.
 
-    `pattern` decides over "head", `plan` over "pattern" and "row" (in blocks), `shift` over "entry". The constant runs
-    of all patterns, written one after the other, make the list of keys: entry e of it is the key e + shift. `shift` is
-    None where no pattern has a constant run, `num_entries` is the list's length in tokens.
+    `pattern` branches on "head", `plan` on "pattern" and "row" (in blocks), `shift` on "entry". The constant runs of
+    all patterns, one after the other, make up the list of keys: its entry e is the key e + shift. `shift` is None if
+    no pattern has a constant run; `num_entries` is the list's length in tokens.
     """
 
     pattern: Tree[int]
@@ -43,12 +43,12 @@ class ScheduleTrees:
 
 
 def num_leaves(head: HeadSchedule) -> int:
-    """About how many leaves a head's own part of the trees has."""
+    """The approximate number of leaves in a head's own part of the trees."""
     return len(head.pieces) + len(head.runs)
 
 
 def schedule_trees(layer: LayerSchedule, heads: range | None = None) -> ScheduleTrees:
-    """Turns the schedule of a layer, or of some of its heads, into decision trees.
+    """Converts the schedule of a layer, or of some of its heads, into decision trees.
 
     Equal heads share a pattern, equal lists of runs their entries.
     """
@@ -75,7 +75,7 @@ class _KeyList:
         self._shifts: list[tuple[int, Tree[int]]] = []
 
     def add(self, runs: tuple[Run, ...]) -> int:
-        """The entry at which the runs begin."""
+        """Adds the runs if they are new, and returns the entry at which they begin."""
         if runs not in self._first_entries:
             self._first_entries[runs] = self.length
             for run in runs:

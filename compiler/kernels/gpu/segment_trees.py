@@ -1,4 +1,4 @@
-"""A table of segments as decision trees, for kernels that hold it as code."""
+"""Segment tables as decision trees, for kernels that hold them as code."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from surgeon.runtime.package.segment_table import SegmentTable
 
 
 class Place(NamedTuple):
-    """A number that depends on the row: `offset` + `times` · the row's own place."""
+    """A position that depends on the row: `offset` + `times` · the row's own position."""
 
     offset: int
     times: int
 
 
 class SegmentPlan(NamedTuple):
-    """What a row reads: its first segment, the length of those that every reader sees, and the length of the rest."""
+    """The segments that a row reads: the first one, the length of those every reader sees, and that of the rest."""
 
     first_segment: int
     shared: Place
@@ -26,7 +26,7 @@ class SegmentPlan(NamedTuple):
 
 
 class SegmentLeaf(NamedTuple):
-    """A segment: begin, end, and the readers that see it as the bits of an int32."""
+    """A segment: begin, end, and the readers that see it, as the bits of an int32."""
 
     begin: Place
     end: Place
@@ -35,7 +35,7 @@ class SegmentLeaf(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentTrees:
-    """The rows of some heads: `pattern` decides over "head", `plan` over "pattern" and "row", `segment` over "segment".
+    """The rows of some heads: `pattern` branches on "head", `plan` on "pattern" and "row", `segment` on "segment".
 
     The segments of a plan are numbered one after the other.
     """
@@ -48,14 +48,14 @@ class SegmentTrees:
 
 
 def num_leaves(table: SegmentTable, head: int) -> int:
-    """About how many leaves a head's own part of the trees has."""
+    """The approximate number of leaves in a head's own part of the trees."""
     rows = table.rows[head]
     plans = np.unique(rows)
     return len(_changes(rows)) + int((table.plans[plans, 2] - table.plans[plans, 0]).sum())
 
 
 def segment_trees(table: SegmentTable, heads: range) -> SegmentTrees:
-    """Turns what a prefill table says of some heads into decision trees; equal heads share a pattern."""
+    """Converts some heads' part of a prefill table into decision trees; equal heads share a pattern."""
     keys = [table.rows[head].tobytes() for head in heads]
     patterns = {key: table.rows[head] for key, head in zip(keys, heads, strict=True)}
     numbers = {key: number for number, key in enumerate(patterns)}
@@ -86,7 +86,7 @@ def segment_trees(table: SegmentTable, heads: range) -> SegmentTrees:
 
 
 def _changes(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
-    """The rows at which another plan begins."""
+    """The rows at which a new plan begins."""
     return np.flatnonzero(np.diff(rows, prepend=-1))
 
 

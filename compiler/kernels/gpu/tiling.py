@@ -1,4 +1,4 @@
-"""How a prefill kernel cuts its work, in the numbers that its template needs."""
+"""The tiling of a prefill kernel, as the numbers that its template needs."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from surgeon.compiler.system.powers import log2, padded
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel's work is cut: tokens a tile of queries and of keys, and the padded head size.
+    """The tiling of a kernel: tokens per tile of queries and of keys, and the padded head size.
 
-    A tile of queries lies in one row of blocks or is `rows` of them, whose tokens `rows_shift` counts. A tile of keys
-    lies in one block or is `blocks` of them, whose tokens `unit_shift` counts. All sizes are powers of two, `*_shift`
-    their logarithms.
+    A tile of queries lies within one row of blocks or spans `rows` of them, 2**`rows_shift` tokens. A tile of keys lies
+    within one block or spans `blocks` of them, 2**`unit_shift` tokens. All sizes are powers of two, `*_shift` their
+    logarithms.
     """
 
     query_tile: int
@@ -28,7 +28,7 @@ class Tiling:
 
 
 def tiling_of(spec: GpuSpec) -> Tiling:
-    """The numbers that follow from a kernel's tile, block size and head size."""
+    """Derives the tiling from a kernel's tile, block size and head size."""
     block_size, tile = spec.schedule.block_size, spec.prefill
     rows, blocks = max(1, tile.queries // block_size), max(1, tile.keys // block_size)
     return Tiling(

@@ -1,1 +1,1 @@
-"""The budget of blocks, shared by measured costs."""
+"""The budget of blocks, shared among heads by measured costs."""

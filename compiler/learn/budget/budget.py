@@ -1,8 +1,8 @@
-"""Learns how many blocks each head gets: text ─▶ costs ─▶ windows ─▶ refined windows, the model frozen throughout.
+"""Learns how many blocks each head gets: text ─▶ costs ─▶ windows ─▶ refined windows, with the model frozen.
 
-What a static pattern gains on text that it was not learned on lies in how long each head's window is. The costs of all
-windows are measured once at the dense model, a knapsack shares the budget, and rounds at the sparse model correct what
-separate costs cannot know: that heads make up for each other.
+On text that it was not learned on, a static pattern gains from the length of each head's window. The costs of all
+windows are measured once at the dense model, a knapsack shares the budget, and rounds at the sparse model correct for
+what separate costs miss: heads compensate for each other.
 """
 
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ _LEAST_REACH = 0.25
 
 @dataclass(frozen=True)
 class Round:
-    """A step of the refinement: how far it reached, the divergence it led to (nats a token), and if it was kept.
+    """A step of the refinement: its reach, the resulting divergence (nats per token), and whether it was kept.
 
-    `cuts` is how many heads it gave a cut.
+    `cuts` is the number of heads that it gave a cut.
     """
 
     reach: float
@@ -36,9 +36,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Learned:
-    """The pattern, and the divergence on the validation text (nats a token): its own, and equal windows' beside it.
+    """The pattern, and its divergence on the validation text (nats per token) beside that of equal windows.
 
-    `rounds` are those of the windows; `cut_rounds` what came of adding cuts, where that was asked for.
+    `rounds` refined the windows; `cut_rounds` added cuts, if those were requested.
     """
 
     pattern: Pattern
@@ -49,7 +49,7 @@ class Learned:
 
 
 def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int, int], seed: int) -> Learned:
-    """Learns what each head of a model of `shape` (layers, heads) sees.
+    """Learns the pattern of each head of a model of `shape` (layers, heads).
 
     Raises:
         TopologyError: the density is out of reach.
@@ -66,7 +66,7 @@ def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int
     rounds: list[Round] = []
     trust, changes = Trust(1.0), None
     for number, text in enumerate(sequences.refine, start=1):
-        # A round that found nothing better leaves the pattern, so that the next one has more text for the same point.
+        # A round that finds nothing better keeps the pattern, so the next one has more text for the same point.
         fresh = runs.changes(pattern, text, f"windows, round {number}, from a KL divergence of {best:.4f}")
         changes = fresh if changes is None else changes + fresh
         trust = Trust(max(trust.reach, _LEAST_REACH))
@@ -97,10 +97,10 @@ def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int
 
 
 def objective(costs: Costs, uniform: Windows) -> Table:
-    """Fisher cost plus output error, each relative to what equal windows cost: `[layers, heads, blocks]`.
+    """Fisher cost plus output error, each relative to the cost of equal windows: `[layers, heads, blocks]`.
 
-    An output error counts as much in a layer as the layer's Fisher cost does: the Fisher cost, one draw a token, knows
-    what a layer matters; the error, without noise, knows the heads within it.
+    Within a layer, the output error is weighted like the layer's Fisher cost. The Fisher cost, one draw per token,
+    tells how much a layer matters; the error, which has no noise, ranks the heads within it.
     """
     at = uniform[..., None] - 1
     fisher, error = (np.take_along_axis(table, at, axis=2).sum(axis=(1, 2)) for table in (costs.fisher, costs.error))
@@ -111,7 +111,7 @@ def objective(costs: Costs, uniform: Windows) -> Table:
 
 
 def cheapest_windows(cost: Table, pairs: Table, budget: float, floor: int) -> Windows:
-    """The windows of at least `floor` blocks that cost least within the budget: `[layers, heads]`."""
+    """The cheapest windows of at least `floor` blocks within the budget: `[layers, heads]`."""
     rows = cost.reshape(-1, cost.shape[2])
     chosen = allocate([pairs[floor - 1 :]] * len(rows), [row[floor - 1 :] for row in rows], budget)
     return np.array(chosen, dtype=np.int64).reshape(cost.shape[:2]) + floor

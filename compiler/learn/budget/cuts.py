@@ -1,8 +1,8 @@
-"""Clusters for the heads that have use for them: proposed on one text, admitted on another.
+"""Clusters for the heads that benefit from them: proposed on one part of the text, admitted on another.
 
-Clusters fitted to positions fit the text that they were fitted on. So a tree is made from one part of the text, and a
-head may have a cut of it only where, on another part, the cut does better than as many blocks spent on its window do.
-Trees of intervals and of residues, which are fitted to nothing, compete in the same way.
+Clusters fitted to positions overfit the text that they were fitted on. So a tree is made from one part of the text, and
+a head may have a cut of it only if, on another part, the cut does better than the same number of blocks spent on its
+window. Trees of intervals and of residues, which are not fitted to anything, compete in the same way.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ _LEARNED = 4
 
 
 def proposed_cuts(changes: Table, grid: Grid) -> tuple[tuple[tuple[Cut, ...], ...], ...]:
-    """Each head's candidates, as many for every head: its own tree's cuts, and those of the fixed trees.
+    """Each head's candidates, the same number for every head: cuts of its own tree, and of the fixed trees.
 
-    `changes` are the linear changes of the divergence for each pair of blocks, `[layers, heads, blocks, blocks]`.
+    `changes` holds the linear change of the divergence for each pair of blocks, `[layers, heads, blocks, blocks]`.
     """
     trees = [interval_tree(grid.blocks), *(residue_tree(grid.blocks, prime) for prime in _PRIMES)]
     fixed = tuple(Cut(tree, height) for tree in trees for height in cuts_of(tree, grid.blocks))
@@ -46,10 +46,10 @@ def with_cuts(
     floor: int,
     trust: Trust,
 ) -> Pattern:
-    """The windows within the trust region and the admitted cuts whose changes add up to the least, within the budget.
+    """The windows within the trust region and the admitted cuts with the least total change, within the budget.
 
-    A cut comes on top of its head's present window. It is admitted where it changes the divergence by less (more
-    downward) than the window does that sees as many pairs, between windows linearly.
+    A cut is added to its head's present window. It is admitted if it lowers the divergence more than a window that sees
+    the same number of pairs, interpolated linearly between windows.
     """
     pairs = visible_pairs(grid.blocks, grid.sink)
     places = [(layer, head) for layer in range(len(cuts)) for head in range(len(cuts[0]))]

@@ -1,4 +1,4 @@
-"""Sharing a budget of blocks among heads, each of which takes one of its choices."""
+"""Shares a budget of blocks among heads, each of which takes one of its choices."""
 
 import heapq
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ Numbers = npt.NDArray[np.float64]
 def allocate(blocks: Sequence[Numbers], costs: Sequence[Numbers], budget: float) -> tuple[int, ...]:
     """The choice of every head, `choices[h]` an index into `blocks[h]` and `costs[h]`, with sum of blocks ≤ budget.
 
-    Every head starts at its cheapest number of blocks and climbs its lower convex hull; steps are taken by what they
-    save for each block, the best first. No choice within the budget costs less wherever the budget ends on a step; what
-    is left over elsewhere is less than one step, and goes to the best steps that still fit.
+    Every head starts at its fewest blocks and moves along its lower convex hull; the steps with the greatest saving per
+    block are taken first. If the budget ends on a step, no choice within it costs less. Otherwise less than one step is
+    left over, and goes to the best steps that still fit.
 
     Raises:
         TopologyError: even the smallest choices exceed the budget.
@@ -43,7 +43,7 @@ def allocate(blocks: Sequence[Numbers], costs: Sequence[Numbers], budget: float)
     while waiting:
         _, head, more = heapq.heappop(waiting)
         if more > left:
-            continue  # its later steps lie behind this one
+            continue  # its later steps start from this one
         left -= more
         places[head] += 1
         chosen[head] = hulls[head][places[head]]
@@ -58,7 +58,7 @@ def _hull(blocks: Numbers, costs: Numbers) -> list[int]:
     hull: list[int] = []
     for index in map(int, order):
         if hull and costs[index] >= costs[hull[-1]]:
-            continue  # more blocks for no less
+            continue  # more blocks at no lower cost
         while len(hull) > 1 and _slope(blocks, costs, hull[-2], hull[-1]) >= _slope(blocks, costs, hull[-1], index):
             hull.pop()
         hull.append(index)

@@ -1,4 +1,4 @@
-"""Refinement at the sparse point: where the divergence itself says which heads should see more, and which less."""
+"""Refinement at the sparse model, where the divergence itself tells which heads should see more, and which less."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from surgeon.compiler.learn.patterns.windows import Windows, visible_pairs
 class Trust:
     """The range of one round's moves: from a window w to at least w / (1 + reach) and at most w + reach · (w + 2).
 
-    The gains are linear, so they hold near the present windows only: with the whole range open to it, a round moves
-    blocks to where a gradient was large and makes the divergence worse.
+    The gains are linear, so they hold only near the present windows: given the whole range, a round moves blocks to
+    wherever a gradient was large and makes the divergence worse.
     """
 
     reach: float
@@ -34,7 +34,7 @@ class Trust:
 def refined_windows(
     windows: Windows, changes: npt.NDArray[np.float64], sink: int, budget: float, floor: int, trust: Trust
 ) -> Windows:
-    """The windows within the trust region whose changes add up to the least, within the budget.
+    """The windows within the trust region with the least total change, within the budget.
 
     `changes[l, h, w - 1]` is the linear change of the loss if head h of layer l had window w; `budget` is in visible
     pairs of blocks over all heads.

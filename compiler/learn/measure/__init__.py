@@ -1,1 +1,1 @@
-"""The frozen model run under patterns: what each would cost, each step kept once done."""
+"""Measurements of the frozen model under patterns: the cost of each, with every finished step kept."""

@@ -1,9 +1,9 @@
 """Attention over visible blocks in plain torch, differentiable: in q, k and v, or in the mask itself.
 
-The compiled kernels need a package, and have a backward pass on a CPU alone. This works wherever torch does and takes
-every pattern of blocks. Its backward pass has the formula of `runtime/kernels/backward.py`, which goes through padded
-sequences and chunks a tile at a time; here all rows of a head are one batch, a few launches on a GPU instead of some
-hundred.
+The compiled kernels need a package, and have a backward pass only on a CPU. This works wherever torch does and takes
+any pattern of blocks. Its backward pass uses the formula of `runtime/kernels/backward.py`, which goes through padded
+sequences and chunks one tile at a time; here all rows of a head are one batch, a few launches on a GPU instead of
+hundreds.
 
 Source: the backward pass of FlashAttention-2 (arXiv 2307.08691), a head at a time instead of a tile at a time.
 """
@@ -28,10 +28,10 @@ def block_sparse_attention(
 def masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention with each block's weights times the block's mask, normalised again: differentiable in the mask.
+    """Causal attention with each block's weights times the block's mask, renormalised: differentiable in the mask.
 
-    Shapes as of `block_sparse_attention`; `mask` holds numbers of 0 to 1 with a diagonal of 1. The weights are made
-    again in the backward pass instead of kept.
+    Shapes as in `block_sparse_attention`; `mask` holds numbers from 0 to 1 with a diagonal of 1. The backward pass
+    recomputes the weights instead of keeping them.
     """
     return cast(torch.Tensor, checkpoint(_masked, q, k, v, mask, scale, use_reentrant=False))
 
@@ -77,9 +77,10 @@ class _BlockSparse(torch.autograd.Function):
 
 
 def _gathered(visible: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's visible blocks, `[blocks, most]`, and which of its keys are hidden, bool `[blocks, size, most, size]`.
+    """Each row's visible blocks, `[blocks, most]`, and a mask of its hidden keys, bool `[blocks, size, most, size]`.
 
-    A row with fewer blocks than the fullest repeats its own block, hidden. Its own block is hidden above the diagonal.
+    A row with fewer blocks than the fullest one repeats its own block, hidden. The own block is hidden above the
+    diagonal.
     """
     counts = visible.sum(dim=1)
     row = torch.arange(visible.shape[0], device=visible.device)

@@ -15,17 +15,17 @@ from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.layers import find_attention, layer_of
 
 DeviceMap = str | Mapping[str, str | int]
-"""A device for the whole model, a way to spread it, or a device for each of its modules, "disk" among them."""
+"""A device for the whole model, a strategy to spread it, or a device, possibly "disk", for each of its modules."""
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "use a Llama or another decoder with full attention"
 
 
 def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An fp32 model that a topology can be learned for, and its tokenizer; arguments as of `read_checkpoint`.
+    """Reads an fp32 model that a topology can be learned for, and its tokenizer; arguments as in `read_checkpoint`.
 
     Raises:
-        ModelError: it cannot be read, or is no decoder that a topology can be for.
+        ModelError: it cannot be read, or is not a decoder that a topology can describe.
     """
     model, tokenizer = read_checkpoint(name, torch.float32, device_map)
     check_decoder(model)
@@ -35,12 +35,12 @@ def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrain
 def read_checkpoint(
     name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers knows.
+    """Reads a model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers can resolve.
 
     Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
 
     Raises:
-        ModelError: it cannot be read, or does not go where it should, or a package that this takes is missing.
+        ModelError: it cannot be read or placed as requested, or a required package is missing.
     """
     processes = all_processes().count
     if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
@@ -55,7 +55,7 @@ def read_checkpoint(
     where: str | Path = name
     options: dict[str, Any] = {}
     if Path(name).suffix == ".gguf":
-        for package in ("gguf", "accelerate"):  # Transformers wants both
+        for package in ("gguf", "accelerate"):  # Transformers needs both
             required(package, ModelError, name)
         where, options = Path(name).parent, {"gguf_file": Path(name).name}
     try:
@@ -66,18 +66,18 @@ def read_checkpoint(
         raise ModelError(
             name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
         ) from None
-    except (AssertionError, RuntimeError) as error:  # as torch and accelerate say it of a device that is not there
+    except (AssertionError, RuntimeError) as error:  # as torch and accelerate report a missing device
         if device_map is None:
             raise
         raise ModelError(
-            "--device-map", "devices that there are", short_repr(f"{device_map}: {error}", 200), "name others, or none"
+            "--device-map", "devices that exist", short_repr(f"{device_map}: {error}", 200), "name others, or none"
         ) from None
     return model, tokenizer
 
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode and without gradients to its weights; what was set before is set again after."""
+    """Holds the model in evaluation mode, without gradients for its weights; restores both settings afterwards."""
     training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
@@ -93,7 +93,7 @@ def check_decoder(model: torch.nn.Module) -> None:
     """Checks that every layer is full causal attention through Transformers' interface, with weights in memory.
 
     Raises:
-        ModelError: it is not so.
+        ModelError: a layer is not.
     """
     if not isinstance(model, PreTrainedModel) or not getattr(type(model), "_supports_attention_backend", False):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""The results of a long run's steps, each computed once, so that an interrupted run continues."""
+"""A store for the results of a long run's steps, each computed once, so that an interrupted run continues."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointStore:
-    """Keeps the results of steps in a folder, by what each depends on; with no folder, in memory.
+    """Keeps the results of steps in a folder, keyed by what each depends on; without a folder, in memory.
 
-    A result is written beside its place and renamed into it, so a step that is interrupted leaves nothing. `computed`
-    and `found` count the steps that this run did, and those that had been done before; `found_seconds` is the CPU time
-    that the latter took when they were done.
+    A result is written to a temporary file and renamed into place, so an interrupted step leaves nothing. `computed`
+    and `found` count the steps that this run computed and found; `found_seconds` is the CPU time that the found ones
+    took when they were computed.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -34,7 +34,7 @@ class CheckpointStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def once(self, step: Mapping[str, object], compute: Callable[[], Tensors]) -> Tensors:
-        """The result of a step: found, or computed and kept; errors as of `find`."""
+        """Returns the result of a step, found or else computed and kept; raises as `find` does."""
         kept = self.find(step)
         if kept is not None:
             return kept
@@ -42,9 +42,9 @@ class CheckpointStore:
         return self.keep(step, compute(), time.process_time() - started)
 
     def find(self, step: Mapping[str, object]) -> Tensors | None:
-        """The result of a step, if it has been done before.
+        """Returns the result of a step that has been done before, else None.
 
-        `step` names all that the result depends on, as JSON holds it; a step that differs in anything is another one.
+        `step` states everything that the result depends on, as JSON values; any difference makes it another step.
 
         Raises:
             ModelError: a kept result is damaged.

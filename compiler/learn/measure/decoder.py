@@ -26,7 +26,7 @@ _KEPT_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Observation:
-    """One layer's attention on one sequence, and the gradient that says how much its output matters.
+    """One layer's attention on one sequence, and the gradient that tells how much its output matters.
 
     `q`, `output` and `gradient` (of the loss with respect to the output) are `[heads, length, head_dim]`, `k` and `v`
     `[KV heads, length, head_dim]`; all are detached.
@@ -55,7 +55,7 @@ def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """The dense model's last hidden states of one sequence `[1, length]`: `[length, hidden]`, on the CPU.
 
     Raises:
-        ModelError: the model makes its logits of them in a way that is not known.
+        ModelError: the model computes its logits from them in an unknown way.
     """
     with torch.inference_mode(), _attending(model, None, None):
         return hidden_states(model, tokens).clone().cpu()
@@ -64,9 +64,9 @@ def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 def sparse_divergence(
     model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, visible: Sequence[torch.Tensor]
 ) -> float:
-    """Mean KL divergence, in nats a token, of the dense model's next-token distribution from the pattern's.
+    """Mean KL divergence, in nats per token, of the dense model's next-token distribution from the pattern's.
 
-    `dense` are the dense model's last hidden states; `visible` holds bool `[heads, blocks, blocks]` for each layer.
+    `dense` holds the dense model's last hidden states; `visible` holds bool `[heads, blocks, blocks]` for each layer.
     """
     with torch.inference_mode(), _attending(model, visible, None):
         return _divergence(model, dense, _states(model, tokens))[0] / tokens.shape[1]
@@ -110,7 +110,7 @@ def pull_masks(
 ) -> tuple[float, torch.Tensor]:
     """The mean divergence and its gradient with respect to the masks.
 
-    `masks` hold numbers of 0 to 1, `[layers, heads, blocks, blocks]`; otherwise as for `sparse_divergence`.
+    `masks` holds numbers from 0 to 1, `[layers, heads, blocks, blocks]`; otherwise as for `sparse_divergence`.
     """
     varied = masks.detach().requires_grad_()
     with _attending(model, varied.unbind(), None), _bounded(model, tokens.shape[1]):
@@ -150,10 +150,10 @@ def _attending(
 
 @contextmanager
 def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Keeps only each layer's input for the backward pass, and makes the rest again, where all of it would be much."""
+    """Keeps only each layer's input for the backward pass and recomputes the rest, if keeping everything is costly."""
     config = model.config
     widths = 10 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    offloaded = is_offloaded(model)  # whose weights would all be kept too
+    offloaded = is_offloaded(model)  # all of its weights would be kept too
     if config.num_hidden_layers * length * widths * 4 <= _KEPT_BYTES and not offloaded:
         yield
         return
@@ -162,7 +162,7 @@ def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            # What stops early would leave the weights that were fetched for it.
+            # Stopping early would leave behind the weights that were fetched.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, early_stop=not offloaded)
         yield
     finally:
@@ -174,7 +174,7 @@ def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 
 def _no_mask(**_arguments: Any) -> None:
-    """Sequences are whole and without padding, and the attention below is causal by itself."""
+    """Returns no mask: sequences are whole and unpadded, and the attention below is causal by itself."""
 
 
 def _attention(
@@ -201,7 +201,7 @@ def _attention(
 
 
 class _Observed(torch.autograd.Function):
-    """The identity; its backward pass shows the observer the layer, which autograd then forgets."""
+    """The identity; its backward pass shows the layer to the observer, and autograd then drops it."""
 
     @staticmethod
     def forward(
@@ -239,7 +239,7 @@ def _sampled_gradient(model: PreTrainedModel, states: torch.Tensor, generator: t
 def _divergence(
     model: PreTrainedModel, dense: torch.Tensor, sparse: torch.Tensor, differentiate: bool = False
 ) -> tuple[float, torch.Tensor]:
-    """The divergence summed over the tokens, and its gradient with respect to the sparse states where asked for."""
+    """The divergence summed over the tokens, and its gradient with respect to the sparse states if requested."""
     total, parts = 0.0, []
     for reference, part in zip(dense.split(_CHUNK), sparse.split(_CHUNK), strict=True):
         with torch.no_grad():

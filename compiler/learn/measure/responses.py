@@ -1,9 +1,9 @@
 """Responses of a layer's loss to other patterns of its heads, exact in the layer's output.
 
 For query t, block j has the share a_tj of the dense attention and the partial output p_tj; a pattern's output is
-sum(p_tj) / sum(a_tj) over its visible blocks. For a loss whose gradient with respect to the output is d_t, all that a
-change of pattern needs is therefore the scalars d_t·p_tj and a_tj: the gradient's response to *any* pattern is exact in
-the output, dropped blocks and renormalisation included.
+sum(p_tj) / sum(a_tj) over its visible blocks. For a loss whose gradient with respect to the output is d_t, a change of
+pattern therefore needs only the scalars d_t·p_tj and a_tj: the gradient's response to *any* pattern is exact in the
+output, including dropped blocks and renormalisation.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from surgeon.compiler.learn.measure.decoder import Observation
 def responses(observation: Observation, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and sum of squares, over the queries, of d·(candidate's output − present output): fp64 `[heads, candidates]`.
 
-    `candidates` is bool `[candidates, blocks, blocks]` or, for other candidates in each head,
+    `candidates` is bool `[candidates, blocks, blocks]` or, for different candidates in each head,
     `[heads, candidates, blocks, blocks]`; every row must see its own block.
     """
     shape, device = (observation.q.shape[0], candidates.shape[-3]), observation.q.device
@@ -32,10 +32,10 @@ def responses(observation: Observation, candidates: torch.Tensor) -> tuple[torch
 
 
 def block_responses(observation: Observation, visible: torch.Tensor) -> torch.Tensor:
-    """The response of each pair of blocks: the sum of d·(change of the output) if a row saw that block besides.
+    """The response of each pair of blocks: the sum of d·(change of the output) if a row also saw that block.
 
-    `visible` is what the heads see, bool `[heads, blocks, blocks]`, and so is the shape of the result, fp64; pairs that
-    are visible already have no response.
+    `visible` holds the pairs that the heads see, bool `[heads, blocks, blocks]`; the result has the same shape,
+    in fp64. Pairs that are already visible have no response.
     """
     visible = visible.to(observation.q.device)
     result = torch.zeros(visible.shape, dtype=torch.float64, device=visible.device)
@@ -48,7 +48,7 @@ def block_responses(observation: Observation, visible: torch.Tensor) -> torch.Te
 
 
 def output_errors(observation: Observation, candidates: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Sum over the queries of the squared error that a candidate makes behind the output projection.
+    """Sum over the queries of a candidate's squared error after the output projection.
 
     The layer must have been dense. `candidates` is bool `[candidates, blocks, blocks]`, `projection` the layer's W_o,
     `[hidden, heads · head_dim]`; the result is fp64 `[heads, candidates]`.
@@ -57,7 +57,7 @@ def output_errors(observation: Observation, candidates: torch.Tensor, projection
     size, group = observation.q.shape[1] // blocks, heads // observation.v.shape[0]
     candidates = candidates.to(observation.q.device)
     per_head = projection.unflatten(1, (heads, -1)).transpose(0, 1).to(observation.q)
-    factor = torch.linalg.qr(per_head, mode="r").R  # R'R = W'W: the norm behind W_o, in head_dim dimensions
+    factor = torch.linalg.qr(per_head, mode="r").R  # R'R = W'W: the norm after W_o, in head_dim dimensions
     total = torch.zeros((heads, candidates.shape[0]), dtype=torch.float64, device=candidates.device)
     for row, weights in _rows(observation, blocks):
         rows = slice(row * size, (row + 1) * size)
@@ -66,7 +66,7 @@ def output_errors(observation: Observation, candidates: torch.Tensor, projection
         share = split.sum(dim=3)
         excess = split @ v - share[..., None] * observation.output[:, None, rows]
         seen = candidates[:, row, : row + 1].to(share.dtype)
-        # The excesses of all blocks cancel, so those of the dropped ones are those of the seen ones, negated.
+        # The excesses of all blocks cancel, so those of the dropped blocks are those of the visible ones, negated.
         error = torch.einsum("hjtd,cj->hctd", excess @ factor[:, None].transpose(2, 3), seen).square().sum(dim=3)
         kept = torch.einsum("hjt,cj->hct", share, seen)
         total += (error / kept.square()).sum(dim=2, dtype=torch.float64)
@@ -74,7 +74,7 @@ def output_errors(observation: Observation, candidates: torch.Tensor, projection
 
 
 def _pushes(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each row of blocks with d·p_tj and a_tj, `[heads, size, row + 1]`, and d·(present output), `[heads, size, 1]`."""
+    """Yields each row, its d·p_tj and a_tj, `[heads, size, row + 1]`, and d·(present output), `[heads, size, 1]`."""
     size, group = observation.q.shape[1] // blocks, observation.q.shape[0] // observation.v.shape[0]
     present = (observation.gradient * observation.output).sum(dim=2, keepdim=True)
     for row, weights in _rows(observation, blocks):
@@ -86,7 +86,7 @@ def _pushes(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.
 
 
 def missed_shares(observation: Observation, candidates: torch.Tensor) -> torch.Tensor:
-    """The share of the dense attention that a candidate does not see, a mean over the queries: `[heads, candidates]`.
+    """The share of the dense attention that a candidate misses, as a mean over the queries: `[heads, candidates]`.
 
     `candidates` is bool `[candidates, blocks, blocks]`; the result is fp64.
     """
@@ -99,7 +99,7 @@ def missed_shares(observation: Observation, candidates: torch.Tensor) -> torch.T
 
 
 def _rows(observation: Observation, blocks: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each row of blocks with its queries' dense attention weights, `[heads, size, (row + 1) · size]`."""
+    """Yields each row of blocks with its queries' dense attention weights, `[heads, size, (row + 1) · size]`."""
     heads, length, _ = observation.q.shape
     size, group = length // blocks, heads // observation.k.shape[0]
     above = torch.ones(size, size, dtype=torch.bool, device=observation.q.device).triu(1)

@@ -1,4 +1,4 @@
-"""Measures the frozen model over sequences, each step once: its result is kept in the checkpoint store."""
+"""Measures the frozen model over sequences, each step once: results are kept in the checkpoint store."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +30,14 @@ from surgeon.runtime.transformers.offload import fetched
 
 Table = npt.NDArray[np.float64]
 Quantities = Mapping[str, Callable[[Observation], torch.Tensor]]
-"""What is computed of each layer's attention, by name; a step keeps one tensor of it, `[layers, ...]`."""
+"""Quantities computed from each layer's attention, by name; a step keeps one tensor of each, `[layers, ...]`."""
 
 
 @dataclass(frozen=True)
 class Costs:
     """The cost of each window for each head at the dense model, summed over the text: `[layers, heads, blocks]`.
 
-    `fisher` is the expected squared response of the log-likelihood, `error` the squared error behind W_o; entry w - 1
+    `fisher` is the expected squared response of the log-likelihood, `error` the squared error after W_o; entry w - 1
     is for a window of w blocks.
     """
 
@@ -47,7 +47,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class CutChanges:
-    """Linear changes of the divergence: of each window, `[layers, heads, blocks]`, and of each of a head's cuts.
+    """Linear changes of the divergence: for each window, `[layers, heads, blocks]`, and for each of a head's cuts.
 
     `cuts[l, h, c]` is for adding cut c of that head to what it sees.
     """
@@ -59,8 +59,8 @@ class CutChanges:
 class Runs:
     """Runs a frozen model under the patterns of a grid; `identity` names the model, for the checkpoint store.
 
-    `what` is what a progress display says meanwhile. Where torch.distributed has several processes, they share the
-    sequences; each must make all the calls.
+    `what` is the text that a progress display shows meanwhile. If torch.distributed has several processes, they share
+    the sequences; each must make all the calls.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Runs:
         return Costs(total["fisher"], total["error"])
 
     def assess(self, sequences: Sequence[torch.Tensor], seed: int) -> list[tuple[Costs, Table]]:
-        """Measures, for each sequence, each window's costs and the share of the dense attention that it misses."""
+        """Measures, for each sequence, every window's costs and the share of the dense attention that it misses."""
         each = self._at_dense("assess", sequences, {**self._window_costs, **self._missed}, seed)
         return [(Costs(found["fisher"].numpy(), found["error"].numpy()), found["missed"].numpy()) for found in each]
 
     def validate(self, pattern: Pattern, sequences: Sequence[torch.Tensor], what: str) -> float:
-        """The mean divergence from the dense model under a pattern, in nats a token."""
+        """The mean divergence from the dense model under a pattern, in nats per token."""
         masks = pattern.masks(self._grid)
 
         def compute(tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
@@ -116,7 +116,7 @@ class Runs:
     def cut_changes(
         self, pattern: Pattern, cuts: Sequence[Sequence[Sequence[Cut]]], sequences: Sequence[torch.Tensor]
     ) -> CutChanges:
-        """The same for windows and for cuts, `cuts[l][h]` as many for every head."""
+        """The same for windows and for cuts, with equally many `cuts[l][h]` for every head."""
         masks = pattern.masks(self._grid)
 
         def added(layer: Observation) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Runs:
     def mask_changes(
         self, pattern: Pattern, candidates: torch.Tensor, sequences: Sequence[torch.Tensor], what: str
     ) -> Table:
-        """The same for whole masks in place of the pattern's, as many for every head: `[layers, heads, candidates]`.
+        """The same for whole masks in place of the pattern's, equally many per head: `[layers, heads, candidates]`.
 
         `candidates` is bool `[layers, heads, candidates, blocks, blocks]`.
         """
@@ -180,7 +180,7 @@ class Runs:
         compute: Callable[[torch.Tensor, torch.Tensor], Tensors],
         **key: object,
     ) -> list[Tensors]:
-        """Measures a step under a pattern; `compute` gets a sequence and the dense model's last hidden states of it."""
+        """Measures a step under a pattern; `compute` gets a sequence and its last hidden states in the dense model."""
 
         def find(tokens: torch.Tensor) -> Tensors:
             dense = self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]
@@ -191,7 +191,7 @@ class Runs:
     def _each(
         self, what: str, sequences: Sequence[torch.Tensor], find: Callable[[torch.Tensor], Tensors]
     ) -> list[Tensors]:
-        """Collects the results of all sequences in their order, whatever process finds them: sums are equal in all."""
+        """Collects the results of all sequences in order, whichever process finds them, so that all sums are equal."""
 
         def find_own(number: int) -> Tensors:
             if self._progress is not None:
@@ -207,7 +207,7 @@ class Runs:
 
 
 def _by_layer(quantities: Quantities, run: Callable[[Observer], object]) -> Tensors:
-    """The quantities of all layers that a run of the model shows its observer, `[layers, ...]` each."""
+    """The quantities of all layers that a run of the model shows to its observer, `[layers, ...]` each."""
     rows: dict[str, dict[int, torch.Tensor]] = {name: {} for name in quantities}
 
     def observe(layer: Observation) -> None:

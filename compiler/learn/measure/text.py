@@ -1,4 +1,4 @@
-"""The text that a topology is learned on: read, turned into tokens, and divided into what it is used for."""
+"""The text that a topology is learned on: read, tokenized, and divided by use."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences `[1, length]` by use: no token is in two of them. `refine[r]` are for round r of the refinement.
+    """Sequences `[1, length]` by use: no token is in two of them. `refine[r]` is for round r of the refinement.
 
-    `cuts` is empty, or holds those that cuts are proposed on and those that they are admitted on.
+    `cuts` is empty, or holds the sequences that cuts are proposed on and those that they are admitted on.
     """
 
     calibrate: tuple[torch.Tensor, ...]
@@ -34,10 +34,10 @@ class Sequences:
 
 
 def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
-    """Reads a UTF-8 text file and turns it into tokens.
+    """Reads a UTF-8 text file and tokenizes it.
 
     Raises:
-        ModelError: it cannot be read, is no text, or is empty.
+        ModelError: it cannot be read, is not text, or is empty.
     """
     try:
         data = path.read_bytes()
@@ -54,7 +54,7 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
         raise ModelError(str(path), "text", f"a null character at {text.index(chr(0))}", "name a text file")
     if not text.strip():
         raise ModelError(str(path), "a text", "an empty file", "name a file with text in it")
-    # The tokenizer warns of texts beyond the model's context; the model gets sequences of them.
+    # The tokenizer warns about texts longer than the model's context; the model only gets sequences from them.
     ids = tokenizer(text, verbose=False)["input_ids"]
     return TokenText(path.name, hashlib.sha256(data).hexdigest(), torch.tensor(ids))
 
@@ -68,10 +68,10 @@ def divide(
     seed: int,
     cuts: int = 0,
 ) -> Sequences:
-    """Divides every text into sequences of `length` tokens and hands them out at random, the same for the same seed.
+    """Divides every text into sequences of `length` tokens and assigns them at random, reproducibly for a seed.
 
-    The counts are for each text. A text of too few sequences gives each use its share, and at least validation and
-    calibration one; rounds of refinement that get none from any text fall back on the calibration sequences.
+    The counts are per text. A text with too few sequences gives each use a share, and validation and calibration at
+    least one; rounds of refinement that get none from any text fall back on the calibration sequences.
 
     Raises:
         ModelError: a text holds fewer than two sequences, or all of them too few for cuts.
@@ -108,7 +108,7 @@ def divide(
 
 
 def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
-    """At most `count` sequences `[1, length]` of a text, none overlapping, spread evenly over it.
+    """Selects at most `count` sequences `[1, length]` from a text, not overlapping, spread evenly over it.
 
     Raises:
         ModelError: the text is shorter than one sequence.
@@ -127,7 +127,7 @@ def spread(text: TokenText, length: int, count: int) -> list[torch.Tensor]:
 
 
 def _shares(wanted: Sequence[int], available: int) -> list[int]:
-    """Shares sequences out among the uses: one in turn to each that still wants one, the first uses first."""
+    """Shares out sequences among the uses: one in turn to each that still needs one, the first uses first."""
     shares = [0] * len(wanted)
     while available and shares != list(wanted):
         for use in range(len(wanted)):

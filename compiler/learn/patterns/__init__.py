@@ -1,1 +1,1 @@
-"""Patterns that heads may have while learning, windows and clusters, and topologies made of them."""
+"""Patterns that heads may have during learning, windows and clusters, and the topologies made from them."""

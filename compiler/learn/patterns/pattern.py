@@ -1,4 +1,4 @@
-"""A pattern while it is being learned: a window for every head, and a cut where one was admitted."""
+"""A pattern while it is being learned: a window for every head, and a cut for those that were admitted one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from surgeon.compiler.topology.pairs import cluster_pairs
 
 @dataclass(frozen=True)
 class Grid:
-    """The frame of learning: tokens a block, blocks a sequence, blocks of sink, the share of pairs to be visible."""
+    """The grid of learning: tokens per block, blocks per sequence, sink blocks, and the density to reach."""
 
     block_size: int
     blocks: int
@@ -25,13 +25,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cut:
-    """Clusters of a head: a tree, and the height up to which its blocks see each other."""
+    """A head's clusters: a tree, and the height up to which its blocks see each other."""
 
     tree: Dendrogram
     height: float
 
     def mask(self) -> torch.Tensor:
-        """The pairs of blocks in one cluster, up to the diagonal: bool `[blocks, blocks]`."""
+        """The pairs of blocks that share a cluster, up to the diagonal: bool `[blocks, blocks]`."""
         return torch.from_numpy(self.tree.distances() <= self.height).tril()
 
 
@@ -58,7 +58,7 @@ class Pattern:
         return pairs
 
     def plain(self) -> Any:
-        """The pattern as JSON holds it."""
+        """The pattern as JSON values."""
         cuts = [
             [*place, self.cuts[place].height, [list(row) for row in self.cuts[place].tree.linkage]]
             for place in sorted(self.cuts)

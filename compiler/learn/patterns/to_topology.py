@@ -1,4 +1,4 @@
-"""Topologies made by learning: built, scaled to other lengths, and written."""
+"""Topologies made by learning: building them, scaling them to other lengths, and writing them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from surgeon.runtime.package.manifest import ModelShape
 
 
 def pattern_topology(model: ModelShape, grid: Grid, pattern: Pattern, provenance: Mapping[str, Any]) -> Topology:
-    """A topology of a learned pattern. Equal trees are shared; a head without a cut names the first one, uncut."""
+    """Builds the topology of a learned pattern. Equal trees are shared; a head without a cut names the first tree."""
     trees = {interval_tree(grid.blocks): 0}
 
     def head(layer: int, index: int) -> SparseHead:
@@ -29,12 +29,12 @@ def pattern_topology(model: ModelShape, grid: Grid, pattern: Pattern, provenance
 
 
 def scaled(topology: Topology, blocks: int) -> Topology:
-    """The topology for sequences of `blocks` blocks: windows grow or shrink with the length, sinks stay as they are.
+    """Scales a topology to sequences of `blocks` blocks: windows scale with the length, sinks stay the same.
 
-    Measured: windows that were learned at one length keep their gain over equal windows at other lengths.
+    Measured: windows learned at one length keep their gain over equal windows at other lengths.
 
     Raises:
-        TopologyError: a head has clusters, which belong to the positions that they were learned on.
+        TopologyError: a head has clusters, which are tied to the positions that they were learned on.
     """
     factor = blocks / topology.num_blocks
 
@@ -59,10 +59,10 @@ def scaled(topology: Topology, blocks: int) -> Topology:
 
 
 def write_topology(topology: Topology, file: Path) -> None:
-    """Checks a topology as its reader will, and writes it beside its place and renames it into it.
+    """Checks a topology as its reader will, writes it to a temporary file, and renames that into place.
 
     Raises:
-        TopologyError: it breaks the format.
+        TopologyError: it violates the format.
     """
     text = spelled(topology)
     parse_topology(text)

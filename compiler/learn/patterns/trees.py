@@ -28,7 +28,7 @@ def interval_tree(blocks: int) -> Dendrogram:
 
 
 def residue_tree(blocks: int, prime: int) -> Dendrogram:
-    """The p-adic tree: blocks are the nearer, the higher the power of `prime` that divides their difference."""
+    """The p-adic tree: the higher the power of `prime` that divides their difference, the closer two blocks are."""
     depth = 1
     while prime**depth < blocks:
         depth += 1
@@ -37,10 +37,10 @@ def residue_tree(blocks: int, prime: int) -> Dendrogram:
 
 
 def learned_tree(gains: Gains) -> Dendrogram:
-    """The average linkage of blocks by what a query block gains from seeing a key block, `[blocks, blocks]`.
+    """The average linkage of blocks by a query block's gain from seeing a key block, `[blocks, blocks]`.
 
-    Only the lower triangle counts, as only there a query comes after its key. Heights are how far a pair's mean gain
-    lies below the greatest, in units of the range of gains.
+    Only the lower triangle counts, where the query comes after the key. A height is the distance of a pair's mean gain
+    below the greatest gain, in units of the range of gains.
 
     Raises:
         ModelError: SciPy is not installed.
@@ -61,7 +61,7 @@ def learned_tree(gains: Gains) -> Dendrogram:
 
 
 def cuts_of(tree: Dendrogram, most: int) -> Iterator[float]:
-    """Yields up to `most` heights at which a cut makes other clusters, from fine to coarse, without the root's."""
+    """Yields up to `most` heights at which cuts make different clusters, from fine to coarse, without the root's."""
     heights = sorted({height for _, _, height, _ in tree.linkage})[:-1]
     if heights:
         places = np.unique(np.linspace(0, len(heights) - 1, most).round().astype(int))

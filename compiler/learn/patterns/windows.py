@@ -1,4 +1,4 @@
-"""Patterns of a sink and a window: how many blocks they see, and the uniform one that uses up a density."""
+"""Patterns of a sink and a window: the pairs that they see, and the uniform pattern that uses up a density."""
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,17 @@ def window_patterns(blocks: int, sink: int) -> torch.Tensor:
 
 
 def visible_pairs(blocks: int, sink: int) -> npt.NDArray[np.float64]:
-    """Visible pairs of blocks under windows of 1 to `blocks` blocks, `[windows]`."""
+    """Counts visible pairs of blocks under windows of 1 to `blocks` blocks, `[windows]`."""
     return np.array([window_pairs(blocks, sink, window) for window in range(1, blocks + 1)], dtype=np.float64)
 
 
 def uniform_windows(layers: int, heads: int, blocks: int, sink: int, density: float) -> Windows:
-    """Equal windows in all heads as far as the density goes, and one block more in as many heads as it still pays for.
+    """The largest equal windows that the density allows, and one more block in as many heads as it still allows.
 
     The heads with more are spread evenly over the model.
 
     Raises:
-        TopologyError: sink and own block alone see more.
+        TopologyError: the sink and the own block alone exceed the density.
     """
     pairs = visible_pairs(blocks, sink)
     wanted = density * causal_pairs(blocks)
@@ -46,11 +46,11 @@ def uniform_windows(layers: int, heads: int, blocks: int, sink: int, density: fl
 def window_floor(blocks: int, sink: int, density: float) -> int:
     """The smallest window that a head may get: the uniform window whose pairs are nearest to two thirds of the budget.
 
-    A head's far context differs between texts, its near context does not; without a floor a learner takes more from
-    heads than other texts forgive.
+    A head's far context varies between texts, its near context does not; without a floor a learner takes more from
+    heads than other texts tolerate.
 
     Raises:
-        TopologyError: sink and own block alone exceed the density.
+        TopologyError: the sink and the own block alone exceed the density.
     """
     pairs = visible_pairs(blocks, sink)
     wanted = density * causal_pairs(blocks)
@@ -62,7 +62,7 @@ def window_floor(blocks: int, sink: int, density: float) -> int:
 
 
 def unreachable(density: float, least: float) -> TopologyError:
-    """The error for a density below what a sink and every block's own pair cost."""
+    """Makes the error for a density below the cost of the sink and of every block's own pair."""
     return TopologyError(
         "--density",
         f"at least {least:.4f}: the sink and every block itself",

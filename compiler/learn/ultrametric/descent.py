@@ -27,9 +27,9 @@ _SAVED_EVERY = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the training: temperature falls geometrically, noise and penalties rise over the first half.
+    """Settings of the training: temperature falls geometrically; noise and penalties ramp up over the first half.
 
-    A step is the mean of `batch` sequences.
+    A step averages over `batch` sequences.
     """
 
     steps: int = 60
@@ -41,18 +41,17 @@ class Settings:
     balance_weight: float = 0.05
 
     def temperature(self, step: int) -> float:
-        """The temperature of the digits at a step."""
+        """The digits' temperature at a step."""
         return float(self.hot * (self.cold / self.hot) ** (step / max(self.steps - 1, 1)))
 
     def ramp(self, step: int) -> float:
-        """0 at the first step, 1 from the middle on."""
+        """The ramp at a step: 0 at the first, 1 from the middle on."""
         return min(1.0, 2 * step / max(self.steps, 1))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The pattern that came of it, which may see more than was asked for, and the divergence of every step, in nats
-    a token."""
+    """The trained pattern, which may see more than was requested, and every step's divergence in nats per token."""
 
     pattern: Pattern
     divergences: tuple[float, ...]
@@ -69,10 +68,10 @@ def train_digits(
     identity: dict[str, object],
     progress: Progress | None = None,
 ) -> Trained:
-    """Learns paths and cuts for a model of `shape` (layers, heads); windows are the floor's.
+    """Learns paths and cuts for a model of `shape` (layers, heads); every window has the floor's size.
 
-    Where torch.distributed has several processes, they share the sequences of each step, so that a batch of one is one
-    process's work. The first keeps the steps.
+    If torch.distributed has several processes, they share the sequences of each step, so a batch of one is the work of
+    one process. The main process keeps the steps.
 
     Raises:
         TopologyError: the density is out of reach.
@@ -80,7 +79,7 @@ def train_digits(
     window = window_floor(grid.blocks, grid.sink, grid.density)
     always = window_patterns(grid.blocks, grid.sink)[window - 1]
     processes = processes_of(model)
-    # "schedule" is what older versions called the settings: what they kept is found again.
+    # "schedule" is the older name of the settings, kept here so that steps kept by older versions are found.
     described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(settings), "seed": seed}
     logits = torch.stack([collapsed_logits(shape[1], grid.blocks, settings.arity) for _ in range(shape[0])])
     state: Tensors = {"logits": logits, "cuts": torch.zeros(shape), "divergences": torch.zeros(0)}
@@ -95,7 +94,7 @@ def train_digits(
             progress(f"descending the KL divergence{lately}", begin, settings.steps)
         read = [tokens[0].tolist() for batch in chunk for tokens in batch]
         named = {"step": "ultrametric", "tokens": read, "begin": begin} | described
-        # All go on from what the first one finds, or all descend: nobody may be left waiting for the others' gradients.
+        # All continue from what the main process finds, or all descend: none may be left waiting for others' gradients.
         found = processes.first(partial(store.find, named))
         if found is None:
             started = time.process_time()
@@ -107,7 +106,7 @@ def train_digits(
 
 
 def masks_at(state: Tensors, settings: Settings, step: int, seed: int, always: torch.Tensor) -> list[Sample]:
-    """The samples of all layers at a step, the same for the same seed."""
+    """Draws the samples of all layers at a step, reproducibly for a seed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     temperature, noise = settings.temperature(step), settings.ramp(step)
     return [
@@ -171,7 +170,7 @@ def _pull(
 
 
 def _pattern(logits: torch.Tensor, cuts: torch.Tensor, window: int) -> Pattern:
-    """The pattern of the hard digits and the rounded cuts."""
+    """The pattern given by the hard digits and the rounded cuts."""
     paths = hard_digits(logits).argmax(dim=-1)
     found = {
         place: Cut(

@@ -1,8 +1,8 @@
 """Block digits that are learned by gradient: soft trees whose hard values are p-adic paths.
 
 Every block of every head has a row of digits, held as logits. Sampled digits (Gumbel-softmax) give an expected distance
-of two blocks, its comparison with the head's cut a soft mask, and the hard digits the mask that is really used; the
-soft one lends it its gradient. All blocks begin with equal digits, so that a head begins dense.
+between two blocks; comparing it with the head's cut gives a soft mask. The hard digits give the mask that is used, with
+the gradient of the soft one. All blocks begin with equal digits, so a head begins dense.
 
 Source: the Llama Surgery method; Gumbel-softmax (arXiv 1611.01144) and straight-through gradients (arXiv 1308.3432).
 """
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-_COLLAPSED = 3.0  # how much likelier than the others a block's first digit begins
+_COLLAPSED = 3.0  # initial lead of a block's first digit over the others
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A layer's masks, `[heads, blocks, blocks]`, 1 where visible, and how evenly its digits are used.
+    """A layer's masks, `[heads, blocks, blocks]`, 1 where visible, and a measure of how evenly its digits are used.
 
-    The masks are hard, with the soft ones' gradient. `balance` is 0 where every digit is as frequent as any other, and
-    arity − 1 where only one is used.
+    The masks are hard, with the soft ones' gradient. `balance` is 0 if all digits are equally frequent, and arity − 1
+    if only one is used.
     """
 
     masks: torch.Tensor
@@ -27,7 +27,7 @@ class Sample:
 
 
 def depth_for(blocks: int, arity: int) -> int:
-    """Digits that tell all blocks apart."""
+    """The number of digits needed to distinguish all blocks."""
     depth = 1
     while arity**depth < blocks:
         depth += 1
@@ -42,10 +42,10 @@ def collapsed_logits(heads: int, blocks: int, arity: int) -> torch.Tensor:
 
 
 def expected_distances(digits: torch.Tensor) -> torch.Tensor:
-    """depth − expected length of the common prefix, for digits (distributions) `[heads, blocks, depth, arity]`.
+    """Depth − expected length of the common prefix, for digits (distributions) `[heads, blocks, depth, arity]`.
 
-    The prefix holds as far as the least agreement so far: a cumulative minimum, whose gradient stays finite where a
-    product's does not. For one-hot digits it is the ultrametric of the paths.
+    The agreement of a prefix is the least agreement of its digits: a cumulative minimum, whose gradient stays finite
+    where a product's does not. For one-hot digits this is the ultrametric of the paths.
     """
     agreement = torch.einsum("hikp,hjkp->hijk", digits, digits)
     prefix = torch.cummin(agreement, dim=3).values
@@ -65,7 +65,7 @@ def sample(
     noise: float,
     generator: torch.Generator,
 ) -> Sample:
-    """Draws digits and makes the masks of a layer.
+    """Draws digits and computes the masks of a layer.
 
     `logits` `[heads, blocks, depth, arity]` and `cuts` `[heads]`, distances, are learned; `always` is bool
     `[blocks, blocks]`, the sink and the window; `noise` scales the Gumbel noise, which is drawn in fp32.

@@ -1,4 +1,4 @@
-"""Lowers the cuts of a pattern that sees too much, where the divergence from the dense model loses least by it."""
+"""Lowers the cuts of a pattern that sees too much, where it raises the divergence from the dense model least."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ one of the candidates, bool `[layers, heads, candidates, blocks, blocks]`."""
 
 
 def lowered(pattern: Pattern, grid: Grid, changes_of: Changes) -> Pattern:
-    """The pattern with cuts lowered as far as the grid's density needs it; its windows stay, and are to fit into that.
+    """The pattern with its cuts lowered as far as the grid's density requires; its windows stay, and must fit into it.
 
-    In a round every cut falls by one level of its tree at most, because a linear change holds for small steps, and
-    those fall that cost least for each pair of blocks. A cut below the last level is no cut.
+    In a round every cut is lowered by at most one level of its tree, because a linear change holds only for small
+    steps; those that cost least per pair of blocks go first. A cut below the last level is removed.
     """
     budget = grid.density * causal_pairs(grid.blocks) * pattern.windows.size
     while pattern.cuts and pattern.visible_pairs(grid).sum() > budget:
@@ -40,6 +40,6 @@ def lowered(pattern: Pattern, grid: Grid, changes_of: Changes) -> Pattern:
 
 
 def _below(cut: Cut) -> Cut | None:
-    """The next lower level of a cut, at which fewer blocks see each other; None where only each itself would."""
+    """The next lower level of a cut, at which fewer blocks see each other; None if each would see only itself."""
     levels = sorted({height for _, _, height, _ in cut.tree.linkage if height <= cut.height})
     return Cut(cut.tree, levels[-2]) if len(levels) > 1 else None

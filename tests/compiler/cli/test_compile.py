@@ -1,4 +1,4 @@
-"""`surgeon compile`: what it hands on and prints, and what it refuses."""
+"""`surgeon compile`: the arguments it passes on, its output, and its refusals."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Commands where an extra is not installed: one line that says which, before any work."""
+"""Commands without an extra that they need: one line that names it, before any work."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ MODEL: list[str | Path] = ["--text", "no.txt", "--density", "0.5"]
 
 
 def refusal(missing: str, *arguments: str | Path, cwd: Path, **environment: str) -> str:
-    """The line on standard error of a command that is refused where a package is missing."""
+    """The line on standard error of a command that is refused because a package is missing."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.modules[{missing!r}] = None; {RUN}", *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and with which status it ends."""
+"""The command line: its output on each stream, and its exit status."""
 
 import json
 import os
@@ -185,7 +185,7 @@ HEAVY = {"torch", "triton", "transformers", "networkx", "jinja2", "rich", "multi
 
 
 def imported_by(*arguments: str | Path, status: int = 0) -> set[str]:
-    """The top names of the modules that a fresh process has imported when a command ends with `status`."""
+    """The top-level modules that a fresh process has imported when a command ends with `status`."""
     program = (
         "import sys\nfrom surgeon.compiler.cli.main import main\nstatus = main()\nprint(*sys.modules)\nsys.exit(status)"
     )

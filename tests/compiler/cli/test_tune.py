@@ -1,4 +1,4 @@
-"""`surgeon tune` from the command line to a table that `surgeon compile` takes."""
+"""`surgeon tune`, from the command line to a table that `surgeon compile` accepts."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def topology_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
-    """A machine with a GPU, as far as the command looks at it, that likes few stages; the benches it was asked on."""
+    """Fakes a machine with a GPU, as far as the command looks, that favours few stages; returns the benches it made."""
     benches: list[Bench] = []
 
     def measure(bench: Bench, tiles: TargetTiles, phase: str) -> float:

@@ -1,4 +1,4 @@
-"""What each process of test_processes.py runs: command lines one after the other, with a plus sign between them."""
+"""The program that each process of test_processes.py runs: command lines in turn, separated by plus signs."""
 
 import sys
 from itertools import groupby

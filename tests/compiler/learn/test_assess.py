@@ -1,4 +1,4 @@
-"""The assessment: what it says of made-up costs, and of a tiny model."""
+"""The assessment of made-up costs and of a tiny model."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ EQUAL = uniform_windows(2, 3, 32, 1, 0.25)
 
 
 def costs(heads: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Costs:
-    """Costs that halve with each block of window, from what a head costs at first."""
+    """Costs that halve with each block of window, from a head's first cost."""
     table = heads[..., None] * 0.5 ** np.arange(32)
     return Costs(table, 2 * table)
 

@@ -1,6 +1,6 @@
-"""`--device-map`: a model whose weights are fetched from disk, layer by layer, is learned on and piloted as any other.
+"""`--device-map`: a model whose weights are fetched from disk, layer by layer, learned on and piloted like any other.
 
-A machine without a GPU has nothing else to spread a model over; the hooks that move what a layer takes are the same.
+A machine without a GPU has nothing else to spread a model over; the hooks that move a layer's weights are the same.
 """
 
 import json
@@ -101,8 +101,8 @@ def test_the_commands_take_it(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ('{"": "disk"', "expected a name, or a JSON object"),
         ('{"": [0]}', "expected a name, or a JSON object"),
         ("[0]", 'got "When passing device_map as a string'),
-        ('{"": "nowhere"}', "--device-map: expected devices that there are, got "),
-        ("cuda:99", "--device-map: expected devices that there are, got 'cuda:99: "),
+        ('{"": "nowhere"}', "--device-map: expected devices that exist, got "),
+        ("cuda:99", "--device-map: expected devices that exist, got 'cuda:99: "),
     ],
 )
 def test_what_cannot_be_placed_is_one_line(

@@ -87,7 +87,7 @@ def test_an_interrupted_run_continues_to_the_same_topology(tmp_path: Path, monke
     assert found.sha256 == expected.sha256
     assert found.provenance["validation"] == expected.provenance["validation"]
 
-    monkeypatch.setattr(runs, "observe_dense", None)  # all has been done: no pass is made again
+    monkeypatch.setattr(runs, "observe_dense", None)  # everything has been done: no pass is repeated
     monkeypatch.setattr(runs, "sparse_divergence", None)
     again = learn(tiny_llama(), texts(), REQUEST, EFFORT, work=tmp_path)
     assert again.sha256 == expected.sha256

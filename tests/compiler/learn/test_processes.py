@@ -1,4 +1,4 @@
-"""`surgeon learn`, `assess` and `pilot` under torchrun: two processes find what one does, and one of them speaks."""
+"""`surgeon learn`, `assess` and `pilot` under torchrun: two processes find what one does, and only one prints."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_two_processes_find_what_one_does_and_go_on_from_what_one_left(
     assert quality(tmp_path / "two" / "pilot.json") == pytest.approx(quality(tmp_path / "one" / "pilot.json"), rel=1e-6)
     assert [file.name for file in (tmp_path / "two").iterdir()] == ["pilot.json"]
 
-    assert main([*learns[0], "--json"]) == 0  # and one goes on from what two left
+    assert main([*learns[0], "--json"]) == 0  # and one continues from what two left
     assert json.loads(capsys.readouterr().out)["provenance"]["steps"]["computed"] == 0
 
 
@@ -95,5 +95,5 @@ def test_bad_input_is_one_line_of_one_process_and_status_2(folder: Path, tmp_pat
     (tmp_path / "binary").write_bytes(b"\xff\xfe\0\1")
     output = torchrun(SCRIPT, *learning(folder, tmp_path / "t.json", "--text", str(tmp_path / "binary")), fails=True)
     assert output.count("surgeon: ") == output.count("expected UTF-8 text") == 1, output
-    assert "exitcode  : 2 " in output, "torchrun's report of the first process"
+    assert "exitcode  : 2 " in output, "torchrun's report of the main process"
     assert not (tmp_path / "t.json").exists()

@@ -1,4 +1,4 @@
-"""A package exported for Hugging Face's kernels is imported by them, offline, and computes what the package does."""
+"""The export for Hugging Face's kernels: imported by that library, offline, it computes what the package does."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def package(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def light(tmp_path: Path) -> Path:
-    """A package for all kinds of targets, of kernels that nothing can run."""
+    """A package for all kinds of target, with kernels that nothing can run."""
     return packages.write(tmp_path / "light", sparse_topology(), ("cpu", "cuda:80", "cuda:90", "hip:gfx942"))
 
 

@@ -1,4 +1,4 @@
-"""What `surgeon inspect` finds and draws."""
+"""The findings and drawings of `surgeon inspect`."""
 
 import dataclasses
 import hashlib

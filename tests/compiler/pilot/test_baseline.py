@@ -1,4 +1,4 @@
-"""Equal windows beside a topology: as dense, to less than one head's next block."""
+"""Equal windows as dense as a topology, to within one head's next block."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`surgeon report`: one page that holds all of a pilot and its topology, needs nothing else, and is safe to open."""
+"""`surgeon report`: one self-contained page with all of a pilot and its topology, safe to open."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_the_page_shows_all_of_it() -> None:
 
 
 def several(name: str = "a model") -> list[tuple[str, Pilot]]:
-    """Pilots to stand beside the first one; the second has no windows."""
+    """Pilots to show beside the first one; the second has no windows."""
     denser = pilot(sha256="4" * 64, density=0.75)
     return [
         ("half.json", pilot(sha256="3" * 64, density=0.5)),
@@ -271,7 +271,7 @@ def browser() -> str:
 @pytest.mark.slow
 def test_a_browser_draws_it_within_the_width_of_a_phone(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    # What the browser lays out is written into the page, from where --dump-dom shows it.
+    # A script writes the browser's layout into the page, where --dump-dom shows it.
     measure = (
         "<script>document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
         " [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 30).length,"
@@ -279,7 +279,7 @@ def test_a_browser_draws_it_within_the_width_of_a_phone(tmp_path: Path) -> None:
     )
     page.write_text(report(pilot(), topology()).replace("</body>", measure + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    size = ["--window-size=500,900", "--hide-scrollbars"]  # no window of Chromium's is narrower than 500
+    size = ["--window-size=500,900", "--hide-scrollbars"]  # Chromium's windows are at least 500 wide
 
     def run(*more: str) -> str:
         command = [browser(), *options, *size, *more, page.as_uri()]

@@ -1,4 +1,4 @@
-"""`surgeon pilot`: what it writes and prints, and how it ends."""
+"""`surgeon pilot`: its file, its output and its exit status."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of a pilot: every figure once, those beside the dense model below what they compare."""
+"""The table of a pilot: every figure once, comparisons with the dense model below the figures they compare."""
 
 from surgeon.compiler.pilot.table import pilot_table
 from surgeon.runtime.evaluate.estimates import Estimate

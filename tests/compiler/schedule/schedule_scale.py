@@ -1,7 +1,7 @@
-"""Schedules a 32-layer, 32-head topology with 1,024 blocks and prints what that took, as JSON.
+"""Schedules a 32-layer, 32-head topology with 1,024 blocks and prints the time and memory, as JSON.
 
 python schedule_scale.py mixed       windows, and clusters of contiguous and of scattered trees
-python schedule_scale.py scattered   the worst case: every head a scattered tree of its own
+python schedule_scale.py scattered   the worst case: every head has its own scattered tree
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is counted from schedules, against their expansion."""
+"""Liveness computed from schedules, against their expansion."""
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +13,7 @@ from surgeon.runtime.package.schedule import UNBOUNDED
 @given(strategies.topologies_and_lengths(max_blocks=12))
 def test_the_last_readers_are_those_of_the_mask(drawn: tuple[Topology, int]) -> None:
     topology, length = drawn
-    # Long enough that no window reaches from a block below `length` to the last row; only what is read for ever does.
+    # So long that no window joins a block below `length` and the last row, which thus reads only those read for ever.
     far = topology.num_blocks if topology.beyond == "error" else 3 * topology.num_blocks + length + 30
     num_kv_heads = topology.model.num_key_value_heads
     for index, layer in enumerate(schedule_layers(topology)):

@@ -91,7 +91,7 @@ def test_a_schedule_that_a_reader_can_follow() -> None:
         pieces=(
             Piece(0, 4, 0, 0, 0, False),  # the first cluster, which holds the sink: 0 to the row
             Piece(4, 6, 0, 1, -1, True),  # the window still begins before the second cluster: the sink, the window
-            Piece(6, 8, 0, 1, 4, False),  # the window lies in the second cluster: the sink, 4 to the row
+            Piece(6, 8, 0, 1, 4, False),  # the window is in the second cluster: the sink, 4 to the row
             Piece(8, UNBOUNDED, 0, 1, -1, True),  # beyond: the sink, the window
         ),
     )

@@ -1,4 +1,4 @@
-"""Tables of what tiles of queries and decoding steps read, and their decision trees, against the definition."""
+"""Segment tables for tiles of queries and for decoding, and their decision trees, against the definition."""
 
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ TILES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 4)]
 
 
 def from_table(table: SegmentTable, head: int, row: int, own: int) -> tuple[Segments, int]:
-    """The segments of a row of tiles, and how many of them are seen by all, read as a kernel reads them."""
+    """The segments of a row of tiles, and the number that all see, read as a kernel reads them."""
     first, middle, end = table.plans[table.rows[head, min(row, table.rows.shape[1] - 1)]].tolist()
     segments = [
         (begin + own * (follows & 1), end + own * (follows >> 1), readers)
@@ -34,7 +34,7 @@ def from_table(table: SegmentTable, head: int, row: int, own: int) -> tuple[Segm
 
 
 def from_trees(trees: SegmentTrees, head: int, row: int, own: int) -> tuple[Segments, int]:
-    """The same, decided as a kernel decides it."""
+    """The same from decision trees, deciding as a kernel does."""
     pattern = decide(trees.pattern, head=head)
     plan = decide(trees.plan, pattern=pattern, row=row)
     segments: Segments = []
@@ -64,7 +64,7 @@ def at(place: Place, own: int) -> int:
 def visible(
     segments: Segments, shared: int, rows: int, blocks: int, row: int, num_blocks: int
 ) -> npt.NDArray[np.bool_]:
-    """Which blocks a tile reads for each of its rows, with causality, `[rows, num_blocks]`."""
+    """The blocks that a tile reads for each of its rows, with causality, `[rows, num_blocks]`."""
     own = row * rows // blocks
     seen = np.zeros((rows, num_blocks), dtype=np.bool_)
     everyone = (1 << rows * blocks) - 1
@@ -156,7 +156,7 @@ def test_leaves_are_counted() -> None:
 
 
 def decoding_mask(table: SegmentTable, kv_head: int, row: int, group: int) -> np.ndarray:
-    """Which blocks up to the diagonal a row reads for each head of a group, as a kernel that follows the table does."""
+    """The blocks up to the diagonal that a row reads for each head of a group, as a kernel follows the table."""
     plan = table.plans[table.rows[kv_head, min(row, table.rows.shape[1] - 1)]]
     mask = np.zeros((group, row + 1), dtype=bool)
     previous = 0

@@ -1,4 +1,4 @@
-"""Which kernels a target needs: shared between equal layers, refused where the target cannot hold them."""
+"""The kernels that a target needs: shared between equal layers, refused if the target cannot hold them."""
 
 from collections.abc import Sequence
 
@@ -91,7 +91,7 @@ def test_every_head_size_of_the_templates_is_taken(head_dim: int) -> None:
             None,
             {"head_dim": 48},
             "model.head_dim: expected one of 16, 32, 64, 80, 96, 128, 256, got 48; "
-            "no kernel template has this head size",
+            "no kernel template supports this head size",
         ),
         (
             "cuda:90",

@@ -1,4 +1,4 @@
-"""The table of tiles: what it must hold for every target, and what follows from it."""
+"""The tile table: its constraints on every target, and the tiles chosen from it."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_a_users_table_comes_first() -> None:
 
 
 def change(document: Any, path: str, value: object) -> None:
-    """Sets the value at a path of keys, or takes the last key away where the value is None."""
+    """Sets the value at a path of keys, or removes the last key if the value is None."""
     *above, last = path.split("/")
     for key in above:
         document = document[key]

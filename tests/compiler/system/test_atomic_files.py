@@ -15,7 +15,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def abandoned(out: Path) -> Path:
-    """What a writer that was killed leaves."""
+    """The remains of a writer that was killed."""
     folder = out.with_name(f".{out.name}.abc_0123.partial")
     atomic_files.write(folder, FILES)
     return folder

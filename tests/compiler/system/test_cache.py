@@ -9,7 +9,7 @@ import pytest
 from surgeon.compiler.system.cache import Cache
 from surgeon.runtime.errors import BuildError
 
-DIGEST_BYTES = 32  # that an entry takes beside its data
+DIGEST_BYTES = 32  # an entry's size beyond its data
 KEYS = [Cache.key([name]) for name in "abcdef"]
 
 

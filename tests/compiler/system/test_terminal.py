@@ -1,4 +1,4 @@
-"""What a terminal is shown: progress only where there is one, characters only that it has."""
+"""The terminal: progress only if there is one, and only the characters that it has."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The versions that go into the keys of compiled parts."""
+"""The versions in the cache keys of compiled parts."""
 
 from importlib.metadata import version
 

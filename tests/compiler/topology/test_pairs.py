@@ -1,4 +1,4 @@
-"""Counted pairs of blocks and the densities made of them: exactly the mask's, and without a mask."""
+"""Counted pairs of blocks and the densities made from them: exactly the mask's, without a mask."""
 
 import tracemalloc
 from fractions import Fraction
@@ -61,7 +61,7 @@ def test_a_length_that_the_topology_refuses_has_no_density() -> None:
 
 
 def test_at_the_limits_of_the_format_it_needs_little_memory() -> None:
-    """512 layers of 512 heads over 16,384 blocks, whose masks are 137 GB a layer."""
+    """512 layers of 512 heads over 16,384 blocks, whose masks would take 137 GB per layer."""
     trees = (interval_tree(MAX_BLOCKS), residue_tree(MAX_BLOCKS, 2))
     few = [SparseHead(index % 2, float(index % 16), index % 5, 1 + index * 32) for index in range(MAX_HEADS - 1)]
     layer: tuple[Head, ...] = (DenseHead(), *few)

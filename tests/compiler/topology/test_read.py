@@ -205,7 +205,7 @@ def _places(value: object) -> list[tuple[Any, Any]]:
 
 
 def check_outcome(text: str) -> None:
-    """The text is read as a topology that can be used, or refused with a TopologyError; nothing else is raised."""
+    """Checks that the text is read as a usable topology or refused with a TopologyError; nothing else is raised."""
     try:
         topology: Topology | None = parse_topology(text)
     except TopologyError:

@@ -1,4 +1,4 @@
-"""The JSON Schema for editors says the same of a document's structure as the reader does."""
+"""The JSON Schema for editors: it judges a document's structure as the reader does."""
 
 import importlib.resources
 import json

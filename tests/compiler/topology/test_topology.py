@@ -1,4 +1,4 @@
-"""What a topology's heads see, against the definition written out in loops; densities; the canonical hash."""
+"""The blocks that a topology's heads see, against the definition in loops; densities; the canonical hash."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The text of topology.json: read again as the same topology, with a line for each head and each merge."""
+"""The text of topology.json: read back as the same topology, with one line per head and per merge."""
 
 import json
 

@@ -15,7 +15,7 @@ HOPPER = tiles_of(Target.parse("cuda:90"))
 
 
 def milliseconds(tiles: TargetTiles, phase: str) -> float:
-    """A device that likes few warps and, for many queries, large tiles of keys, for one query small ones."""
+    """A device that favours few warps, and large key tiles for many queries but small ones for one query."""
     tile = tiles.listed(phase, 128)
     return tile.warps + (64 / tile.keys if phase == "prefill" else tile.keys / 64) + tile.stages / 100
 
@@ -38,7 +38,7 @@ def test_candidates_begin_with_the_present_tile_and_fit_the_device(target: str, 
             assert tile.warps * tiles.device.warp_size <= 1024
             assert 4 * tile.stages * tile.keys * head_dim <= tiles.device.shared_bytes
             assert tile.keys <= tile.queries or phase == "decode"
-        # Each is one that the format can say.
+        # The format can express each of them.
         for tile in candidates:
             changed = {tiles.target: tiles.with_tile(phase, head_dim, tile)}
             assert parse_tiles(tiles_json(changed, "a test")) == changed

@@ -1,4 +1,4 @@
-"""A candidate is compiled, checked and timed: here on the CPU, whose kernels have no tiles, by a test's clock."""
+"""Trials of a candidate: compiled, checked and timed, here on the CPU, which has no tiles, by a test's clock."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The C++ of a CPU library and its compilation: what is rendered, what is compiled again, and what fails how."""
+"""The C++ of a CPU library and its compilation: rendering, recompilation, and failures."""
 
 import platform
 import stat
@@ -29,7 +29,7 @@ def rendered(topology: Topology, machine: str = platform.machine()) -> Source:
 
 
 def small() -> Topology:
-    """Two different layers: a window and clusters that are not contiguous; one head stands in both."""
+    """Two different layers: a window, and clusters that are not contiguous; one head is in both."""
     scattered = {"paths": [[0, 0], [1, 0], [0, 0], [1, 1], [0, 1], [1, 0]], "arity": 2}
     first = [head(0, 0.0, sink=1, window=2), head(0, 1.0, window=1)]
     second = [head(0, 1.0, window=1), {"dense": True}]
@@ -101,7 +101,7 @@ class Counting:
         self.command.chmod(self.command.stat().st_mode | stat.S_IXUSR)
 
     def runs(self) -> list[str]:
-        """What was compiled since the last question: the source files, or "link"."""
+        """The source files compiled since the last call, or "link"."""
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         self._log.write_text("")
         return sorted(

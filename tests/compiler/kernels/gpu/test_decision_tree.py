@@ -1,4 +1,4 @@
-"""The decision trees say what the schedule says, and stay small."""
+"""Decision trees: equal to the schedule, and small."""
 
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def leaves(tree: Tree[Value]) -> list[Value]:
 
 
 def expand(trees: ScheduleTrees, head: int, num_rows: int, block_size: int) -> npt.NDArray[np.int64]:
-    """How often a head's rows read each block, `[num_rows, num_rows]`, decided as a kernel decides it."""
+    """Counts how often a head's rows read each block, `[num_rows, num_rows]`, deciding as a kernel does."""
     reads = np.zeros((num_rows, num_rows), dtype=np.int64)
     pattern = decide(trees.pattern, head=head)
     for row in range(num_rows):
@@ -120,6 +120,6 @@ def test_heads_are_grouped_by_the_leaves_they_need() -> None:
     leaves = [num_leaves(schedule) for schedule in layer.heads]
     assert head_groups(layer, leaves, sum(leaves)) == (range(8),)
     assert head_groups(layer, leaves, max(leaves)) == (range(2), range(2, 4), range(4, 6), range(6, 8))
-    assert head_groups(layer, leaves, 1) == head_groups(layer, leaves, max(leaves))  # equal heads cost nothing more
+    assert head_groups(layer, leaves, 1) == head_groups(layer, leaves, max(leaves))  # equal heads cost nothing extra
     whole, part = schedule_trees(layer), schedule_trees(layer, range(2, 4))
     assert (whole.num_patterns, part.num_patterns) == (4, 1)

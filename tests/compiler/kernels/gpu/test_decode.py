@@ -1,4 +1,4 @@
-"""Decoding kernels: right in Triton's interpreter, and compiled for GPUs that this machine need not have."""
+"""Decoding kernels: correct in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -51,7 +51,7 @@ def make_call(
     layer: int = 0,
     seed: int = 0,
 ) -> DecodeCall:
-    """Random q, k, v, where every key and value that the query may not read is NaN."""
+    """Makes random q, k, v, where every key and value that the query may not read is NaN."""
     specs = specs_of(topology)
     decode, combine = decode_sources(specs)
     table = decode_table(schedule_layers(topology)[layer])

@@ -1,4 +1,4 @@
-"""Prefill kernels give for some of a layer's KV heads what they give for all: in Triton's interpreter."""
+"""Prefill kernels for some of a layer's KV heads: equal to those for all, in Triton's interpreter."""
 
 from collections.abc import Iterator
 from concurrent.futures import Executor

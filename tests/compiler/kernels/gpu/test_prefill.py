@@ -1,4 +1,4 @@
-"""Triton kernels: right in Triton's interpreter, and compiled for GPUs that this machine need not have."""
+"""Prefill kernels: correct in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
 import dataclasses
 import math
@@ -312,7 +312,7 @@ def test_rendering_names_the_file_after_the_kernel() -> None:
 
 
 def quarters(num_blocks: int, block_size: int) -> Topology:
-    """Clusters that are a quarter of the sequence each, however long it is, and windows."""
+    """Clusters of a quarter of the sequence each, however long it is, and windows."""
     heads = [topologies.head(0, math.log2(num_blocks) - 2, 1, 2), topologies.head(0, 0.0, 1, 9), topologies.DENSE]
     tree = {"linkage": topologies.balanced_tree(num_blocks)}
     return topologies.build([heads], [tree], num_blocks=num_blocks, block_size=block_size)

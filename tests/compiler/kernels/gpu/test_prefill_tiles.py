@@ -30,7 +30,7 @@ def pool() -> Iterator[Executor]:
 
 @pytest.fixture(params=["code", "table"])
 def schedule_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels have their schedules."""
+    """Makes the kernels hold their schedules as code or as tables."""
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0 if request.param == "table" else 10_000)
     return str(request.param)
 
@@ -105,7 +105,7 @@ def test_tiles_of_keys_that_are_smaller_than_a_block(pool: Executor, schedule_as
 
 
 def scattered(block_size: int) -> Topology:
-    """Eight heads that see clusters of eight blocks out of 256, strewn at random."""
+    """Eight heads that see clusters of eight blocks out of 256, scattered at random."""
     rng = np.random.default_rng(0)
     trees = []
     for _ in range(8):
@@ -125,7 +125,7 @@ def test_a_layer_of_scattered_trees_is_a_table(pool: Executor, block_size: int) 
     assert pieces > 2000
     (source,) = prefill_sources(specialize_gpu(topology, schedule_layers(topology), Target.parse("cuda:90")))
     assert source.files[0].path == "cuda-90/attention_by_table.py"
-    assert len(source.files[0].text.splitlines()) < 250  # its size has nothing to do with the pieces
+    assert len(source.files[0].text.splitlines()) < 250  # its size does not depend on the pieces
     (entry,) = build_triton(source, "bf16").kernels
     assert (entry.schedule, entry.table) == ("attention_000", "prefill_8x4" if block_size == 16 else "prefill_1x1")
     call = make_call(topology, length=40, positions=[block_size * 250 - 25], cache_leftpads=[3])

@@ -1,4 +1,4 @@
-"""Which cuts are proposed, and which of them a head may have."""
+"""The cuts that are proposed, and those of them that are admitted."""
 
 import numpy as np
 

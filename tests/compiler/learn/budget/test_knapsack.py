@@ -1,4 +1,4 @@
-"""Sharing a budget among heads, against exhaustive search."""
+"""The sharing of a budget among heads, against exhaustive search."""
 
 import itertools
 from collections.abc import Sequence

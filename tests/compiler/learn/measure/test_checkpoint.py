@@ -1,4 +1,4 @@
-"""The model that a topology is learned on, read from what users have."""
+"""The model that a topology is learned on, read from the formats that users have."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from surgeon.runtime.errors import ModelError
 
 
 def test_a_gguf_file_is_the_model_that_it_was_made_from(tmp_path: Path) -> None:
-    """Also the order of its rotary dimensions, which a GGUF file has another one of."""
+    """Includes the order of its rotary dimensions, which differs in a GGUF file."""
     expected = tiny_llama(tiny_config(vocab_size=len(TOKENS)))
     write_gguf(expected, tmp_path / "tiny.gguf")
     model, tokenizer = read_model(str(tmp_path / "tiny.gguf"))

@@ -1,4 +1,4 @@
-"""Steps that are kept: once done, found again, with what they took."""
+"""The checkpoint store: finished steps are found again, with the time that they took."""
 
 import time
 from pathlib import Path

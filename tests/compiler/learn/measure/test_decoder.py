@@ -1,4 +1,4 @@
-"""The frozen decoder under a pattern: its log-probabilities and divergences are those of the model's own forward."""
+"""The frozen decoder under a pattern: its log-probabilities and divergences equal the model's own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The costs and gains against what they stand for: dropping blocks and renormalising, and moving outputs."""
+"""Costs and gains, against what they predict: dropping blocks and renormalising, and moving outputs."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Texts: what is refused, and how they are divided."""
+"""Texts: the refusals, and the division into sequences."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from surgeon.runtime.errors import ModelError
 
 
 class Letters:
-    """A tokenizer that makes a token of each character."""
+    """A tokenizer that makes one token of each character."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}

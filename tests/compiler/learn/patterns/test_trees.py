@@ -36,7 +36,7 @@ def test_the_learned_tree_joins_first_the_blocks_that_gain_most_from_each_other(
     gains = np.tril(rng.random((9, 9)), -1)
     for i, j in ((7, 2), (5, 3)):
         gains[i, j] = 5.0
-    tree = learned_tree(gains + np.triu(np.full((9, 9), 99.0)))  # what lies on and above the diagonal does not count
+    tree = learned_tree(gains + np.triu(np.full((9, 9), 99.0)))  # gains on and above the diagonal do not count
     assert {tuple(sorted(row[:2])) for row in tree.linkage[:2]} == {(2, 7), (3, 5)}
     assert Dendrogram.from_linkage([list(row) for row in tree.linkage], 9, "t") == tree
     assert ultrametric(tree)

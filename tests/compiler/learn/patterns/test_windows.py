@@ -1,4 +1,4 @@
-"""Windows: what they see, what they use of a density, and where they may move in a round."""
+"""Windows: the pairs they see, the density they use, and the range of a round's moves."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Trees by gradient descent: dense at the first step, ultrametric, finite gradients, the density that is asked for."""
+"""Trees by gradient descent: dense at the first step, ultrametric, finite gradients, the requested density."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Lowering cuts to a density: within it, level by level, the cheapest first."""
+"""The lowering of cuts to a density: within it, level by level, the cheapest first."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def density(found: Pattern) -> float:
 
 
 def by_layer(found: Pattern, candidates: torch.Tensor) -> Table:
-    """Lowering costs as many nats for each pair as the layer's number, and nothing in layer 0."""
+    """A cost of lowering: the layer's number in nats per pair, so nothing in layer 0."""
     masks = torch.stack(list(found.masks(grid(1.0))))[:, :, None]
     lost: Table = (masks.sum(dim=(3, 4)) - candidates.sum(dim=(3, 4))).numpy().astype(np.float64)
     return lost * np.arange(LAYERS)[:, None, None]
