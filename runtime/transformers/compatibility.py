@@ -69,7 +69,7 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             "weights",
             f"those that the topology was learned on, SHA-256 {expected}",
             got,
-            "load those weights, in the dtype they had then, or set model.weights_sha256 to null and compile again",
+            "load those weights in their original dtype, or set model.weights_sha256 to null and compile again",
         )
     return left
 
@@ -97,7 +97,7 @@ def _check_config(config: PreTrainedConfig) -> None:
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise PatchError(
             "model.config.attn_logit_softcapping",
-            "scores that go into the softmax as they are, so None",
+            "scores that enter the softmax unchanged, so None",
             short_repr(cap),
             "this model cannot be patched: no kernel caps scores",
         )
@@ -161,7 +161,7 @@ def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
                 f"{name}.sliding_window",
                 f"the window of a layer that model.config calls {types[layer_of(module)]!r}",
                 "none",
-                "this model does not heed its layer types, and cannot be patched",
+                "this model ignores its own layer types, and cannot be patched",
             )
 
 

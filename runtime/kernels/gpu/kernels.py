@@ -248,7 +248,7 @@ def _check(entry: KernelEntry, where: str) -> None:
     check_interface(entry, where)
     launch = entry.launch
     if launch is None or not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
-        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", short_repr(launch), _AGAIN)
+        raise PackageError(f"{where}.launch", "numbers of threads, rows and bytes in range", short_repr(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
     if entry.heads and entry.phase != "prefill":

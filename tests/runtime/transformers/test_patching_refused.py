@@ -1,4 +1,4 @@
-"""A model that a package does not fit is refused before anything is touched."""
+"""A model that a package does not fit is refused before anything is changed."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the launcher refuses to load: interfaces that it does not know, tables that point elsewhere."""
+"""Kernels that the launcher refuses to load: with unknown interfaces, or tables that point outside themselves."""
 
 import dataclasses
 from collections.abc import Callable
