@@ -51,7 +51,7 @@ def changed(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
 @pytest.mark.parametrize(
     ("phase", "by_table", "change", "message"),
     [
-        ("prefill", False, changed(phase="any"), r"phase: expected one of prefill, decode, reduce, got 'any'"),
+        ("prefill", False, changed(phase="any"), r"phase: expected one of prefill, decode, combine, got 'any'"),
         ("decode", True, changed(table=""), r"table: expected a table for the phase decode, got ''"),
         ("combine", False, changed(table="x"), r"table: expected no table for the phase combine, got 'x'"),
         ("prefill", False, changed(arguments=()), r"arguments\[0\]: expected q pointer, got none"),

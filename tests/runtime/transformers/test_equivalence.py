@@ -1,6 +1,6 @@
-"""What holds for a model under Transformers' own attentions holds for it on kernels of a collapsed topology.
+"""The equivalences of Transformers' own attentions also hold on the kernels of a collapsed topology.
 
-In the sense of what Transformers checks of its own attentions and caches, model by model.
+They are modelled on the checks that Transformers makes of its own attentions and caches for each model.
 """
 
 import copy

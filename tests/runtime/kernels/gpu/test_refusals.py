@@ -38,11 +38,11 @@ REFUSED = {
         r"preconditions\[0\]: expected",
     ),
     "no launch": (lambda entry: dataclasses.replace(entry, launch=None), r"launch\.grid\[0\]: expected .*, got none"),
-    "no rows": (with_launch(tile_rows=0), r"launch: expected threads, rows and bytes that can be"),
-    "too many threads": (with_launch(threads=2048), r"launch: expected threads, rows and bytes that can be"),
+    "no rows": (with_launch(tile_rows=0), r"launch: expected numbers of threads, rows and bytes in range"),
+    "too many threads": (with_launch(threads=2048), r"launch: expected numbers of threads, rows and bytes in range"),
     "a phase": (
         lambda entry: dataclasses.replace(entry, phase="sample"),
-        r"phase: expected one of prefill, decode, reduce, got 'sample'",
+        r"phase: expected one of prefill, decode, combine, got 'sample'",
     ),
     "heads of a decoding kernel": (
         lambda entry: dataclasses.replace(entry, heads=(0, 4)) if entry.phase == "decode" else entry,
