@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> list[Comparison]:
-    """Fetches and compiles everything, then compares and prints."""
+    """Fetches, compiles, compares and prints."""
     folder = model_folder(cache_folder(), say)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     text = real_text(cache_folder(), say)

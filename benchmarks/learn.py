@@ -138,13 +138,13 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
 
 @functools.cache
 def model(_role: Literal["dense", "patched"]) -> PreTrainedModel:
-    """The model that stays dense, or the one that is patched and unpatched; each has its own config."""
+    """The model that stays dense, or the one that is patched and unpatched: each has a config of its own."""
     return load_model(model_folder(cache_folder()))
 
 
 @functools.cache
 def held_out(length: int) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:
-    """The held-out texts' names and their sequences `[1, length]`."""
+    """The held-out texts' names, and their sequences `[1, length]`."""
     tokenizer, texts = load_tokenizer(model_folder(cache_folder())), held_out_texts(cache_folder(), console.print)
     return tuple((text.name, tuple(windows(tokenizer, text, length, TOKENS_SCORED // length))) for text in texts)
 

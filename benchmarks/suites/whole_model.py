@@ -94,7 +94,7 @@ def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> Non
 
 
 def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
-    """Two models from the same files, each with its own config, one of them patched."""
+    """Two models over the same files, each with a config of its own, one of them patched."""
     folder = model_folder(cache_folder())
     dense, patched = load_model(folder), load_model(folder)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)

