@@ -1,7 +1,7 @@
 """Runs the benchmarks, writes `results/*.json` and prints tables. Run it with `make bench`.
 
-Every result is a ratio of calls made in turn in this one process, after each was found right. Times are medians; the
-diagonal block counts half. `--isa avx2` lets torch and our kernels use AVX2 at most, on processors that have more.
+Every result is a ratio of calls made in turn in this one process, after each was checked. Times are medians; diagonal
+blocks count half. `--isa avx2` limits torch and our kernels to AVX2, on processors that have more.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# How waiting threads behave and which instructions torch's libraries use is settled when they are loaded.
+# torch's libraries settle the behaviour of waiting threads and their instruction set when they are loaded.
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 _VARIANTS = {"native": None, "avx2": "x86_64_v3"}
 RESULTS = Path(__file__).parent / "results"
@@ -22,12 +22,12 @@ Suite = Callable[[str | None], Iterator[dict[str, object]]]
 
 def main() -> int:
     """Runs the chosen suites and returns the exit status."""
-    parser = argparse.ArgumentParser(description="Measure Surgeon's CPU kernels beside their peers.")
+    parser = argparse.ArgumentParser(description="Measure Surgeon's CPU kernels against their peers.")
     parser.add_argument("--isa", choices=_VARIANTS, default="native", help="the widest instructions to use")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("suites", nargs="*", help="suites to run; all of them by default")
     options = parser.parse_args()
-    # A kernel that torch compiled for one instruction set gives wrong results when its cache serves it for another.
+    # A kernel that torch compiled for one instruction set gives wrong results if its cache serves it for another.
     compiled = str(Path(tempfile.gettempdir()) / f"surgeon-bench-inductor-{options.isa}")
     settings = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_CACHE_DIR": compiled}
     settings |= _AVX2 if options.isa == "avx2" else {}
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def run(chosen: list[str], isa: str, threads: int) -> int:
-    """Runs suites one after another; each has a file of its own."""
+    """Runs the suites one after another; each writes its own file."""
     import torch
     import transformers
     from rich.console import Console
@@ -85,7 +85,7 @@ def _table(title: str, rows: list[dict[str, object]]) -> object:
     from rich.table import Table
 
     table = Table(title=title)
-    keys = [key for key in rows[0] if not key.endswith(("_min_ms", "_min_us", "_cpu_ms"))]  # these are in the file
+    keys = [key for key in rows[0] if not key.endswith(("_min_ms", "_min_us", "_cpu_ms"))]  # these are only in the file
     for key in keys:
         table.add_column(key.replace("_", "\n"), justify="right")
     for row in rows:

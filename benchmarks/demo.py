@@ -1,6 +1,6 @@
-"""Compiles a topology, patches SmolLM2-135M-Instruct with it and compares it with the dense model, on real text.
+"""Compiles a topology, patches SmolLM2-135M-Instruct with it and compares it with the dense model on real text.
 
-Everything lies in the cache afterwards, so that a second run needs no network. Run it with `make demo`.
+Everything it fetches and compiles is cached, so that a second run needs no network. Run it with `make demo`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from surgeon.runtime.evaluate.comparison import perplexity
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096"}
-"""The topology that was learned, or scaled, for each length."""
+"""The topology that was learned or scaled for each length."""
 TOKENS_SCORED = 8192
 REPEATS = 3
 NEW_TOKENS = 48
@@ -44,7 +44,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The dense and the patched model at one length: density in blocks, median seconds of a prefill, perplexities."""
+    """The dense and the patched model at one length: density in blocks, median prefill seconds, perplexities."""
 
     length: int
     density: float
@@ -95,7 +95,7 @@ def run() -> list[Comparison]:
 
 
 def compiled(name: str) -> tuple[Topology, Package]:
-    """The topology of that name and its package, compiled into the cache and loaded."""
+    """The topology of this name and its package, compiled into the cache and loaded."""
     topology = read_topology(TOPOLOGIES / f"{name}.json")
     started = time.perf_counter()
     with progress_bar() as progress:
@@ -145,7 +145,7 @@ def compare(
 
 @contextmanager
 def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
-    """Patches the model for the length of a `with` statement: one model, the same weights, both attentions."""
+    """Patches the model for the duration of a `with` statement: one model with the same weights has both attentions."""
     patch(model, package)
     try:
         yield
@@ -155,12 +155,12 @@ def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    """Fills a new cache with the tokens and makes the logits of the last one."""
+    """Fills a new cache with the tokens and computes the logits of the last one."""
     model(input_ids=tokens, logits_to_keep=1)
 
 
 def prefill_patched(model: PreTrainedModel, package: Package, tokens: torch.Tensor) -> None:
-    """The same on the kernels, with the patching itself."""
+    """A prefill on the kernels, including the patching itself."""
     with patched(model, package):
         prefill(model, tokens)
 
@@ -194,7 +194,7 @@ def comparison_table(results: list[Comparison]) -> Table:
 def show_continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, package: Package
 ) -> None:
-    """Prints how both models go on, greedily, after the same long prompt."""
+    """Prints the greedy continuations by both models of the same long prompt."""
     prompt = windows(tokenizer, text, min(LEARNED), most=3)[-1]
     say(f"continuing a prompt of {prompt.shape[1]:,} tokens by {NEW_TOKENS}")
 
@@ -220,7 +220,7 @@ def show_continuations(
 
 @torch.inference_mode()
 def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
-    """Prints how far the kernels of a topology full of trees are from the model under its masks, in both ways in."""
+    """Compares the kernels of a topology full of trees with the model under explicit masks, patched and traced."""
     topology, package = compiled("smollm2-135m-trees")
     (tokens,) = windows(tokenizer, text, TREE_TOKENS, most=1)
     with explicit_mask(model, topology):

@@ -1,6 +1,6 @@
-"""Times compiled attention on a GPU beside SDPA and FlexAttention; needs no network and no install.
+"""Times compiled attention on a GPU against SDPA and FlexAttention; needs no network and no installation.
 
-From a source tree, on a machine without a GPU, and then on one with it:
+From a source tree, first on a machine without a GPU and then on one with a GPU:
 
     benchmarks/from_source python benchmarks/gpu.py --packages kernels-gpu --compile cuda:90
     benchmarks/from_source python benchmarks/gpu.py --packages kernels-gpu --json results.json
@@ -37,7 +37,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="where the compiled packages are kept")
+    parser.add_argument("--packages", type=Path, required=True, help="a folder for the compiled packages")
     parser.add_argument("--compile", metavar="TARGET", help="compile them for a target, and time nothing")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--json", type=Path, help="a file for the rows")
@@ -60,12 +60,12 @@ def main() -> None:
 
 
 def place(packages: Path, topology: Topology) -> Path:
-    """The folder of a topology's package."""
+    """The folder for a topology's package."""
     return packages / topology.sha256[:16]
 
 
 def machine() -> dict[str, str]:
-    """The card and the versions that figures belong to."""
+    """The card and the versions that the figures belong to."""
     return {
         "card": torch.cuda.get_device_name(),
         "torch": str(torch.__version__),
@@ -75,7 +75,7 @@ def machine() -> dict[str, str]:
 
 
 def rows(packages: Path, lengths: Sequence[int]) -> Iterator[dict[str, object]]:
-    """Prefill and decode, at each length and density."""
+    """Yields the rows of prefill and decoding at each length and density."""
     for length in lengths:
         for density in DENSITIES:
             topology = patterns.windows(SHAPE, length, density)
@@ -85,7 +85,7 @@ def rows(packages: Path, lengths: Sequence[int]) -> Iterator[dict[str, object]]:
 
 
 def row(topology: Topology, package: Package, length: int, q_length: int) -> dict[str, object]:
-    """One comparison: milliseconds by name, and how many times as fast as each peer ours is."""
+    """Makes one comparison: milliseconds by name, and our speed as a multiple of each peer's."""
     tensors = inputs(q_length, length)
     q, k, v = tensors
     mask = torch.from_numpy(topology.block_mask(0, length // SHAPE.block_size)).cuda()
@@ -116,7 +116,7 @@ def row(topology: Topology, package: Package, length: int, q_length: int) -> dic
 
 
 def inputs(q_length: int, k_length: int) -> Tensors:
-    """bf16 tensors on the GPU, q as projections leave it."""
+    """Random bf16 tensors on the GPU, with q laid out as projections leave it."""
     generator = torch.Generator("cuda").manual_seed(0)
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
     q = torch.randn(1, q_length, SHAPE.heads, SHAPE.head_dim, **options).transpose(1, 2)
@@ -126,20 +126,20 @@ def inputs(q_length: int, k_length: int) -> Tensors:
 
 
 def check(name: str, mask: torch.Tensor, tensors: Tensors, out: torch.Tensor) -> None:
-    """Compares a sample of the queries with fp64; `mask` is that of blocks, `[heads, rows, blocks]`."""
+    """Compares a sample of the queries with fp64; `mask` is over blocks, `[heads, rows, blocks]`."""
     error = sampled_error(mask, SHAPE.block_size, *tensors, out)
     if not error < TOLERANCE:
         raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
 
 
 def with_cudnn(call: Callable[[], object]) -> object:
-    """The call with SDPA's cuDNN back end and no other."""
+    """Runs the call with SDPA's cuDNN back end and no other."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return call()
 
 
 def flexible(mask: torch.Tensor, tensors: Tensors) -> Callable[[], torch.Tensor]:
-    """FlexAttention, compiled, on the same blocks, with the diagonal ones partial and all others full."""
+    """Compiled FlexAttention on the same blocks, the diagonal ones partial and all others full."""
     q, k, v = tensors
     offset = k.shape[2] - q.shape[2]
     blocks = mask[None] if offset == 0 else mask[None, :, -1:]
@@ -162,7 +162,7 @@ def flexible(mask: torch.Tensor, tensors: Tensors) -> Callable[[], torch.Tensor]
 
 
 def launches(call: Callable[[], object]) -> int:
-    """How many kernels one call starts."""
+    """The number of kernels that one call launches."""
     from torch.profiler import ProfilerActivity, profile
 
     call()

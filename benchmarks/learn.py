@@ -1,10 +1,10 @@
-"""Learns SmolLM2-135M's topologies, and scores them on text that nothing was learned, validated or chosen on.
+"""Learns SmolLM2-135M's topologies and scores them on text on which nothing was learned, validated or chosen.
 
     python benchmarks/learn.py                            # all of them
     python benchmarks/learn.py smollm2-135m-25 --again    # one of them, anew: make learn-demo
 
-The topologies go to topologies/, the scores to results/learn.json, a row each. A topology that is there is scored and
-not learned again, except with --again; the steps of learning lie in the cache, so that a run that was stopped goes on.
+The topologies go to topologies/, the scores to results/learn.json, one row each. A topology that exists is scored but
+not learned again, except with --again. The steps of learning are kept in the cache, so that a stopped run can continue.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from surgeon.runtime.evaluate.comparison import Comparison, compare
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "learn.json"
-TOKENS_SCORED = 6 * 2048  # of each text
+TOKENS_SCORED = 6 * 2048  # per text
 SINK = 1
 
 console = Console(highlight=False)
@@ -48,9 +48,10 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Case:
-    """A topology to learn: visible share of the block pairs, tokens a sequence, tokens a block, and where measured.
+    """A topology to learn: visible share of block pairs, tokens per sequence and per block.
 
-    `way` is what else `surgeon learn` is told, the default's alternatives.
+    It is learned on sequences of `measured_length` tokens. `way` holds further arguments of `surgeon learn`, the
+    alternatives to its defaults.
     """
 
     name: str
@@ -75,8 +76,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Score:
-    """A text's means over its sequences; `relative` is the divergence over that of equal windows at equal density,
-    `relative_error` the standard error of its mean over the sequences."""
+    """A text's means over its sequences.
+
+    `relative` is the divergence over that of equal windows at equal density, `relative_error` the standard error of its
+    mean over the sequences.
+    """
 
     text: str
     sequences: int
@@ -91,11 +95,11 @@ class Score:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Learns and scores, and returns the exit status."""
+    """Learns and scores the topologies and returns the exit status."""
     parser = argparse.ArgumentParser(description="Learn topologies for SmolLM2-135M and score them on held-out text.")
     names = [case.name for case in CASES]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
-    parser.add_argument("--again", action="store_true", help="learn also what has been learned")
+    parser.add_argument("--again", action="store_true", help="learn topologies again that exist already")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
         parser.error(f"expected names of {', '.join(names)}, got {', '.join(sorted(unknown))}")
@@ -111,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def learned(case: Case, again: bool) -> tuple[Topology, str]:
-    """The topology of that name, for which `surgeon learn` is run where it is not there, and the command for it."""
+    """The case's topology, made by `surgeon learn` if it does not exist, and the command that makes it."""
     shape = ["--density", str(case.density), "--length", str(case.length), "--block", str(case.block)]
     if case.measured_length != case.length:
         shape += ["--measured-length", str(case.measured_length)]
@@ -149,7 +153,7 @@ def held_out(length: int) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:
 
 
 def score(case: Case, topology: Topology) -> list[Score]:
-    """Scores a topology beside equal windows of its own density, both on compiled kernels."""
+    """Scores a topology against equal windows of its own density, both on compiled kernels."""
     shape = model_shape(model("dense"))
     equal = uniform_windows(
         shape.num_hidden_layers, shape.num_attention_heads, topology.num_blocks, SINK, mean_density(topology)
@@ -162,7 +166,7 @@ def score(case: Case, topology: Topology) -> list[Score]:
 
 
 def scored(name: str, ours: Comparison, theirs: Comparison) -> Score:
-    """A text's score from the comparisons of the learned topology and of equal windows with the dense model."""
+    """A text's score, from comparing the learned topology and equal windows with the dense model."""
     relative = [one.divergence / other.divergence for one, other in zip(ours.sequences, theirs.sequences, strict=True)]
     return Score(
         text=name,
@@ -179,7 +183,7 @@ def scored(name: str, ours: Comparison, theirs: Comparison) -> Score:
 
 
 def under(topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> list[Comparison]:
-    """The dense model beside the one on a topology's compiled kernels, for each text."""
+    """Compares the dense model with the one on a topology's compiled kernels, for each text."""
     out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
     patched = model("patched")
     patch(patched, load(out, strict=True))

@@ -1,7 +1,7 @@
-"""Pilots SmolLM2-135M's topologies of 2,048 tokens on held-out text, and shows them on one page: make pilot.
+"""Pilots SmolLM2-135M's topologies of 2,048 tokens on held-out text and shows them on one page: make pilot.
 
-Each is compiled and given to `surgeon pilot`, which has a process for each, since it measures memory, and writes
-results/pilot-*.json. Then `surgeon report` draws the sparsest, with the others beside it, into build/pilot.html.
+Each is compiled and given to `surgeon pilot`, in its own process since memory is measured, which writes
+results/pilot-*.json. Then `surgeon report` draws the sparsest one, with the others beside it, into build/pilot.html.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from surgeon.runtime.errors import SurgeonError
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 TOPOLOGIES = ("smollm2-135m-25", "smollm2-135m-35", "smollm2-135m-50")
-"""The sparsest first: the page is about it."""
+"""The names of the topologies, the sparsest first: the page is about it."""
 MEASURED = ("--sequences", "6", "--passkeys", "4", "--rounds", "6")
 THRESHOLDS = ("--max-ppl-ratio", "1.05", "--min-speedup", "1")
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -34,7 +34,7 @@ console = Console(highlight=False)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pilots, writes the page, and returns the exit status."""
     parser = argparse.ArgumentParser(description="Pilot SmolLM2-135M's topologies on held-out text.")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for what the pilots found")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for the pilots' findings")
     page = FOLDER.parent / "build" / "pilot.html"
     parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
     options = parser.parse_args(arguments)
@@ -56,7 +56,7 @@ def run_pilots(results: Path) -> list[Path]:
     """Compiles and pilots every topology, and returns the pilots' files.
 
     Raises:
-        ModelError: the model or a text cannot be had.
+        ModelError: the model or a text cannot be downloaded.
     """
     cache = cache_folder()
     model = model_folder(SMOLLM2_135M, cache, console.print)
@@ -76,12 +76,12 @@ def run_pilots(results: Path) -> list[Path]:
 
 
 def topology_file(name: str) -> Path:
-    """Where a committed topology lies."""
+    """The path of a committed topology."""
     return FOLDER / "topologies" / f"{name}.json"
 
 
 def surgeon(*arguments: str) -> None:
-    """Runs a command of Surgeon's; where it fails, it says why, and this process ends with its status."""
+    """Runs a Surgeon command; if it fails, it says why, and this process exits with its status."""
     status = subprocess.run([sys.executable, "-c", SURGEON, *arguments], check=False).returncode
     if status:
         raise SystemExit(status)

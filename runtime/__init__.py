@@ -1,6 +1,6 @@
-"""Serve time: verify and load a package, run its kernels, patch a model.
+"""The serving side: verifies and loads packages, runs their kernels, patches models.
 
-The names below are imported when they are first used, so that reading a package does not import torch.
+The names below are imported on first use, so that reading a package does not import torch.
 """
 
 import importlib

@@ -1,10 +1,10 @@
-"""The exceptions that Surgeon raises: one tree, each text saying where, what was expected, what came, what to do."""
+"""Surgeon's exceptions: one hierarchy, whose messages say where, what was expected, what was found and what to do."""
 
 import reprlib
 
 
 class SurgeonError(Exception):
-    """The root of every error that Surgeon raises on purpose.
+    """The base class of every error that Surgeon raises on purpose.
 
     `where` is a place in the user's input (`layers[3].heads[1].cut`, a file, a call), `remedy` an imperative sentence.
     """
@@ -21,11 +21,11 @@ class SurgeonError(Exception):
 
 
 class TopologyError(SurgeonError):
-    """A topology file or object that breaks the format, or a call that leaves what the topology covers."""
+    """A topology file or object that breaks the format, or a call beyond what the topology covers."""
 
 
 class ModelError(SurgeonError):
-    """A model or text that cannot be read, or that Surgeon cannot work on."""
+    """A model or text that cannot be read or that Surgeon cannot work on."""
 
 
 class TargetError(SurgeonError):
@@ -37,20 +37,20 @@ class BuildError(SurgeonError):
 
 
 class PackageError(SurgeonError):
-    """A kernel package that is damaged, incomplete or not to be trusted."""
+    """A kernel package that is damaged, incomplete or untrustworthy."""
 
 
 class PatchError(SurgeonError):
-    """A package and a model, or a call and a patched model, that do not fit each other."""
+    """A mismatch between a package and a model, or between a call and a patched model."""
 
 
 class PilotError(SurgeonError):
-    """A pilot's results that cannot be read or written, or that are of another topology."""
+    """A pilot's results that cannot be read or written, or that belong to another topology."""
 
 
 def short_repr(value: object, limit: int = 60) -> str:
-    """The value's repr on one line, cut to `limit` characters, for the `got` of an error."""
-    # reprlib bounds depth and length, so that neither a huge nor a deeply nested value makes the error fail.
+    """The value's repr on one line, shortened to `limit` characters, for the `got` of an error."""
+    # reprlib bounds depth and length, so that not even a huge or deeply nested value makes the error itself fail.
     brief = reprlib.Repr()
     brief.maxstring = brief.maxlong = brief.maxother = 4 * limit
     brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = brief.maxfrozenset = limit

@@ -1,4 +1,4 @@
-"""The distribution that this code is installed as: its name, its version, and the extras that bring other packages."""
+"""The distribution that this code is installed as: its name, its version, and the extras that add other packages."""
 
 import importlib
 
@@ -14,11 +14,11 @@ EXTRAS = {
     "scipy": "learn",
     "triton": "gpu",
 }
-"""The packages that are imported where they are needed, each with the extra that brings it."""
+"""The packages that are imported only where they are needed, each with the extra that installs it."""
 
 
 def version() -> str:
-    """The installed version, or "0+source" where the source tree is not installed."""
+    """The installed version, or "0+source" if the source tree is not installed."""
     from importlib import metadata  # takes some 20 ms, and few need it
 
     try:
@@ -30,7 +30,7 @@ def version() -> str:
 def required(package: str, error: type[SurgeonError], where: str, otherwise: str = "") -> None:
     """Imports one of the packages of EXTRAS, or says which extra to install.
 
-    `where` is the place in the user's input that needs it, `otherwise` another way out, an imperative phrase.
+    `where` is the place in the user's input that needs it, `otherwise` an alternative remedy, an imperative phrase.
 
     Raises:
         error: the package is missing or cannot be imported.

@@ -1,4 +1,4 @@
-"""Loads a verified package: kernels ready to be called, found by layer and dtype."""
+"""Loads verified packages, whose kernels can then be called by layer and dtype."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.kernels.devices import placed
 from surgeon.runtime.kernels.run import LayerKernels
 from surgeon.runtime.operands import operands_of
-from surgeon.runtime.ops import input_checks  # noqa: F401 - graphs that are loaded hold its ops
+from surgeon.runtime.ops import input_checks  # noqa: F401 - loaded graphs contain its ops
 from surgeon.runtime.ops.attention import attention
 from surgeon.runtime.ops.registry import register
 from surgeon.runtime.package.manifest import Manifest
@@ -26,15 +26,14 @@ def load(
 ) -> "Package":
     """Verifies a package and loads its kernels for a device. Nothing is ever compiled.
 
-    With `strict`, what a call would fall back on is an error: a wider dtype where the package lacks the call's, or a
-    copy of tensors whose address or strides a GPU's kernels do not take. `cpu_variant` asks for one of the CPU
-    library's instruction sets by name; None takes the processor's fastest. `device` None means the CPU where the
-    package has kernels for it, else the current GPU; other devices' kernels are loaded when they are first needed, or
-    by `Package.prepare`.
+    With `strict`, a call that would need a fallback is an error: a wider dtype because the package lacks the call's, or
+    a copy of tensors whose address or strides a GPU's kernels do not take. `cpu_variant` names one of the CPU library's
+    instruction sets; None takes the processor's fastest. `device` None means the CPU if the package has kernels for it,
+    else the current GPU; other devices' kernels are loaded on first use or by `Package.prepare`.
 
     Raises:
-        PackageError: the package is damaged or not to be trusted.
-        TargetError: it holds no kernels for this machine or this device.
+        PackageError: the package is damaged or untrustworthy.
+        TargetError: the package holds no kernels for this machine or this device.
     """
     files = read_package(folder)
     if device is None:
@@ -45,7 +44,7 @@ def load(
 
 
 class Package:
-    """The loaded kernels of one topology. Made by `load`; safe to call from several threads."""
+    """The loaded kernels of one topology, made by `load`; safe to call from several threads."""
 
     def __init__(self, files: PackageFiles, kernels: LayerKernels) -> None:
         self.manifest: Manifest = files.manifest
@@ -55,40 +54,42 @@ class Package:
 
     @property
     def id(self) -> str:
-        """What ops find it by: the SHA-256 of the manifest, and the options of `load` that change an answer."""
+        """The key by which ops find it: the SHA-256 of the manifest and the options of `load` that affect results."""
         return self.kernels.id
 
     @property
     def kv_heads(self) -> range:
-        """The KV heads of each layer that it runs."""
+        """The KV heads that it runs in each layer."""
         return self.kernels.kv_heads
 
     @property
     def strict(self) -> bool:
-        """Whether a call that would fall back on something else is an error."""
+        """True if a call that would need a fallback is an error."""
         return self.kernels.strict
 
     @property
     def cpu_variant(self) -> str:
-        """The instruction set that the CPU's kernels run on."""
+        """The instruction set that the CPU kernels use."""
         return self.kernels.devices.cpu.variant
 
     @property
     def cpu_variants(self) -> tuple[str, ...]:
-        """Those that this processor could run."""
+        """The instruction sets of the CPU library that this processor supports."""
         return self.kernels.devices.cpu.variants
 
     def explain(self, layer: int, length: int) -> str:
-        """Whether a CPU prefill of `length` tokens runs on the kernel or as dense attention, and why, in one line.
+        """Says in one line if a CPU prefill of `length` tokens runs on the kernel or as dense attention, and why.
 
         Raises:
-            PatchError: there is no such layer.
+            PatchError: the package does not cover the layer.
         """
         self.kernels.check_layer(layer)
         return self.kernels.devices.cpu.dense_rows.explain(layer, length)
 
     def prepare(self, device: str | torch.device) -> None:
-        """Loads a device's kernels, if they are not; else its first call does, which must not be in a captured graph.
+        """Loads a device's kernels, if they are not loaded yet.
+
+        Otherwise the first call on the device loads them, which must not happen in a captured graph.
 
         Raises:
             PackageError: the kernels are damaged or of another version.
@@ -97,7 +98,7 @@ class Package:
         self.kernels.devices.on(placed(device))
 
     def dtypes_on(self, device: str | torch.device) -> tuple[torch.dtype, ...]:
-        """The dtypes that the package has kernels in for a device, which is prepared.
+        """The dtypes of the package's kernels for a device; loads these kernels as `prepare` does.
 
         Raises:
             PackageError, TargetError: as `prepare`.
@@ -105,13 +106,13 @@ class Package:
         return self.kernels.devices.on(placed(device)).dtypes
 
     def part(self, kv_heads: range) -> "Package":
-        """This package for some of each layer's KV heads and their query heads alone: q, k and v then hold no others.
+        """This package for only some of each layer's KV heads and their query heads: q, k and v then hold no others.
 
-        It shares the loaded kernels; keep it as long as its heads are called. The process of a tensor-parallel model
+        It shares the loaded kernels; keep it as long as its heads are called. Each process of a tensor-parallel model
         runs its own heads on such a part.
 
         Raises:
-            PatchError: not consecutive heads of the package, or none.
+            PatchError: `kv_heads` is empty or is not a range of consecutive heads of the package.
         """
         shape = self.manifest.model
         if kv_heads.step != 1 or not 0 <= kv_heads.start < kv_heads.stop <= shape.num_key_value_heads:
@@ -126,10 +127,10 @@ class Package:
         return Package(self._files, self.kernels.part(kv_heads))
 
     def liveness(self) -> Mapping[int, Liveness]:
-        """Every layer's last readers: which blocks of a cache no later row reads.
+        """Every layer's last readers, which tell the blocks of a cache that no later row reads.
 
         Raises:
-            PackageError: the package does not say.
+            PackageError: the package does not hold them.
         """
         return {
             layer: Liveness(torch.from_numpy(schedule.last_readers).long())
@@ -137,11 +138,11 @@ class Package:
         }
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
-        """The package itself: a copy of a patched model runs on the same loaded kernels."""
+        """Returns the package itself: a copy of a patched model runs on the same loaded kernels."""
         return self
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuses to be pickled, and so does what holds a package: a patched model, or a SurgeonCache.
+        """Refuses to pickle the package, and thus whatever holds one: a patched model or a SurgeonCache.
 
         Raises:
             PatchError: always.
@@ -166,12 +167,13 @@ class Package:
         """Block-sparse causal attention of one layer: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` to `[B,Sq,Hq,D]`.
 
         `scale` defaults to D**-0.5. `position`, an int or int tensor `[B]`, is the index in k of the first query's own
-        key (default Sk − Sq); keys after a query's own are never read. `cache_leftpad` is the first valid key (left
-        padding, default 0); blocks are counted from it, and queries before it give zeros. The result is contiguous.
+        key (default Sk − Sq); keys after a query's own are never read. `cache_leftpad` is the first valid key of a
+        sequence (left padding, default 0); blocks are counted from it, and queries before it give zeros. The result is
+        contiguous.
 
         Raises:
-            PatchError: shapes, dtypes or devices that do not fit the package.
-            TopologyError: a position outside k, or beyond what the topology covers.
+            PatchError: shapes, dtypes or devices do not fit the package.
+            TopologyError: a position is outside k, or beyond what the topology covers.
         """
         return attention(self.kernels, layer, operands_of(q, k, v, scale, position, cache_leftpad))
 
@@ -185,6 +187,6 @@ class Package:
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `attention`, with the natural logarithm of each query's sum of exponentials, fp32 `[B,Hq,Sq]`."""
+        """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
         arguments = (*operands_of(q, k, v, scale, position, cache_leftpad), self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))

@@ -1,4 +1,4 @@
-"""What attention reads in one call, and whether that fits a package."""
+"""The operands of one call of attention, and checks that they fit a package."""
 
 import math
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from surgeon.runtime.package.manifest import ModelShape
 
 
 class Operands(NamedTuple):
-    """What every attention kernel reads: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]`, or slots in place of k and v.
+    """The inputs of every attention kernel: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` or pools of blocks.
 
-    `position` and `cache_leftpad` are integers `[B]`, None for Sk − Sq and for 0; see `Package.attention`.
+    `position` and `cache_leftpad` are integers `[B]`; None stands for Sk − Sq and for 0. See `Package.attention`.
     """
 
     q: torch.Tensor
@@ -23,15 +23,15 @@ class Operands(NamedTuple):
     scale: float
 
     def to(self, dtype: torch.dtype) -> "Operands":
-        """The same with q, k and v of another dtype."""
+        """The same operands with q, k and v converted to another dtype."""
         return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of q, k and v, in their shapes."""
+"""The gradients of q, k and v, in their shapes."""
 
 WITHOUT_GRADIENTS = "run under torch.no_grad(), or unpatch the model to train it"
-"""What to do where there is no backward pass."""
+"""The remedy where there is no backward pass."""
 
 
 def operands_of(
@@ -42,10 +42,10 @@ def operands_of(
     position: int | torch.Tensor | None,
     cache_leftpad: int | torch.Tensor | None,
 ) -> Operands:
-    """The operands of a call as a user makes it; see `Package.attention`.
+    """Makes the operands of a call from a user's arguments; see `Package.attention`.
 
     Raises:
-        PatchError: an argument of another type, or a number that is not finite or that 64 bits do not hold.
+        PatchError: an argument has another type, or a number is not finite or does not fit 64 bits.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
@@ -72,10 +72,10 @@ def _per_sequence(name: str, value: int | torch.Tensor | None, q: torch.Tensor) 
 
 
 def check(operands: Operands, shape: ModelShape) -> None:
-    """Refuses operands of another shape, dtype or device than kernels for heads of this `shape` take.
+    """Refuses operands whose shape, dtype or device is not what kernels for heads of this `shape` take.
 
     Raises:
-        PatchError: the first fault.
+        PatchError: an operand does not fit; the message describes the first fault.
     """
     q, k, v, *_ = operands
     _check_queries(operands, shape)
@@ -90,10 +90,10 @@ def check(operands: Operands, shape: ModelShape) -> None:
 
 
 def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int) -> None:
-    """As `check`, where k and v are slots; see `LayerKernels.run_paged`.
+    """Refuses operands like `check`, with k and v as pools of blocks; see `LayerKernels.run_paged`.
 
     Raises:
-        PatchError: the first fault.
+        PatchError: an operand does not fit; the message describes the first fault.
     """
     q, k, v, *_ = operands
     _check_queries(operands, shape)
@@ -108,10 +108,10 @@ def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:
-    """As `check`, with cosines and sines; see `LayerKernels.run_rotary`.
+    """Refuses operands like `check`, with cosines and sines; see `LayerKernels.run_rotary`.
 
     Raises:
-        PatchError: the first fault.
+        PatchError: an operand does not fit; the message describes the first fault.
     """
     q, k, *_ = operands
     check(operands, shape)
@@ -142,7 +142,7 @@ def _check_place(name: str, place: torch.Tensor, q: torch.Tensor) -> None:
 
 def _no_position(name: str, q: torch.Tensor, got: str) -> PatchError:
     expected = f"an int or an integer tensor [{q.shape[0] if q.dim() else 1}]"
-    return PatchError(f"attention: {name}", expected, got, "give one number a sequence")
+    return PatchError(f"attention: {name}", expected, got, "give one number per sequence")
 
 
 def _check_on_cpu(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:

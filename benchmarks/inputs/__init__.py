@@ -1,1 +1,1 @@
-"""What benchmarks run on: models, texts, topologies."""
+"""The inputs of benchmarks: models, texts, topologies."""

@@ -1,4 +1,4 @@
-"""Folders that are filled once, whole or not at all."""
+"""Folders that are filled once, completely or not at all."""
 
 import shutil
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Returns `folder`, which `make` fills the first time; a run that is stopped in between leaves nothing behind it.
+    """Returns `folder`, which `make` fills the first time; an interrupted run leaves nothing behind.
 
     `make` gets an empty folder beside `folder`, which is renamed into place when it returns.
     """
@@ -19,7 +19,7 @@ def cached(folder: Path, make: Callable[[Path], None]) -> Path:
         make(scratch)
         try:
             scratch.rename(folder)
-        except OSError:  # another process was first, and its folder is as good
+        except OSError:  # another process was first, and its folder serves as well
             if not folder.is_dir():
                 raise
     finally:

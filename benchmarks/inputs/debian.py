@@ -1,4 +1,4 @@
-"""Files of Debian packages, downloaded through apt and unpacked; nothing is installed."""
+"""The files of Debian packages, downloaded through apt and unpacked; nothing is installed."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ def unpack(names: Sequence[str], scratch: Path, progress: Callable[[str], None])
     """Downloads the packages into `scratch` and returns the folder there that holds all their files.
 
     Raises:
-        OSError: apt-get or dpkg-deb is not there, or left nothing.
+        OSError: apt-get or dpkg-deb is not installed, or apt-get left no package.
         subprocess.SubprocessError: one of them failed or took too long.
     """
     for tool in ("apt-get", "dpkg-deb"):
@@ -22,7 +22,7 @@ def unpack(names: Sequence[str], scratch: Path, progress: Callable[[str], None])
     try:
         run(["apt-get", "download", *names], scratch)
     except subprocess.CalledProcessError:
-        # No package lists yet, or stale ones: take lists of our own, as any user can.
+        # The package lists are missing or stale: fetch lists of our own, which any user can do.
         lists = ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch / 'cache'}"]
         for part in ("lists/partial", "cache/archives/partial"):
             (scratch / part).mkdir(parents=True)
@@ -37,10 +37,10 @@ def unpack(names: Sequence[str], scratch: Path, progress: Callable[[str], None])
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """What a command prints, run in a folder without input.
+    """Runs a command in a folder, without input, and returns what it prints.
 
     Raises:
-        subprocess.SubprocessError: it failed or took longer than two minutes.
+        subprocess.SubprocessError: the command failed or took longer than two minutes.
     """
     done = subprocess.run(
         command,
@@ -56,7 +56,7 @@ def run(command: Sequence[str], folder: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why one of these failed, on a line."""
+    """The reason why one of these failed, in one line."""
     if isinstance(error, subprocess.CalledProcessError):
         return (str(error.stderr).strip().splitlines() or [f"exit status {error.returncode}"])[-1]
     return str(error)

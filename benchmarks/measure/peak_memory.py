@@ -1,6 +1,6 @@
-"""Peak memory of a prompt and some tokens after it, each way of caching in a process of its own.
+"""Peak memory of reading a prompt and some tokens after it, with each way of caching in its own process.
 
-The peak is the kernel's own high-water mark of resident memory, which Linux lets a process set back.
+The peak is the operating system's high-water mark of resident memory, which Linux lets a process reset.
 """
 
 import json
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 KINDS = ("dense", "patched", "surgeon_cache")
-"""The model as it is, patched, and patched with a SurgeonCache; the first two with a DynamicCache."""
+"""The model unpatched, patched, and patched with a SurgeonCache; the first two use a DynamicCache."""
 
 
 def peak_bytes(kind: str, topology: str, length: int, steps: int, variant: str | None) -> int:
-    """Bytes at the peak over what the loaded model takes; its kernels must have been compiled by `whole_model`."""
+    """Peak bytes beyond what the loaded model takes; its kernels must have been compiled by `whole_model`."""
     arguments = json.dumps([kind, topology, length, steps, variant])
     run = subprocess.run(
         [sys.executable, "-m", "measure.peak_memory", arguments],
@@ -43,7 +43,7 @@ def main(kind: str, topology: str, length: int, steps: int, variant: str | None)
         patch(model, package)
     tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model(input_ids=tokens[:, :16], logits_to_keep=1)  # reads weights that lie in mapped files
+        model(input_ids=tokens[:, :16], logits_to_keep=1)  # reads the weights from their mapped files
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmHWM")
         cache = SurgeonCache(package) if kind == "surgeon_cache" else DynamicCache(config=model.config)

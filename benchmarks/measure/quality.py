@@ -1,4 +1,4 @@
-"""What a model would do under an explicit mask: the reference for compiled kernels."""
+"""A model under an explicit mask: the reference for compiled kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from surgeon.compiler.topology.topology import Topology
 
 
 def token_mask(topology: Topology, layer: int, length: int) -> torch.Tensor:
-    """Which tokens each token sees, from the topology's definition: bool `[1, heads, length, length]`."""
+    """The tokens that each token sees, by the topology's definition, bool `[1, heads, length, length]`."""
     size = topology.block_size
     blocks = torch.from_numpy(topology.block_mask(layer, -(-length // size)))
     tokens = blocks.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)[:, :length, :length]
@@ -22,8 +22,8 @@ def token_mask(topology: Topology, layer: int, length: int) -> torch.Tensor:
 def explicit_mask(model: PreTrainedModel, topology: Topology) -> Iterator[None]:
     """Runs the model's own attention under the topology, written out as a mask for each layer and head.
 
-    This is the reference that compiled kernels are compared with: it shares no code with them. Every sequence must
-    start at its first position and be passed whole, without padding or cache.
+    This is the reference for compiled kernels, and shares no code with them. Every sequence must start at its first
+    position and be passed whole, without padding or cache.
     """
 
     def hook(layer: int) -> Any:

@@ -1,4 +1,4 @@
-"""Times several functions in one process, in turn, and describes the machine that it was done on."""
+"""Times several functions in turn in one process, and describes the machine."""
 
 import os
 import platform
@@ -15,9 +15,9 @@ import transformers
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and minimum on the clock, median of the process's CPU seconds.
+    """Seconds of one call: median and minimum by the clock, and the median of the process's CPU seconds.
 
-    CPU seconds count all threads; they mean work only where waiting threads sleep (OMP_WAIT_POLICY=passive).
+    CPU seconds count all threads; they measure work only if waiting threads sleep (OMP_WAIT_POLICY=passive).
     """
 
     median: float
@@ -28,7 +28,7 @@ class Timing:
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """Times each function `repeats` times, one call of each in turn, after one untimed call.
 
-    The order moves on by one each round: a call pays for what the one before it has pushed out of the caches.
+    The order rotates by one each round: a call pays for what the one before it evicted from the caches.
     """
     for call in calls.values():
         call()
@@ -48,12 +48,12 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 
 def repeats_for(seconds: float, budget: float = 3.0, least: int = 3, most: int = 30) -> int:
-    """How many calls of so many seconds fit a budget of seconds, within bounds."""
+    """The number of calls of this many seconds that fit a budget of seconds, within bounds."""
     return max(least, min(most, int(budget / max(seconds, 1e-9))))
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """One warm call's wall time, for choosing the number of repeats."""
+    """The wall time of one warm call, for choosing the number of repeats."""
     call()
     started = time.perf_counter()
     call()
@@ -61,7 +61,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def gemm_flops() -> Callable[[], object]:
-    """The ceiling for arithmetic: torch's fp32 product of two 1024 x 1024 matrices, 2 * 1024^3 operations a call."""
+    """The ceiling for arithmetic: torch's fp32 product of two 1024 x 1024 matrices, 2 * 1024^3 operations per call."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     return lambda: a @ b
 
@@ -70,7 +70,7 @@ GEMM_OPERATIONS = 2 * 1024**3
 
 
 def machine() -> dict[str, object]:
-    """Processor, vector extension that torch uses, threads, versions, load, time."""
+    """The processor, the vector extension that torch uses, threads, versions, load and time."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

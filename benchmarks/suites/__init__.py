@@ -1,1 +1,1 @@
-"""What `make bench` runs."""
+"""The suites that `make bench` runs."""

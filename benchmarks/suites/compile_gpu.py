@@ -1,4 +1,4 @@
-"""Compiling for a GPU ahead of time: a topology of Llama 3.1 8B's shape, from nothing and again; no GPU is needed."""
+"""Ahead-of-time compilation for a GPU: a topology of Llama 3.1 8B's shape, uncached and cached; needs no GPU."""
 
 import json
 import os
@@ -19,7 +19,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK, BLOCKS = 32, 32, 8, 128, 128, 1024
 
 
 def llama_8b(_variant: str | None) -> Iterator[dict[str, object]]:
-    """Seconds to compile bf16 and fp16 kernels with an empty cache and with a full one, and to inspect; bytes."""
+    """Seconds to compile bf16 and fp16 kernels with an empty and a full cache, seconds to inspect, and bytes."""
     topology = windows_and_clusters()
     with tempfile.TemporaryDirectory() as scratch:
         kept = os.environ.get("SURGEON_CACHE")
@@ -49,7 +49,7 @@ def llama_8b(_variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def windows_and_clusters() -> Topology:
-    """Every head a sink, a window of its own, and for every other one the clusters of a tree over runs of blocks."""
+    """A topology whose heads have a sink and their own window, every other one also clusters of a tree over runs."""
     random = np.random.default_rng(0)
     heads = [
         {

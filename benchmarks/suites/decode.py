@@ -1,4 +1,4 @@
-"""One decoding step of one layer: our kernel beside SDPA in three spellings, and the memory's own speed."""
+"""One decoding step of one layer: our kernel against three forms of SDPA, and the speed of memory itself."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ from inputs import topologies as patterns
 from inputs.topologies import Shape
 from measure.timing import interleaved, repeats_for, seconds_of
 
-Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of k and v
+Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # takes k and v
 
 
 def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
     """Dense and sparse decoding at several cache lengths.
 
-    `folded` is SDPA with the group of a KV head folded into the query length, its best spelling; `gather` picks the
-    visible keys first, which works where all heads of the layer see the same ones. `bandwidth` is the visible bytes of
-    k and v over the time, beside that of summing 64 MiB of floats. Each call reads another copy of k and v, of so many
-    that a copy is in memory and not in the cache when its turn comes, as behind a model's weights.
+    `folded` is SDPA with the group of a KV head folded into the query length, its best form; `gather` first picks the
+    visible keys, which works if all heads of the layer see the same ones. `bandwidth` is the visible bytes of k and v
+    over the time, against that of summing 64 MiB of floats. Each call reads another copy of k and v; there are so many
+    copies that each is in memory and no longer in the CPU's caches when its turn comes, as it would be in a model.
     """
     block = 64
     large = torch.randn(64 * 2**20 // 4)
@@ -78,7 +78,7 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def overhead(variant: str | None) -> Iterator[dict[str, object]]:
-    """What a call costs when there is next to nothing to do: one query on 64 keys, in the cache.
+    """The cost of a call with next to nothing to do: one query on 64 keys that are in the CPU's caches.
 
     In plain inference a call goes straight to the kernel; elsewhere torch's dispatcher takes it to the op.
     """
@@ -105,7 +105,7 @@ def _gathered(q: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The reference in fp64, `[batch, 1, heads, head_dim]`."""
+    """The fp64 reference, `[batch, 1, heads, head_dim]`."""
     group = q.shape[1] // k.shape[1]
     k, v = (tensor.double().repeat_interleave(group, dim=1) for tensor in (k, v))
     scores = (q.double() @ k.transpose(-1, -2) * q.shape[3] ** -0.5).masked_fill(~mask, -torch.inf)

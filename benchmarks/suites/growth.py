@@ -1,4 +1,4 @@
-"""How time and memory grow: with the length at a fixed window, with density, with threads."""
+"""Growth of time and memory: with length at a fixed window, with density, with threads."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ SHAPE = Shape(9, 3, 64, 64)
 
 
 def with_length(variant: str | None) -> Iterator[dict[str, object]]:
-    """A window of 1,024 tokens at growing lengths; memory is what the process held at most beyond its tensors."""
+    """A window of 1,024 tokens at growing lengths; memory is the process's peak beyond its tensors."""
     topology = patterns.windows(SHAPE, 2048, 0.75)
     package = patterns.compiled(topology, variant)
     for length in (1024, 2048, 4096, 8192, 16384, 32768):
@@ -34,7 +34,7 @@ def with_length(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def with_density(variant: str | None) -> Iterator[dict[str, object]]:
-    """8,192 tokens at growing density."""
+    """A prefill of 8,192 tokens at growing density."""
     for density in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0):
         topology = patterns.windows(SHAPE, 8192, density)
         package = patterns.compiled(topology, variant)
@@ -49,7 +49,7 @@ def with_density(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def with_threads(variant: str | None) -> Iterator[dict[str, object]]:
-    """8,192 tokens at a quarter of the blocks on one thread and on all."""
+    """A prefill of 8,192 tokens at a quarter of the blocks, on one thread and on all."""
     topology = patterns.windows(SHAPE, 8192, 0.25)
     package = patterns.compiled(topology, variant)
     q, k, v = patterns.inputs(SHAPE, 8192, 8192, torch.float32)
@@ -74,10 +74,10 @@ def with_threads(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def _peak_bytes(call: Callable[[], object]) -> int:
-    """How much more memory the process held at most during a call than before it; 0 where Linux does not tell."""
+    """Peak bytes that the process held during a call beyond those before it; 0 if Linux does not tell."""
     try:
         call()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be used again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # else reuse of memory freed earlier would go unseen
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
     except OSError:
         return 0

@@ -1,4 +1,4 @@
-"""Prefill of one layer: our kernel beside torch's matrix product, SDPA and FlexAttention on the same pattern."""
+"""Prefill of one layer: our kernel against torch's matrix product, SDPA and FlexAttention on the same pattern."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def against_gemm(variant: str | None) -> Iterator[dict[str, object]]:
-    """The rate on active blocks over the rate of torch's fp32 1024^3 product, at a quarter of the blocks."""
+    """The rate on active blocks relative to torch's fp32 1024^3 product, at a quarter of the blocks."""
     for head_dim, block, (heads, kv_heads), length in itertools.product(
         (64, 128), (32, 64, 128), ((4, 4), (3, 1), (8, 2)), (4096, 16384)
     ):
@@ -28,7 +28,7 @@ def against_gemm(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def against_dtypes(variant: str | None) -> Iterator[dict[str, object]]:
-    """16-bit storage beside fp32 on one pattern."""
+    """Storage in 16 bits against fp32, on one pattern."""
     for head_dim, dtype in itertools.product((64, 128), TOLERANCE):
         shape = Shape(9, 3, head_dim, 64)
         yield _row(shape, patterns.windows(shape, 8192, 0.25), variant, 8192, dtype, {})
@@ -108,7 +108,7 @@ def _check(name: str, topology: Any, mask: np.ndarray, tensors: tuple[torch.Tens
 
 
 def _flex(mask: np.ndarray, block: int, tensors: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
-    """FlexAttention, compiled, with the diagonal blocks partial and all others full."""
+    """Compiled FlexAttention, with the diagonal blocks partial and all others full."""
     q, k, v = tensors
     blocks = torch.from_numpy(mask)[None]
     diagonal = torch.eye(mask.shape[1], dtype=torch.bool).expand_as(blocks)

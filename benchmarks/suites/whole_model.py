@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, patched and not: time to first token, decoding speed, and the worst case at short lengths."""
+"""SmolLM2-135M-Instruct, patched and dense: time to first token, decoding speed, and the worst case, short prompts."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +20,17 @@ LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096", 8192: "smollm2
 
 
 def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
-    """A prefill with the cache filled and the last token's logits, each length with the topology learned for it."""
+    """A prefill that fills the cache and computes the last token's logits, with the topology for each length."""
     for length, name in LEARNED.items():
         dense, patched, package = _models(name, variant)
         yield _prefill_row(dense, patched, length) | {"topology": name, "variant": package.cpu_variant}
 
 
 def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
-    """Where there is little to gain: prompts of 64 to 2,048 tokens.
+    """Prompts of 64 to 2,048 tokens, where there is little to gain.
 
-    Many calls, since what is looked for is a few hundredths, and a call of a third of a second differs by more.
+    There are many calls, since the differences are a few hundredths, and single calls of a third of a second vary by
+    more.
     """
     dense, patched, _ = _models("smollm2-135m-25", variant)
     for length in (64, 128, 256, 512, 1024, 2048):
@@ -37,7 +38,7 @@ def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def decoding(variant: str | None) -> Iterator[dict[str, object]]:
-    """Tokens a second with a filled dynamic cache, one token a step."""
+    """Tokens per second with a filled dynamic cache, one token per step."""
     for length, name in LEARNED.items():
         dense, patched, _ = _models(name, variant)
         steps = 8
@@ -52,9 +53,9 @@ def decoding(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def caching(variant: str | None, length: int = 8192, steps: int = 8) -> Iterator[dict[str, object]]:
-    """Decoding with a DynamicCache and with one that drops what no head reads: speed, bytes kept, memory at its peak.
+    """Decoding with a DynamicCache and with one that drops what no head reads: speed, bytes kept, peak memory.
 
-    The peak is that of a process of its own which reads the prompt and then decodes, over what it holds before.
+    The peak is that of a separate process that reads the prompt and then decodes, beyond what it held before.
     """
     name = LEARNED[max(known for known in LEARNED if known <= max(length, min(LEARNED)))]
     dense, patched, package = _models(name, variant)
@@ -81,7 +82,7 @@ def caching(variant: str | None, length: int = 8192, steps: int = 8) -> Iterator
 
 
 def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> None:
-    """That both caches give the patched model's next tokens the same logits."""
+    """Checks that both caches give the patched model the same logits for the next tokens."""
     tokens = torch.randint(1000, 40000, (1, min(length, 512) + 1), generator=torch.Generator().manual_seed(0))
     found = []
     for cache in (DynamicCache(config=patched.config), SurgeonCache(package)):
@@ -128,7 +129,7 @@ def _prefill_row(
 
 
 def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
-    """Takes `steps` tokens in turn behind a cache of `length`, which is cut back afterwards."""
+    """A call that takes `steps` tokens in turn after a cache of `length`, and then crops the cache again."""
     tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         cache = model(input_ids=tokens[:, :length], logits_to_keep=1, past_key_values=cache).past_key_values

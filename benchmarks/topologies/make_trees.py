@@ -1,6 +1,6 @@
-"""Writes smollm2-135m-trees.json: a topology made by hand, in which every kind of tree and head turns up.
+"""Writes smollm2-135m-trees.json, a topology made by hand that has every kind of tree and head.
 
-Nothing was learned: it shows the format and exercises the compiler on a real model's shape.
+Nothing in it was learned: it shows the format and exercises the compiler on a real model's shape.
 
     python benchmarks/topologies/make_trees.py
 """
@@ -16,7 +16,7 @@ DENSE = {"dense": True}
 
 
 def merged(order: Sequence[int]) -> list[list[int]]:
-    """The linkage that merges neighbours in `order`, a power of two of blocks, level by level; heights count levels."""
+    """The linkage that merges neighbours in `order`, a power of two of blocks, by levels; heights count the levels."""
     nodes, height = list(order), 0
     rows: list[list[int]] = []
     while len(nodes) > 1:
@@ -28,7 +28,7 @@ def merged(order: Sequence[int]) -> list[list[int]]:
 
 
 def digits(block: int, base: int, number: int) -> list[int]:
-    """The block's number in a base, lowest digit first."""
+    """The digits of the block's number in a base, lowest first."""
     return [block // base**place % base for place in range(number)]
 
 
@@ -54,7 +54,7 @@ def head(dendrogram: int, cut: float, sink: int = 1, window: int = 2) -> dict[st
 
 
 def heads() -> list[list[dict[str, Any]]]:
-    """The heads of the layers; three heads, a line, share a KV head. Every fifth layer is the same."""
+    """The heads of the layers; the three heads of a line share a KV head. Every fifth layer is the same."""
     five = [
         [
             *(DENSE, DENSE, head(0, 3)),
@@ -107,7 +107,7 @@ def document() -> dict[str, Any]:
 
 
 def spelled(value: object, indent: str = "\n") -> str:
-    """JSON with one line for every merge, path and head."""
+    """The value as JSON with one line for every merge, path and head."""
     if isinstance(value, list) and value and all(isinstance(item, list | dict) for item in value):
         inner = indent + " "
         return "[" + inner + ("," + inner).join(spelled(item, inner) for item in value) + indent + "]"

@@ -1,1 +1,1 @@
-"""The blocks of a cache that some later row reads, and a pool that holds these alone."""
+"""The blocks of a cache that some later row reads, and a pool that holds only those."""

@@ -1,33 +1,33 @@
-"""Keys and values of one layer in blocks, of which every KV head of every sequence holds only some.
+"""A pool of blocks for one layer's keys and values, in which each KV head of each sequence holds only some blocks.
 
-A block stands in a slot; `table` says which. Slots that are dropped are taken again. More are made, and surplus ones
-given back, in steps of a fraction of what is held, so that memory stays near that and copies stay few.
+Each block lies in a slot of the pool; `table`, the block table, says which. Freed slots are used again. The pool grows
+and shrinks in steps of a fraction of what it holds, so that it stays near that size and is seldom copied.
 """
 
 import torch
 
-_SPARE = 8  # one slot in so many is made ahead
+_SPARE = 8  # one spare slot for this many in use
 _CPU = torch.device("cpu")
 
 
 class BlockPool:
-    """The slots of one layer and the table that finds blocks in them; see `LayerKernels.run_paged` for both.
+    """The pool of blocks of one layer and its block table, both in the layout of `LayerKernels.run_paged`.
 
-    Blocks count from each sequence's first valid key. A slot's rows behind the last token written hold anything. The
-    tensors outlive the calls that make them, so that none is an inference tensor, whatever mode the caller is in.
+    Blocks are counted from each sequence's first valid key. Rows of a block after its last written token are undefined.
+    The tensors outlive the calls that make them, so none is an inference tensor, whatever mode the caller is in.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, block_size: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Holds nothing yet of a layer with keys and values like these, `[batch, KV heads, tokens, head_dim]`."""
+        """Makes an empty pool for a layer with keys and values like these, `[batch, KV heads, tokens, head_dim]`."""
         self.table = torch.empty((*keys.shape[:2], 0), dtype=torch.int32, device=_CPU)
         self.keys = keys.new_empty((0, block_size, keys.shape[3]))
         self.values = values.new_empty((0, block_size, values.shape[3]))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slots, held or not, and of the table."""
+        """The size in bytes of all slots, in use or not, and of the block table."""
         return self.keys.nbytes + self.values.nbytes + self.table.nbytes
 
     @torch.inference_mode(False)
@@ -37,8 +37,8 @@ class BlockPool:
     ) -> None:
         """Writes new tokens `[batch, KV heads, tokens, head_dim]`, the first of them at `first` `[batch]`.
 
-        Negative places are padding and not written. `wanted`, bool `[batch, KV heads, blocks]`, are the blocks worth
-        holding; all, if None.
+        Tokens at negative places are padding and are not written. `wanted`, bool `[batch, KV heads, blocks]`, marks the
+        blocks to hold; None means all.
         """
         size = self.keys.shape[1]
         places = first[:, None] + torch.arange(keys.shape[2], device=_CPU)  # [batch, tokens]
@@ -63,7 +63,7 @@ class BlockPool:
     @torch.inference_mode(False)
     @torch.no_grad()
     def keep(self, wanted: torch.Tensor) -> None:
-        """Drops all blocks but these, bool `[batch, KV heads, blocks]`, and those that are not held anyway."""
+        """Drops every held block that `wanted`, bool `[batch, KV heads, blocks]`, does not mark."""
         blocks = wanted.shape[2]
         self.table[:, :, :blocks].masked_fill_(~wanted, -1)
         self.table[:, :, blocks:] = -1
@@ -73,7 +73,7 @@ class BlockPool:
     @torch.inference_mode(False)
     @torch.no_grad()
     def select(self, sequences: torch.Tensor) -> None:
-        """Makes the cache that of these sequences, some perhaps twice; neighbouring blocks move together."""
+        """Keeps these sequences, in this order and possibly repeated; neighbouring blocks are moved together."""
         table = self.table.index_select(0, sequences)
         is_held = table >= 0
         slots = table[is_held].long()
@@ -90,7 +90,7 @@ class BlockPool:
         self.table = table
 
     def _hold(self, new: torch.Tensor) -> None:
-        """Gives slots to blocks that have none, neighbouring blocks neighbouring ones where there are."""
+        """Gives a slot to each block that has none: adjacent slots to adjacent blocks where possible."""
         count = int(new.sum())
         if not count:
             return

@@ -1,4 +1,4 @@
-"""Which blocks of a cache some later row still reads: what may leave it, and when."""
+"""Liveness of a cache's blocks: a block may be dropped once no later row reads it."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ import torch
 class Liveness:
     """One layer's last readers, int64 `[KV heads, blocks]`: the last row of blocks that reads each block.
 
-    A block behind the last column has its reader as many rows behind that column's.
+    A block n columns beyond the last one has its last reader n rows after that of the last column.
     """
 
     last_readers: torch.Tensor
 
     def live(self, rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """Which blocks some row from `rows` `[batch]` on reads, bool `[batch, KV heads, num_blocks]`.
+        """Marks the blocks that some row from `rows` `[batch]` on reads, bool `[batch, KV heads, num_blocks]`.
 
-        Blocks behind the row itself are among them: they will be read when they are there.
+        Blocks after the row itself are included: they will be read once they exist.
         """
         known = self.last_readers.shape[1]
         readers = self.last_readers[:, :num_blocks]

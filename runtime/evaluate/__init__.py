@@ -1,1 +1,1 @@
-"""A patched model measured beside the dense one: quality, speed, memory, over several processes."""
+"""Comparison of a patched model with the dense one: quality, speed and memory, over several processes."""

@@ -1,6 +1,7 @@
 """Perplexity of a model, and the departure of a patched model from the dense one on the same sequences.
 
-Several processes share the sequences; what they find is as if one had read them all. The models stay as they are.
+Several processes may share the sequences; the result is the same as if one had read them all. The models are not
+changed.
 """
 
 import math
@@ -16,16 +17,16 @@ from surgeon.runtime.evaluate.estimates import Estimate, exponential, ratio
 from surgeon.runtime.evaluate.logits import hidden_states, logits_of
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 
-_LOGITS = 2**24  # made at a time, 64 MB of them
-_LATE = 0.75  # the share of a sequence after which a token is late
+_LOGITS = 2**24  # computed at a time, 64 MB of them
+_LATE = 0.75  # a token is late after this share of its sequence
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The departure on one sequence: sums over its predicted tokens, all but the first, in nats.
+    """The departure on one sequence: sums in nats over its predicted tokens, all but the first.
 
-    `divergence` is KL(dense ‖ patched); late are the tokens of the last quarter; `agreements` counts the tokens where
-    both models rank the same one first.
+    `divergence` is KL(dense ‖ patched); late tokens are those of the last quarter; `agreements` counts the tokens where
+    both models rank the same token first.
     """
 
     tokens: int
@@ -45,33 +46,33 @@ class Comparison:
 
     @property
     def dense_perplexity(self) -> Estimate:
-        """The exponential of the dense model's mean loss a token."""
+        """The exponential of the dense model's mean loss per token."""
         return exponential(self._mean([each.dense_loss for each in self.sequences]))
 
     @property
     def patched_perplexity(self) -> Estimate:
-        """The same for the patched model."""
+        """The exponential of the patched model's mean loss per token."""
         return exponential(self._mean([each.patched_loss for each in self.sequences]))
 
     @property
     def perplexity_ratio(self) -> Estimate:
-        """Patched over dense; its error is that of the difference on each sequence, which is small beside theirs."""
+        """Patched over dense; its error comes from the difference on each sequence, so it is small beside theirs."""
         return exponential(self._mean([each.patched_loss - each.dense_loss for each in self.sequences]))
 
     @property
     def divergence(self) -> Estimate:
-        """Mean KL(dense ‖ patched) in nats a token."""
+        """Mean KL(dense ‖ patched) in nats per token."""
         return self._mean([each.divergence for each in self.sequences])
 
     @property
     def late_divergence(self) -> Estimate:
-        """The same over the last quarter of each sequence."""
+        """The divergence over the last quarter of each sequence."""
         late = [each.late_divergence for each in self.sequences]
         return ratio(late, [each.late_tokens for each in self.sequences])
 
     @property
     def agreement(self) -> Estimate:
-        """The share of tokens where both models rank the same one first."""
+        """The share of tokens where both models rank the same token first."""
         return self._mean([each.agreements for each in self.sequences])
 
     def _mean(self, sums: Sequence[float]) -> Estimate:
@@ -80,14 +81,14 @@ class Comparison:
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, sequences: Sequence[torch.Tensor], processes: Processes | None = None) -> float:
-    """The exponential of the mean negative log-likelihood (nats a token) of every token but each sequence's first.
+    """The exponential of the mean negative log-likelihood (nats per token) of every token but each sequence's first.
 
-    `sequences` are token ids `[1, length]`, the same in every process. `processes` share them; by default those that
-    torch.distributed knows of, if any. Logits are made for some positions at a time.
+    `sequences` are token ids `[1, length]`, the same in every process. `processes` share them; the default is all that
+    torch.distributed knows of, if any. Logits are computed for some positions at a time.
 
     Raises:
-        ModelError: the model is in training mode, or its logits are not made as expected; there is no sequence, or one
-            of fewer than two tokens.
+        ModelError: the model is in training mode or does not compute its logits as expected; there is no sequence, or
+            one has fewer than two tokens.
     """
     shared = _prepared(model, sequences, processes)
     rows = {item: (_loss_sum(model, sequences[item]),) for item in shared.own(len(sequences))}
@@ -103,7 +104,7 @@ def compare(
     sequences: Sequence[torch.Tensor],
     processes: Processes | None = None,
 ) -> Comparison:
-    """Reads each sequence with both models, which may share their weights; arguments and errors as of `perplexity`."""
+    """Reads each sequence with both models, which may share weights; arguments and errors are those of `perplexity`."""
     _check(patched, sequences)
     shared = _prepared(dense, sequences, processes)
     rows = {item: astuple(_departure(dense, patched, sequences[item])) for item in shared.own(len(sequences))}

@@ -1,4 +1,4 @@
-"""Figures with their standard errors, from what was found on each of several sequences."""
+"""Figures with standard errors, estimated from measurements on several sequences."""
 
 import math
 import statistics
@@ -11,14 +11,14 @@ _MEDIAN = math.sqrt(math.pi / 2)  # the standard error of a normal sample's medi
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and its standard error over the sequences; None where there is but one."""
+    """A figure and its standard error over the sequences, None if there is only one sequence."""
 
     value: float
     error: float | None
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
-    """The sums over the counts, in all, and how far that would be off with other sequences of the kind."""
+    """The total of the sums over the total of the counts, with its standard error over sequences of this kind."""
     value = math.fsum(sums) / math.fsum(counts)
     if len(sums) == 1:
         return Estimate(value, None)
@@ -27,13 +27,13 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
 
 
 def exponential(mean: Estimate) -> Estimate:
-    """e to the figure; the error is that of a small deviation."""
+    """The exponential of the figure; the error is propagated to first order."""
     value = math.exp(mean.value)
     return Estimate(value, None if mean.error is None else value * mean.error)
 
 
 def middle(values: Sequence[float]) -> Estimate:
-    """The median. Its error comes from the median absolute deviation, which one disturbed measurement leaves alone."""
+    """The median. Its error comes from the median absolute deviation, which one outlier hardly changes."""
     value = statistics.median(values)
     if len(values) == 1:
         return Estimate(value, None)

@@ -1,4 +1,4 @@
-"""The figures of a model beside the dense one: one table for pilot.json, what is printed and drawn, and thresholds."""
+"""The figures of a model relative to the dense one: one table for pilot.json, tables, plots and thresholds."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -8,21 +8,21 @@ from surgeon.runtime.evaluate.estimates import Estimate
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit that may be set to a figure: its name in a verdict, and `bound`, "at most" or "at least"."""
+    """A limit that may be set for a figure: its name in a verdict, and `bound`, "at most" or "at least"."""
 
     name: str
     bound: str
 
     def met(self, value: float, limit: float) -> bool:
-        """True where a value keeps to the limit."""
+        """Returns whether a value keeps to the limit."""
         return value <= limit if self.bound == "at most" else value >= limit
 
 
 @dataclass(frozen=True)
 class RelativeFigure:
-    """The appearance of a figure: its name with its unit, the dense model's own value, and its numbers' format.
+    """The presentation of a figure: its name with its unit, the dense model's own value, and its number format.
 
-    In a table it stands below `follows`, a field of `Column`; with `by_density` the table of several pilots has it too.
+    In a table it stands below `follows`, a field of `Column`; `by_density` puts it in the table of several pilots too.
     """
 
     name: str
@@ -43,10 +43,10 @@ _SPEEDUP = Limit("speed-up of the first token", "at least")
 
 @dataclass(frozen=True)
 class AgainstDense:
-    """A column beside the dense one on the same sequences; a speed-up above 1 is faster than dense.
+    """A column relative to the dense one on the same sequences; a speed-up above 1 is faster than dense.
 
-    Divergences are KL(dense ‖ column) in nats a token, late ones over the last quarter of each sequence; agreement is
-    the share of tokens where both rank the same one first.
+    Divergences are KL(dense ‖ column) in nats per token, late ones over the last quarter of each sequence; agreement is
+    the share of tokens where both rank the same token first.
     """
 
     perplexity_ratio: Estimate = field(

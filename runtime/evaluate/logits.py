@@ -1,4 +1,4 @@
-"""A model's last hidden states, and the logits that its own forward makes of them."""
+"""A model's last hidden states, and the logits that its own forward pass computes from them."""
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ def hidden_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """The last hidden states `[length, hidden_size]` of one sequence `[1, length]`.
 
     Raises:
-        ModelError: the model makes its logits of them in another way than `logits_of`.
+        ModelError: the model computes its logits from them in another way than `logits_of`.
     """
     kept = []
     hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output[0]))

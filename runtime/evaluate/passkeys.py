@@ -1,8 +1,8 @@
-"""Passkey retrieval: a made-up number hidden in filler text and asked for at the end, by depth and length.
+"""Passkey retrieval: a made-up number is hidden in filler text and asked for at the end, by depth and length.
 
-The score is exact match under greedy decoding: reading prompt and number at once, every token of the number must be
-the one ranked first, which is when greedy decoding writes it. A base model that never gets a number whole still shows
-in its log-probability how much of it is found.
+The score is exact match under greedy decoding: prompt and number are read at once, and every token of the number must
+be ranked first, which is when greedy decoding would write it. For a base model that never gets a whole number right,
+the log-probability still shows how much of it was found.
 """
 
 import random
@@ -32,7 +32,7 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The answer to a task: `found` if greedy decoding would write the number; log-probability in nats a token."""
+    """The answer to a task: `found` if greedy decoding would write the number; log-probability in nats per token."""
 
     found: bool
     log_probability: float
@@ -45,7 +45,7 @@ def passkeys(
     trials: int,
     seed: int = 0,
 ) -> tuple[Passkey, ...]:
-    """Tasks for every length and depth, `trials` of each; a length that does not hold number and question has none.
+    """Makes `trials` tasks for each length and depth, none for a length too short for number and question.
 
     Fillers are token ids `[1, tokens]` of text, taken in turn, each as long as the greatest length.
 
@@ -85,13 +85,13 @@ def retrieve(model: PreTrainedModel, task: Passkey) -> Retrieval:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before every text: one of the beginning, or none."""
+    """The tokens that the tokenizer puts before every text: a beginning-of-text token, or none."""
     first = tokenizer("a")["input_ids"][:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _question_and_answer(tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[list[int], list[int]]:
-    """Token ids of the question and of what follows; a token that spans both belongs to the answer."""
+    """Token ids of the question and of the answer; a token that spans both belongs to the answer."""
     alone, whole = _ids(tokenizer, _QUESTION), _ids(tokenizer, f"{_QUESTION} {number}")
     common = next((i for i, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other), len(alone))
     if not whole[common:]:

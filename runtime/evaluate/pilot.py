@@ -1,6 +1,6 @@
-"""A pilot: the dense model and others on the same sequences, in quality, retrieval, speed, memory and weights.
+"""A pilot: compares models with the dense one on the same sequences in quality, retrieval, speed, memory and weights.
 
-The models share one set of weights, so that a pilot needs little more memory than the model.
+The models share one set of weights, so that a pilot needs little more memory than the model itself.
 """
 
 import copy
@@ -25,12 +25,12 @@ from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.offload import entry_device, weight_stores
 
 Progress = Callable[[str, int, int], None]
-_STEPS = 16  # tokens decoded in a round, of a sequence that is longer than twice as many
+_STEPS = 16  # tokens decoded per round, if the sequence is more than twice as long
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, the package that it is patched with, None for the dense model, and its density."""
+    """A model to measure, the package that it is patched with (None for the dense model), and its density."""
 
     name: str
     model: PreTrainedModel
@@ -39,7 +39,7 @@ class Candidate:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that has its own config and modules and shares the weights: one of the two may be patched."""
+    """A copy with its own config and modules that shares the weights, so that one of the two can be patched."""
     shared = {id(each): each for each in (*model.parameters(), *model.buffers(), *weight_stores(model))}
     return copy.deepcopy(model, shared)
 
@@ -53,8 +53,8 @@ def run_pilot(
 ) -> tuple[Column, ...]:
     """Measures all candidates, the dense model first, on the same token ids `[1, length]`, all of one length.
 
-    Where torch.distributed has several processes, they share sequences and passkeys; the first measures the rest alone,
-    so that speed is that of a machine without other work, and all return what it found.
+    Where torch.distributed has several processes, they share sequences and passkeys. The main process measures the rest
+    alone, so that speed is that of a machine without other work, and all processes return its findings.
 
     Raises:
         ModelError: a model is in training mode, or its figures are not finite.
@@ -92,7 +92,7 @@ def _column(
     kept_cache_bytes: int | None,
     dense: str,
 ) -> Column:
-    """One column, from its comparison with the dense model, or of the dense model itself from any `reference`."""
+    """A candidate's column, from its comparison with the dense model; the dense model's own from any `reference`."""
     speed, dense_speed = speeds[candidate.name], speeds[dense]
     if found is None:
         losses = [each.dense_loss / each.tokens for each in reference.sequences]
@@ -130,14 +130,14 @@ def _beside(found: Comparison, speed: Speed, dense: Speed) -> AgainstDense:
 
 
 def _speedup(dense: Sequence[float], other: Sequence[float]) -> Estimate:
-    """The median over the rounds, each of which had both on one sequence."""
+    """The median speed-up over the rounds, in each of which both read the same sequence."""
     return middle([before / after for before, after in zip(dense, other, strict=True)])
 
 
 def _retrievals(
     candidates: Sequence[Candidate], passkeys: Sequence[Passkey], processes: Processes, report: Progress
 ) -> list[list[tuple[Passkey, Retrieval]]]:
-    """For each candidate, every task with what came of it."""
+    """Every task with its outcome, for each candidate."""
     rows = {}
     for item in processes.own(len(passkeys)):
         report("passkeys", item, len(passkeys))
@@ -170,7 +170,7 @@ def _cells(retrievals: Sequence[tuple[Passkey, Retrieval]]) -> tuple[PasskeyCell
 
 @torch.inference_mode()
 def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
-    """Bytes that a cache holds once the sequence is read; None where no cache can drop blocks."""
+    """Bytes that a cache holds once the sequence is read; None if no cache can drop blocks."""
     model, device = candidate.model, entry_device(candidate.model)
     if candidate.package is None:
         read = model(input_ids=sequence.to(device), use_cache=True, logits_to_keep=1)
@@ -179,7 +179,7 @@ def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
         return None
     try:
         cache = SurgeonCache(candidate.package)
-    except PackageError:  # compiled by a version whose packages do not say when blocks may leave
+    except PackageError:  # compiled by a version whose packages do not say when blocks may be dropped
         return None
     model(input_ids=sequence, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache.kept_bytes()

@@ -1,6 +1,6 @@
-"""The findings of a pilot as frozen dataclasses: the writer and the strict reader of pilot.json, version 1.
+"""A pilot's findings as frozen dataclasses, with the writer and the strict reader of pilot.json, version 1.
 
-The columns are the models that were measured side by side on the same sequences: first the dense one, then others.
+The columns are the models that were measured side by side on the same sequences: the dense one first, then the others.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _ROOT = {"format": "surgeon.pilot", "version": 1}
 
 @dataclass(frozen=True)
 class PilotText:
-    """A text, by its file's name and SHA-256, and how many sequences were taken from it."""
+    """A text, by its file's name and SHA-256, and the number of sequences taken from it."""
 
     name: str
     sha256: str
@@ -32,7 +32,7 @@ class PilotText:
 
 @dataclass(frozen=True)
 class PilotMachine:
-    """The machine that it ran on, and the time; `threads` are torch's."""
+    """The machine that the pilot ran on, and the time; `threads` are torch's."""
 
     processor: str
     device: str
@@ -47,8 +47,8 @@ class PilotMachine:
 class PasskeyCell:
     """Numbers hidden at one depth of prompts of one length, in tokens.
 
-    `depth` is the share of the filler before the number. `found` of the `tried` numbers would be written exactly by
-    greedy decoding; `log_probability` is that of the right tokens, in nats a token.
+    `depth` is the share of the filler before the number. Greedy decoding would write `found` of the `tried` numbers
+    exactly; `log_probability` is that of the right tokens, in nats per token.
     """
 
     length: int
@@ -62,11 +62,11 @@ class PasskeyCell:
 class Column:
     """One model's figures.
 
-    `density` is visible pairs over causal pairs of blocks at the pilot's length. `losses` are nats a token of each
+    `density` is visible pairs over causal pairs of blocks at the pilot's length. `losses` are nats per token of each
     sequence, in the order of the texts. `first_token` is in seconds for a prompt of nearly the pilot's length, `decode`
-    in tokens a second behind it. `peak_bytes` is the most memory in use meanwhile, None where the system does not tell;
-    `kept_cache_bytes` is what the cache holds of a sequence, without dead blocks where kernels allow; None if unknown.
-    `weights_sha256` is the weights' fingerprint after all.
+    in tokens per second after it. `peak_bytes` is the peak memory in use during both, None if the system does not tell.
+    `kept_cache_bytes` is the size of the cache of a sequence, without dead blocks where kernels allow; None if unknown.
+    `weights_sha256` is the weights' fingerprint after the run.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Column:
     weights_sha256: str
 
     def beside_dense(self, figure: str) -> Estimate | None:
-        """A figure by its field of `AgainstDense`; None for the dense model."""
+        """The figure of this field of `AgainstDense`; None for the dense model."""
         return None if self.against_dense is None else self.against_dense.estimate(figure)
 
 
@@ -101,7 +101,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Pilot:
-    """A whole pilot; `length` is in tokens, `weights_sha256` was taken before anything ran."""
+    """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran."""
 
     model: str
     weights_sha256: str
@@ -115,7 +115,7 @@ class Pilot:
 
     @property
     def weights_unchanged(self) -> bool:
-        """True if every column ended with the weights that there were at the start."""
+        """True if every column ended with the weights that the pilot began with."""
         return all(column.weights_sha256 == self.weights_sha256 for column in self.columns)
 
     @property
@@ -132,7 +132,8 @@ class Pilot:
         """Reads the text of pilot.json.
 
         Raises:
-            PilotError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
+            PilotError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
+                type.
         """
         pilot = typing.cast(Pilot, read_plain(cls, parse_root(text, _ROOT, "pilot", _FAULT), "pilot", _FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
@@ -146,13 +147,13 @@ def read_pilot(path: str | os.PathLike[str]) -> Pilot:
     """Reads and checks a file that `surgeon pilot` wrote.
 
     Raises:
-        PilotError: it is missing, too large, or breaks the format; the text says where.
+        PilotError: the file is missing, too large, or breaks the format; the message says where.
     """
     return read_document(path, MAX_PILOT_BYTES, Pilot.from_json, _FAULT)
 
 
 def judged(found: AgainstDense, limits: Mapping[str, float | None]) -> tuple[Threshold, ...]:
-    """The patched model's figures held against limits, of those in `LIMITS`; None where a limit is not given."""
+    """Judges the patched model's figures by limits, named as in `LIMITS`; None stands for a limit that is not set."""
     thresholds = []
     for figure, limit in limits.items():
         kind, value = LIMITS[figure], found.estimate(figure).value

@@ -1,4 +1,4 @@
-"""Time to first token, decoding, and memory of several models, measured in turn on the same sequences."""
+"""Time to first token, decoding time and peak memory of several models, measured in turn on the same sequences."""
 
 import ctypes
 import gc
@@ -16,7 +16,7 @@ from surgeon.runtime.transformers.offload import entry_device
 
 @dataclass(frozen=True)
 class Speed:
-    """The seconds to the first token and a decoded token, of each round; the peak of memory in bytes, if known."""
+    """Seconds to the first token and per decoded token in each round, and peak memory in bytes, if known."""
 
     first_token: tuple[float, ...]
     decoded_token: tuple[float, ...]
@@ -30,11 +30,11 @@ def measure_speed(
     rounds: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Speed]:
-    """Lets every model read a sequence `[1, length]` but its last `steps` tokens, then take those one by one.
+    """Times every model on reading all but the last `steps` tokens of `[1, length]`, then on taking those one by one.
 
-    A round is one call of each model on the round's sequence; the order moves on by one each round, since a call pays
-    for what the one before it has pushed out of the caches. Untimed calls go first, on which memory is measured. The
-    tokens are the text's own, so that all models do the same work.
+    A round is one call of each model on the round's sequence; the order rotates by one each round, since a call pays
+    for what the one before it evicted from the caches. Untimed calls go first; memory is measured on them. The tokens
+    are the text's own, so that all models do the same work.
     """
     peaks = {}
     for name, model in models.items():
@@ -55,7 +55,7 @@ def measure_speed(
 
 @torch.inference_mode()
 def _read(model: PreTrainedModel, sequence: torch.Tensor, steps: int) -> tuple[float, float]:
-    """Seconds to the first token, and a decoded token."""
+    """Seconds to the first token, and per decoded token."""
     device = entry_device(model)
     tokens = sequence.to(device)
     prompt = tokens.shape[1] - steps
@@ -74,7 +74,7 @@ def _now(device: torch.device) -> float:
 
 
 def _peak_bytes(model: PreTrainedModel, call: Callable[[], object]) -> int | None:
-    """The most memory in use during a call: torch's on the model's GPUs, else what the process has resident."""
+    """Peak memory in use during a call: torch's on the model's GPUs, else the process's resident memory."""
     devices = {entry_device(model), *(parameter.device for parameter in model.parameters())}
     if gpus := [device for device in devices if device.type == "cuda"]:
         for gpu in gpus:
@@ -83,10 +83,10 @@ def _peak_bytes(model: PreTrainedModel, call: Callable[[], object]) -> int | Non
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # or what the model before has freed counts for this one
+    if trim is not None:  # else memory that the previous model freed would count for this one
         trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     except OSError:
         call()
         return None

@@ -1,1 +1,1 @@
-"""One layer's attention run on the device of its tensors, forward and backward."""
+"""Forward and backward passes of one layer's attention, on the device of its tensors."""

@@ -1,8 +1,8 @@
-"""The gradients of block-sparse attention: of the visible blocks alone, whose weights are computed once more.
+"""The gradients of block-sparse attention, over visible blocks only, whose attention weights are recomputed.
 
 For one row of blocks, S = scale Q Kᵀ over the keys that it reads and P = softmax(S); then, with the gradients dO of the
 output and dL of the log-sum-exp, dV = Pᵀ dO, dS = P (dO Vᵀ − rowsum(P dO Vᵀ) + dL), dQ = scale dS K, dK = scale dSᵀ Q.
-So much is held at a time, and nothing need be kept from the forward pass but its inputs.
+Only that much is held at a time, and nothing but its inputs needs to be kept from the forward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,8 @@ def gradients(
 ) -> Gradients:
     """The gradients of q, k and v from those of the output `[B,Sq,Hq,D]` and the log-sum-exp `[B,Hq,Sq]`.
 
-    Computes in fp32, in fp64 where q is. Queries before `cache_leftpad` and keys that nobody reads have zeros.
+    They are computed in fp32, or in fp64 if q is fp64. They are zero for queries before `cache_leftpad` and for keys
+    that no query reads.
     """
     q, k, v, position, cache_leftpad, scale = operands
     batch, length = q.shape[0], q.shape[2]
@@ -39,7 +40,7 @@ def gradients(
         places.setdefault(place, []).append(sequence)
     shared = list(_shared_schedules(heads, len(heads) // k.shape[1]))
     for (start, first), sequences in places.items():
-        whole = len(sequences) == batch  # the usual case, in which nothing is copied
+        whole = len(sequences) == batch  # the usual case, which copies nothing
         parts = given if whole else tuple(tensor[sequences] for tensor in given)
         sums = results if whole else [torch.zeros_like(result[sequences]) for result in results]
         for tile in _tiles(shared, block_size, start, start + length, first):
@@ -53,9 +54,9 @@ def gradients(
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries `[begin, end)` of one block, counted as keys, for query heads that share a KV head and what they read.
+    """Queries `[begin, end)` of one block, counted as keys, for query heads that share a KV head and a schedule.
 
-    `keys` are intervals of keys, of which the last ends at `end`.
+    `keys` are the intervals of keys that they read; the last ends at `end`.
     """
 
     kv_head: int
@@ -66,7 +67,7 @@ class _Tile:
 
 
 def _shared_schedules(heads: Sequence[HeadSchedule], group: int) -> Iterator[tuple[int, list[int], HeadSchedule]]:
-    """Each KV head's distinct schedules, and the query heads that follow them."""
+    """Yields each KV head's distinct schedules, with the query heads that follow them."""
     shared: dict[tuple[int, int], list[int]] = {}
     for head, schedule in enumerate(heads):
         shared.setdefault((head // group, id(schedule)), []).append(head)
@@ -77,7 +78,7 @@ def _shared_schedules(heads: Sequence[HeadSchedule], group: int) -> Iterator[tup
 def _tiles(
     shared: Sequence[tuple[int, list[int], HeadSchedule]], block_size: int, start: int, stop: int, first: int
 ) -> Iterator[_Tile]:
-    """The work of queries `[start, stop)` of a sequence whose blocks are counted from the key `first`."""
+    """Yields the tiles of queries `[start, stop)` of a sequence whose blocks are counted from the key `first`."""
     begin = max(start, first)
     while begin < stop:
         row = (begin - first) // block_size
@@ -104,7 +105,7 @@ def _accumulate(
     """Sets a tile's part of `grad_q` and adds its part to `grad_k` and `grad_v`; all tensors `[batch, heads, …]`."""
     rows = slice(tile.begin - start, tile.end - start)
     size = tile.end - tile.begin
-    # All of the heads' queries are the rows of one matrix.
+    # The queries of all heads are the rows of one matrix.
     queries, grads = (tensor[:, tile.heads, rows].to(grad_q.dtype).flatten(1, 2) for tensor in (q, grad_out))
     keys, values = (
         torch.cat([tensor[:, tile.kv_head, part] for part in tile.keys], dim=1).to(grad_q.dtype) for tensor in (k, v)

@@ -1,4 +1,4 @@
-"""A package's kernels on the devices that calls come from."""
+"""A package's kernels on each device that calls come from."""
 
 import threading
 
@@ -11,10 +11,10 @@ from surgeon.runtime.package.reader import PackageFiles
 
 
 def placed(device: str | torch.device) -> torch.device:
-    """The device as its tensors name it: a GPU with its number.
+    """The device as its tensors name it: a GPU always with its number.
 
     Raises:
-        TargetError: it is the current GPU, and there is none.
+        TargetError: the device is the current GPU, and torch can use none.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -25,9 +25,9 @@ def placed(device: str | torch.device) -> torch.device:
 
 
 class DeviceKernels:
-    """The kernels of a package, each device's loaded when they are first asked for, by any thread.
+    """The kernels of a package, loaded for each device on first use, from any thread.
 
-    `strict` and `cpu_variant` as in `surgeon.runtime.load`.
+    `strict` and `cpu_variant` are those of `surgeon.runtime.load`.
     """
 
     def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
@@ -39,13 +39,13 @@ class DeviceKernels:
 
     @property
     def cpu(self) -> CpuKernels:
-        """Those on the CPU."""
+        """The kernels on the CPU."""
         kernels = self.on(torch.device("cpu"))
         assert isinstance(kernels, CpuKernels)
         return kernels
 
     def on(self, device: torch.device) -> CpuKernels | GpuKernels:
-        """Those on the device of a tensor.
+        """The kernels on the device of a tensor.
 
         Raises:
             PackageError: the kernels are damaged or of another version.

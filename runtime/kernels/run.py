@@ -1,4 +1,4 @@
-"""Runs one layer of a package on the device of its operands: checked first, in a wider dtype where it has to be."""
+"""Runs one layer of a package on its operands' device, after checks, and in a wider dtype where necessary."""
 
 import copy
 import logging
@@ -19,8 +19,7 @@ _PART = ":kv_heads="
 class LayerKernels:
     """The kernels of a package's layers, for all of their KV heads or for some; safe to call from several threads.
 
-    `id` is what the torch ops find them by: two loads of one package that would answer a call differently have
-    different ids.
+    The torch ops find them by `id`: two loads of a package that could answer a call differently have different ids.
     """
 
     def __init__(self, files: PackageFiles, strict: bool, cpu_variant: str | None) -> None:
@@ -35,7 +34,7 @@ class LayerKernels:
         self._warned: set[torch.dtype] = set()
 
     def part(self, kv_heads: range) -> "LayerKernels":
-        """The same kernels for some consecutive KV heads of each layer, and their query heads, alone."""
+        """The same kernels for only some consecutive KV heads of each layer and their query heads."""
         model = self._manifest.model
         part = copy.copy(self)
         part.kv_heads = kv_heads
@@ -45,13 +44,13 @@ class LayerKernels:
         return part
 
     def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of one layer; the result is as `Package.attention`.
+        """Attention of one layer, with the result of `Package.attention`.
 
-        `lse`, fp32 `[B,Hq,Sq]`, is filled where it is given.
+        `lse`, fp32 `[B,Hq,Sq]`, is filled if it is given.
 
         Raises:
-            PatchError: shapes, dtypes or devices that do not fit the package.
-            PackageError, TargetError: as `Package.prepare`, when it is the first call on the device.
+            PatchError: shapes, dtypes or devices do not fit the package.
+            PackageError, TargetError: on the first call on the device, as `Package.prepare`.
         """
         check(operands, self._shape)
         self.check_layer(layer)
@@ -61,14 +60,14 @@ class LayerKernels:
         return out if taken is operands else out.to(operands.q.dtype)
 
     def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
-        """As `run` on the CPU, on a cache that holds a part of the blocks, each in a slot somewhere.
+        """Attention of one layer on the CPU over a cache that holds only some of the blocks; otherwise like `run`.
 
-        k and v are pools of blocks `[blocks, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, says where in
-        them each block of each KV head lies, counted from the first valid key; -1 for a block that is not held, which
+        k and v are pools of blocks `[slots, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, gives the slot
+        of each block of each KV head, counted from the first valid key; -1 stands for a block that is not held, which
         no query may read.
 
         Raises:
-            PatchError: shapes, dtypes or devices that do not fit, or a query reads a block that is not held.
+            PatchError: shapes, dtypes or devices do not fit, or a query reads a block that is not held.
         """
         self.check_layer(layer)
         check_paged(operands, block_table, self._shape, self._manifest.block_size)
@@ -77,28 +76,28 @@ class LayerKernels:
         return kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As `run` on the CPU, on queries and keys of whole sequences that the kernel rotates itself.
+        """Attention of one layer on the CPU over whole sequences, whose q and k the kernel rotates; else like `run`.
 
-        cos and sin are `[B or 1, length, D]`; rotated is x * cos + rotate_half(x) * sin, as in Llama.
+        cos and sin are `[B or 1, length, D]`; x becomes x * cos + rotate_half(x) * sin, as in Llama.
 
         Raises:
-            PatchError: shapes, dtypes or devices that do not fit the package or each other.
+            PatchError: shapes, dtypes or devices do not fit the package or each other.
         """
         check_rotary(operands, cos, sin, self._shape)
         self.check_layer(layer)
         kernels = self.devices.cpu
         taken = self._in_one_of(kernels.dtypes, operands)
-        # One layout for both: the kernel takes one pair of strides.
+        # Both in one layout: the kernel takes a single pair of strides.
         cos, sin = (table.to(taken.q.dtype).contiguous().expand(taken.q.shape[0], -1, -1) for table in (cos, sin))
         return kernels.attend(layer, taken, None, self.kv_heads.start, (cos, sin)).to(operands.q.dtype)
 
     def run_backward(
         self, layer: int, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, operands: Operands
     ) -> Gradients:
-        """The gradients of q, k and v of a call of `run` on the CPU, from those of its results.
+        """The gradients of q, k and v in a call of `run` on the CPU, from those of its results.
 
         Raises:
-            PatchError: shapes or dtypes that do not fit the package, or tensors that are not on the CPU.
+            PatchError: shapes or dtypes do not fit the package, or tensors are not on the CPU.
         """
         check(operands, self._shape)
         self.check_layer(layer)
@@ -118,7 +117,7 @@ class LayerKernels:
         """Refuses a layer that the package does not cover.
 
         Raises:
-            PatchError: it is one.
+            PatchError: the package does not cover the layer.
         """
         if layer not in self._manifest.layers:
             raise PatchError(
@@ -129,7 +128,7 @@ class LayerKernels:
             )
 
     def _in_one_of(self, dtypes: tuple[torch.dtype, ...], operands: Operands) -> Operands:
-        """The operands, in a wider dtype where there is no kernel for theirs, which loses nothing of them."""
+        """The operands, converted without loss to a wider dtype if there is no kernel for theirs."""
         dtype = operands.q.dtype
         if dtype in dtypes:
             return operands

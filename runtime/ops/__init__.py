@@ -1,1 +1,1 @@
-"""The torch ops, their input checks, and the registry of loaded packages."""
+"""The torch ops, their input checks and the registry of loaded packages."""

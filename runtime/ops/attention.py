@@ -1,4 +1,4 @@
-"""The torch ops that stand for a packaged attention kernel in eager code, `torch.compile` and `torch.export`."""
+"""The torch ops that call a packaged attention kernel from eager code, `torch.compile` and `torch.export`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands
 from surgeon.runtime.ops.plain_inference import is_plain_inference
 from surgeon.runtime.ops.registry import Runner, find
 
-# define/impl on a Library costs a fraction of the custom_op decorator's overhead a call.
+# define/impl on a Library costs a fraction of the custom_op decorator's overhead per call.
 _LIBRARY = torch.library.Library("surgeon", "DEF")
 _ARGUMENTS = (
     "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, str package, int layer)"
@@ -32,9 +32,9 @@ _LIBRARY.define(
 
 
 def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
-    """The op `surgeon::attention`, or in plain inference what it comes to.
+    """Calls the op `surgeon::attention` or, in plain inference, its implementation directly.
 
-    Torch's dispatcher takes some 50 µs to reach Python code that is no longer in the cache, once a layer and token.
+    Torch's dispatcher takes some 50 µs to reach Python code that has left the CPU's caches, per layer and token.
     """
     if is_plain_inference(operands.q, operands.k, operands.v):
         return package.run(layer, operands)
@@ -43,7 +43,7 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
 
 
 def attention_paged(package: Runner, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
-    """As `attention`, the op `surgeon::attention_paged` on slots in place of k and v."""
+    """Calls the op `surgeon::attention_paged`, on pools of blocks in place of k and v; otherwise like `attention`."""
     q, k, v, *rest = operands
     if is_plain_inference(q, k, v, block_table):
         return package.run_paged(layer, operands, block_table)
@@ -51,7 +51,7 @@ def attention_paged(package: Runner, layer: int, operands: Operands, block_table
     return result
 
 
-# What the ops come to takes its arguments as they are defined above.
+# The implementations take their arguments as the ops define them above.
 
 
 def _attention(*arguments: Any) -> torch.Tensor:
@@ -120,7 +120,7 @@ def _no_backward(expected: str, got: str) -> Callable[..., None]:
 
 
 def _under_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The op on q, k and v in autocast's dtype, as torch's own attention: models hand over several dtypes there."""
+    """The op on q, k and v in autocast's dtype, as torch's own attention: models pass mixed dtypes under autocast."""
 
     def cast_and_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
@@ -130,7 +130,7 @@ def _under_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     return cast_and_call
 
 
-for _key in ("CPU", "CUDA"):  # "CUDA" is also where torch keeps its HIP devices
+for _key in ("CPU", "CUDA"):  # "CUDA" is also torch's key for HIP devices
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
     _LIBRARY.impl("attention_backward", _attention_backward, _key)
@@ -149,7 +149,7 @@ for _name in ("attention", "attention_with_lse"):
     for _device in ("cpu", "cuda"):
         _op = getattr(torch.ops.surgeon, _name).default
         _LIBRARY.impl(_name, _under_autocast(_op, _device), f"Autocast{_device.upper()}")
-# Without these, autograd would drop the gradients in silence.
+# Without these, autograd would silently drop the gradients.
 for _name, _expected, _got in (
     ("attention_paged", "a forward pass only", "a call of backward"),
     ("attention_rotary", "a forward pass only", "a call of backward"),

@@ -1,7 +1,7 @@
-"""What a call's inputs say, checked.
+"""Checks of the values in a call's inputs.
 
-It is data, so these are torch ops: their checks also stand in exported and compiled graphs. They need no Transformers,
-so that a process which only loads a package and a graph has them.
+The checks are on data, so these are torch ops, which exported and compiled graphs contain too. They need no
+Transformers, so that a process that only loads a package and a graph has them.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _LIBRARY.define("cache_slots(Tensor input_ids, Tensor position, Tensor kept, Ten
 
 
 def cache_leftpad(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
-    """Each sequence's first valid key, int64 `[batch]`; the number of keys so far where it has none yet.
+    """Each sequence's first valid key, int64 `[batch]`; the number of keys so far if it has none yet.
 
-    `attention_mask` `[batch, keys]` is true where a key is valid, `position` `[batch]` is the index of the first of
-    `length` queries. Padding behind the last valid key is let through: only padding queries come after it.
+    `attention_mask` `[batch, keys]` is true for valid keys; `position` `[batch]` is the index of the first of `length`
+    queries. Padding after the last valid key is accepted: only padding queries come after it.
 
     Raises:
         PatchError: the mask does not cover the queries, or valid keys lie on both sides of masked ones.
@@ -40,9 +40,9 @@ def _cache_leftpad(attention_mask: torch.Tensor, position: torch.Tensor, length:
 
 
 def _cache_leftpad_on_gpu(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
-    """As `cache_leftpad`, without waiting for the device, so that it also runs in a captured graph.
+    """The op `cache_leftpad` without waiting for the device, so that it also runs in a captured graph.
 
-    What that one raises an error for stops the device, which torch reports at a later call.
+    A fault that raises an error on the CPU triggers a device-side assertion here, which torch reports at a later call.
     """
     first, runs = _valid_runs(attention_mask, position, length)
     short = "attention_mask: expected the cached tokens, then the new ones, got fewer"
@@ -59,7 +59,7 @@ _HOLE = (
 
 
 def _valid_runs(attention_mask: torch.Tensor, position: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first valid key of each sequence, and in how many runs its valid keys lie, int64 `[batch]` both.
+    """The first valid key of each sequence, and the number of runs of its valid keys, both int64 `[batch]`.
 
     Raises:
         PatchError: the mask is for another number of sequences.
@@ -74,7 +74,7 @@ def _valid_runs(attention_mask: torch.Tensor, position: torch.Tensor, length: in
 
 
 def too_short(attention_mask: torch.Tensor, batch: int, end: int) -> PatchError:
-    """The error of a mask `[batch, keys]` that ends before a sequence's last new token, or is for other sequences."""
+    """The error for a mask `[batch, keys]` that ends before a sequence's last new token, or has another batch size."""
     return PatchError(
         "attention_mask",
         f"shape [{batch}, {end}]: a sequence's cached tokens, then the new ones",
@@ -84,7 +84,7 @@ def too_short(attention_mask: torch.Tensor, batch: int, end: int) -> PatchError:
 
 
 def valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens are no padding, bool of the shape of `input_ids` `[batch, length]`: all, where no mask is given.
+    """Marks the tokens that are not padding, bool like `input_ids` `[batch, length]`; all, if no mask is given.
 
     Raises:
         PatchError: the shapes differ.
@@ -110,13 +110,13 @@ def _valid_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
 def cache_slots(
     input_ids: torch.Tensor, position: torch.Tensor, kept: torch.Tensor, caches: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Where new tokens `[batch, new]` go in a cache, int64, each sequence's first at its `position` `[batch]`.
+    """The slots of new tokens `[batch, new]` in a cache, int64; each sequence's first is at its `position` `[batch]`.
 
     `caches` are `[batch, KV heads, capacity, head_dim]` of one batch and capacity, `kept` indices along the new tokens.
-    All must be contiguous: code that was compiled ahead of time takes that for granted.
+    All must be contiguous, which code compiled ahead of time takes for granted.
 
     Raises:
-        PatchError: a tensor of another kind, or a token that would lie outside of the cache.
+        PatchError: a tensor has another shape, dtype or layout, or a token would lie outside the cache.
     """
     return cast(torch.Tensor, torch.ops.surgeon.cache_slots(input_ids, position, kept, caches))
 
@@ -139,7 +139,7 @@ def _cache_slots(
             "position",
             f"{length} new tokens within the cache's {capacity}",
             f"positions {short_repr(position.tolist())}",
-            "give a cache of more keys, or fewer tokens",
+            "give a larger cache, or fewer tokens",
         )
     return position[:, None] + torch.arange(length, device=position.device)
 
@@ -151,7 +151,7 @@ def _check_given(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype:
             name,
             f"{dtype} {list(shape)}, contiguous",
             f"{tensor.dtype} {list(tensor.shape)}{layout}",
-            "give one batch of ids, a position a sequence, and caches of one shape; call .contiguous() on slices",
+            "give one batch of ids, a position per sequence, and caches of one shape; call .contiguous() on slices",
         )
 
 

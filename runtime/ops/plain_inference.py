@@ -1,4 +1,4 @@
-"""Calls of attention that may leave out torch's dispatcher, which takes longer than a short kernel."""
+"""Detects calls of attention that may bypass torch's dispatcher, which takes longer than a short kernel."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def _hook(path: str) -> Callable[[], object] | None:
-    """A function below `torch._C`, or None where this version of torch has no such private function."""
+    """A function in `torch._C`, or None if this version of torch has no such private function."""
     found: object = torch._C
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -24,11 +24,11 @@ _HOOKS = tuple(
         ),
     )
 )
-"""What tells whether torch's modes, function transforms, tracer and profiler are active; private, so asked for once."""
+"""Torch's tests for active modes, function transforms, tracer and profiler; private, so they are looked up once."""
 
 
 def is_plain_inference(*tensors: torch.Tensor) -> bool:
-    """Whether nothing that torch hooks into its dispatcher has to see a call; false where torch does not tell."""
+    """True if nothing that hooks into torch's dispatcher needs to see a call; False if torch cannot tell."""
     return not (
         torch.compiler.is_compiling()
         or tensors[0].is_meta

@@ -1,4 +1,4 @@
-"""The loaded packages that torch ops find by id; an op's arguments are tensors and plain values alone."""
+"""The registry where torch ops find loaded packages by id, since their arguments are only tensors and plain values."""
 
 import weakref
 from typing import Protocol
@@ -10,7 +10,7 @@ from surgeon.runtime.operands import Gradients, Operands
 
 
 class Runner(Protocol):
-    """What an op calls; see `surgeon.runtime.kernels.run.LayerKernels`."""
+    """The interface that ops call; see `surgeon.runtime.kernels.run.LayerKernels`."""
 
     id: str
 
@@ -18,10 +18,10 @@ class Runner(Protocol):
         """Attention of one layer."""
 
     def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
-        """Attention over a cache that holds a part of the blocks."""
+        """Attention of one layer over a cache that holds only some of the blocks."""
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Attention over queries and keys that are rotated first."""
+        """Attention of one layer over queries and keys that are rotated first."""
 
     def run_backward(
         self, layer: int, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, operands: Operands
@@ -29,7 +29,7 @@ class Runner(Protocol):
         """The gradients of a call of `run`."""
 
 
-# A package may be loaded more than once: an id is known as long as one of its packages is.
+# A package may be loaded more than once; its id is known as long as one of the loads is referenced.
 _runners: dict[str, weakref.WeakSet[Runner]] = {}
 
 
@@ -39,10 +39,10 @@ def register(runner: Runner) -> None:
 
 
 def find(package: str) -> Runner:
-    """The loaded package with this id.
+    """Finds the loaded package with this id.
 
     Raises:
-        PackageError: it is not loaded in this process.
+        PackageError: no package with this id is loaded in this process.
     """
     found = next(iter(_runners.get(package, ())), None)
     if found is None:

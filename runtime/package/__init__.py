@@ -1,1 +1,1 @@
-"""The package's format, which compiler and runtime share. It imports no torch."""
+"""The package format, shared by compiler and runtime. It does not import torch."""

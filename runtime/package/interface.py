@@ -1,6 +1,6 @@
-"""The launch contract of the GPU kernels: their arguments, the axes of their grids, what their code relies on.
+"""The launch contract of the GPU kernels: their arguments, the axes of their grids and their preconditions.
 
-The compiler builds every kernel to it, and the launcher runs only kernels that are built to it.
+The compiler builds every kernel to this contract, and the launcher runs no other kernels.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import Argument, KernelEntry
 
 ALIGNMENT = 16
-"""What `Interface.aligned` arguments are multiples of."""
+"""The number that `Interface.aligned` arguments are multiples of."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a kernel function takes, in order, and the three axes of its grid (see `Launch`).
+    """The arguments of a kernel function, in order, and the three axes of its grid (see `Launch`).
 
-    Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. Addresses in bytes
-    and strides that are `aligned` are multiples of `ALIGNMENT`. `write_lse` 0 leaves lse alone, which may then be null.
-    q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
+    Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. `aligned` names the
+    addresses, in bytes, and strides that are multiples of `ALIGNMENT`. `write_lse` 0 leaves lse alone, which may then
+    be null. q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
     """
 
     arguments: tuple[Argument, ...]
@@ -28,12 +28,12 @@ class Interface:
 
     @property
     def binary_arguments(self) -> tuple[Argument, ...]:
-        """The arguments of the compiled code: Triton ends them with two pointers to scratch memory, null here."""
+        """The arguments of the compiled code, where Triton appends two pointers to scratch memory, null here."""
         return self.arguments + SCRATCH
 
     @property
     def preconditions(self) -> tuple[str, ...]:
-        """What the launcher sees to; `*_dim_stride`, the stride along head_dim, is no argument."""
+        """The conditions that the launcher ensures; `*_dim_stride`, the stride along head_dim, is not an argument."""
         tensors = [argument.name for argument in self.arguments if argument.name in ("q", "k", "v")]
         return (
             *(f"{name} % {ALIGNMENT} == 0" for name in self.aligned),
@@ -50,7 +50,7 @@ POINTEES = (
     | dict.fromkeys(("cache_leftpad", "position"), "i64")
     | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
 )
-"""What pointers point to; those that are not listed point to the kernel's own dtype."""
+"""The element types of pointers; pointers that are not listed point to the kernel's own dtype."""
 
 SCRATCH = _pointers("global_scratch", "profile_scratch")
 STRIDES = tuple(
@@ -108,17 +108,18 @@ INTERFACES = {
     ("decode", True): DECODE,
     ("combine", False): COMBINE,
 }
-"""By the phase of a source and of its entries in the manifest, and whether they read a table of their schedule."""
+"""The interfaces by phase, of a source and of its manifest entries, and by whether they read a segment table."""
 
 PHASES = tuple(dict.fromkeys(phase for phase, _ in INTERFACES))
-"""One kernel for any number of queries, and two that together take one."""
+"""One phase for any number of queries, and two that together handle a single query."""
 
 
 def check_interface(entry: KernelEntry, where: str) -> None:
     """Refuses a kernel of a package that is not built to the interface of its phase.
 
     Raises:
-        PackageError: its phase, table, arguments, preconditions or grid are others; `where` is named with the place.
+        PackageError: its phase, table, arguments, preconditions or grid differ; the message names `where` and the
+            field.
     """
     by_table = {table: interface for (phase, table), interface in INTERFACES.items() if phase == entry.phase}
     if not by_table:

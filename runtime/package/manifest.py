@@ -1,4 +1,4 @@
-"""What a kernel package says of itself: `manifest.json` as frozen dataclasses, its writer and its strict reader.
+"""The manifest of a package, `manifest.json`, as frozen dataclasses, with its writer and its strict reader.
 
 Source: package format version 1. A kernel is one attention function for one dtype; equal layers share it.
 """
@@ -38,7 +38,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the package: path with forward slashes, relative to the package; size in bytes."""
+    """A file of the package: its path relative to the package, with forward slashes; its size in bytes."""
 
     path: str
     size: int
@@ -47,7 +47,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a kernel, in binary order: type is "pointer", "i32", "i64", "fp32" or "struct"."""
+    """One argument of a kernel; its type is "pointer", "i32", "i64", "fp32" or "struct"."""
 
     name: str
     type: str
@@ -55,10 +55,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a GPU kernel is launched: threads a program, shared memory in bytes, the meaning of the three grid axes.
+    """The launch of a GPU kernel: threads per program, shared memory in bytes, the meaning of the three grid axes.
 
-    A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one where the first is not aligned),
-    "query_heads", "key_value_heads", "batch", "splits" (parts that the keys of one query are cut into) or "one".
+    A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one if the first is not aligned),
+    "query_heads", "key_value_heads", "batch", "splits" (parts into which one query's keys are divided) or "one".
     """
 
     grid: tuple[str, ...]
@@ -71,12 +71,12 @@ class Launch:
 class KernelEntry:
     """One compiled attention function, or a part of one.
 
-    `layers` are the model's layers that it serves; `schedule` names its tables in schedule.safetensors and in
-    tables.safetensors, or is empty for a kernel that serves every schedule; `table` is which of a schedule's tables in
-    tables.safetensors it reads, empty where it holds its blocks as code; `launch` is None for a CPU kernel, which is
-    called; `preconditions` are what the caller must have checked, as "name % 16 == 0". `phase` is "any", or for a GPU
-    "prefill", which takes any number of queries, or "decode" and "combine", which together take one. `heads` are the
-    first and the end of the query heads that it is for, empty for all.
+    `layers` are the model's layers that it serves. `schedule` names its tables in schedule.safetensors and in
+    tables.safetensors; it is empty for a kernel that serves every schedule. `table` names the one of a schedule's
+    tables in tables.safetensors that it reads; it is empty if the kernel holds its blocks as code. `launch` is None for
+    a CPU kernel, which is called. `preconditions` must have been checked by the caller, such as "name % 16 == 0".
+    `phase` is "any", or on a GPU "prefill", which takes any number of queries, or "decode" and "combine", which
+    together take one. `heads` are the first and the end of the query heads that it serves, empty for all.
     """
 
     target: str
@@ -95,7 +95,7 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class Tool:
-    """A compiler that made a part of the package, for instance g++ and the first line of its version."""
+    """A compiler that made a part of the package, such as g++, and the first line of its version text."""
 
     name: str
     version: str
@@ -103,9 +103,9 @@ class Tool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a serving machine must know to verify, load and call the kernels of a package.
+    """Everything that a serving machine must know to verify, load and call the kernels of a package.
 
-    `layers` are those that the topology covers: the model's own attention stays in the others.
+    `layers` are those that the topology covers; the others keep the model's own attention.
     """
 
     topology_sha256: str
@@ -132,15 +132,16 @@ class Manifest:
         """Reads the text of manifest.json.
 
         Raises:
-            PackageError: it is not JSON, of another version, or any field is missing, unknown or of the wrong type.
+            PackageError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
+                type.
         """
         return typing.cast(Manifest, from_plain(cls, parse_root(text, _ROOT, "manifest.json", _FAULT), "manifest.json"))
 
 
 def from_plain(kind: Any, value: object, where: str) -> object:
-    """Turns parsed JSON into `kind`, one of the dataclasses above or the type of a field of theirs.
+    """Turns parsed JSON into `kind`, one of the dataclasses above or the type of a field of one.
 
     Raises:
-        PackageError: a key is missing or unknown, or a value has another type; `where` is named with the place.
+        PackageError: a key is missing or unknown, or a value has another type; the message names `where` and the place.
     """
     return read_plain(kind, value, where, _FAULT)

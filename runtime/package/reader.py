@@ -1,4 +1,4 @@
-"""Reads a kernel package from disk and trusts nothing in it.
+"""Reads a kernel package from disk, trusting nothing in it.
 
 Source: package format version 1: a folder with manifest.json, which lists every other file with its size and SHA-256.
 """
@@ -38,10 +38,10 @@ class PackageFiles:
 
     @cached_property
     def schedules(self) -> Mapping[int, PackagedSchedule]:
-        """The schedule of every covered layer, read and checked when it is first asked for.
+        """The schedule of every covered layer, read and checked on first use.
 
         Raises:
-            PackageError: schedule.safetensors is not what the manifest's kernels name, or points outside of itself.
+            PackageError: schedule.safetensors does not match the manifest's kernels, or points outside itself.
         """
         return read_schedules(self.files.get(SCHEDULES), self.manifest, f"{self.folder}/{SCHEDULES}")
 
@@ -50,7 +50,7 @@ def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
     """Reads and verifies every file of a package; nothing in it is executed or imported.
 
     Raises:
-        PackageError: a file is missing, unlisted, a link, too large, outside the folder or not what the manifest says.
+        PackageError: a file is missing, unlisted, a link, too large, outside the folder or unlike its manifest entry.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -122,7 +122,7 @@ def _read_listed(root: Path, entry: FileEntry) -> bytes:
 
 
 def _read(root: Path, path: str, limit: int) -> bytes:
-    """The bytes of a regular file, at most one more than `limit`."""
+    """Reads the bytes of a regular file, at most `limit`."""
     where = f"{root}/{path}"
     try:
         descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))

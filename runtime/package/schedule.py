@@ -1,4 +1,4 @@
-"""Block schedules: which blocks of keys each row of blocks reads, and how a package holds them.
+"""Block schedules, the blocks of keys that each row of blocks reads, and their form in a package.
 
 Source: schedule.safetensors, package format version 1. For a schedule named n it holds the int32 matrices `n.pieces`
 [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], `n.heads` [query heads, 3]: first piece, end piece, first run,
@@ -29,10 +29,10 @@ class Run(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows first_row ≤ i < end_row that read alike.
+    """Rows first_row ≤ i < end_row that follow one rule.
 
-    They read `runs[first_run:end_run]` of their head, ascending and disjoint, then every block from the last run's
-    begin up to the diagonal block i. That begin is `last_begin`, or `i + last_begin` where `follows_row`.
+    They read `runs[first_run:end_run]` of their head, ascending and disjoint, then every block of a last run up to the
+    diagonal block i. The last run begins at `last_begin`, or at `i + last_begin` if `follows_row`.
     """
 
     first_row: int
@@ -51,14 +51,14 @@ class HeadSchedule:
     pieces: tuple[Piece, ...]
 
     def row(self, row: int) -> tuple[Run, ...]:
-        """The runs of one row, ascending, the last of which ends with the diagonal block."""
+        """The runs of one row, ascending; the last one ends with the diagonal block."""
         piece = self.pieces[bisect_right(self.pieces, row, key=lambda piece: piece.first_row) - 1]
         last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
         return (*self.runs[piece.first_run : piece.end_run], last)
 
     @property
     def dense_rows(self) -> int:
-        """How many rows, from 0 on, read every block up to their own."""
+        """The number of rows, from row 0 on, that read every block up to their own."""
         rows = 0
         for piece in self.pieces:
             if piece.first_run != piece.end_run or piece.last_begin != 0 or piece.follows_row:
@@ -69,17 +69,17 @@ class HeadSchedule:
 
 @dataclass(frozen=True, eq=False)
 class PackagedSchedule:
-    """A layer's schedule in a package, one entry of `heads` a query head; equal heads are one object.
+    """A layer's schedule in a package, with one entry of `heads` per query head; equal heads are one object.
 
-    `last_readers` `[KV heads, blocks]` are the last rows of blocks that read each block. A block behind the last column
-    has its reader as many rows behind that column's.
+    `last_readers` `[KV heads, blocks]` are the last rows of blocks that read each block. A block n columns beyond the
+    last one has its last reader n rows after that of the last column.
     """
 
     heads: tuple[HeadSchedule, ...]
     last_readers: Matrix
 
     def tensors(self, name: str) -> dict[str, Matrix]:
-        """What schedule.safetensors holds of it, if it is called `name`."""
+        """The tensors that schedule.safetensors holds for this schedule under `name`."""
         places: dict[HeadSchedule, tuple[int, int, int]] = {}
         pieces: list[Piece] = []
         runs: list[Run] = []
@@ -97,11 +97,11 @@ class PackagedSchedule:
 
 
 def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[int, PackagedSchedule]:
-    """The schedule of every covered layer, from the bytes of schedule.safetensors; equal heads are one object.
+    """Reads the schedule of every covered layer from schedule.safetensors; equal heads are one object.
 
     Raises:
-        PackageError: a matrix that the manifest's kernels name is missing, of another form, or points outside of
-            itself, or a layer has no schedule or several.
+        PackageError: a matrix that the manifest's kernels name is missing, has another form or points outside itself,
+            or a layer has no schedule or several.
     """
     matrices = Matrices(data, where)
     names: dict[int, str] = {}
@@ -124,7 +124,7 @@ def _matrix(rows: Iterable[tuple[int, ...]], columns: int) -> Matrix:
 def _read(
     matrices: Matrices, name: str, model: ModelShape, shared: dict[tuple[bytes, bytes], HeadSchedule]
 ) -> PackagedSchedule:
-    """One schedule; `shared` are the heads that were read before, by the bytes of their pieces and runs."""
+    """Reads one schedule; `shared` are the heads read before, by the bytes of their pieces and runs."""
     pieces, runs = matrices.read(f"{name}.pieces", 6), matrices.read(f"{name}.runs", 2)
     places, last_readers = matrices.read(f"{name}.heads", 3), matrices.read(f"{name}.last_readers")
     for part, found, expected in (

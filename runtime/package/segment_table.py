@@ -1,4 +1,4 @@
-"""Tables of segments: which key blocks several readers read together, row by row, and how a package holds them.
+"""Tables of segments, the key blocks that several readers read together in each row, and their form in a package.
 
 Source: tables.safetensors, package format version 1. Table t of schedule n is the matrices `n.t.rows`, `n.t.plans` and
 `n.t.segments` there.
@@ -17,10 +17,11 @@ FILE = "tables.safetensors"
 class SegmentTable:
     """The segments of every row, as int32.
 
-    `rows` `[patterns, rows]` gives each row's plan, rows beyond the last one that of the last. `plans` `[plans, 3]` are
-    its first segment, the first that only some readers see, and the end. `segments` `[segments, 4]` are begin, end,
-    whether they follow the row (bit 0 for the begin, bit 1 for the end), and the readers that see it, one bit each;
-    none is empty, those of a plan are disjoint, both parts ascend, and the last ends with the diagonal.
+    `rows` `[patterns, rows]` gives each row's plan; rows beyond the last one have the plan of the last. `plans`
+    `[plans, 3]` hold a plan's first segment, the first that only some readers see, and the end. `segments`
+    `[segments, 4]` hold begin, end, whether these follow the row (bit 0 for the begin, bit 1 for the end), and the
+    readers that see the segment, one bit each. No segment is empty; those of a plan are disjoint and ascend within
+    its two parts, and the last ends with the diagonal.
     """
 
     rows: Matrix
@@ -29,19 +30,19 @@ class SegmentTable:
 
     @property
     def max_segments(self) -> int:
-        """The most segments that a plan has."""
+        """The largest number of segments in a plan."""
         return int((self.plans[:, 2] - self.plans[:, 0]).max())
 
     def tensors(self, name: str) -> dict[str, Matrix]:
-        """What tables.safetensors holds of it, if it is called `name`."""
+        """The tensors that tables.safetensors holds for this table under `name`."""
         return {f"{name}.rows": self.rows, f"{name}.plans": self.plans, f"{name}.segments": self.segments}
 
 
 def read_table(matrices: Matrices, name: str, patterns: int) -> SegmentTable:
-    """The table of a name, which has so many patterns.
+    """Reads the table called `name`, which must have this number of patterns.
 
     Raises:
-        PackageError: a part is missing, of another form, or points outside of the next one.
+        PackageError: a part is missing, has another form, or points outside the next one.
     """
     rows = matrices.read(f"{name}.rows")
     plans, segments = matrices.read(f"{name}.plans", 3), matrices.read(f"{name}.segments", 4)

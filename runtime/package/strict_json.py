@@ -1,4 +1,4 @@
-"""JSON read strictly: every key once, none missing or unknown, every value of its exact type."""
+"""A strict reader of JSON: every key exactly once, none missing or unknown, every value of its exact type."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ Document = TypeVar("Document")
 
 @dataclass(frozen=True)
 class Fault:
-    """The errors of one kind of file; `remedy`, of files that a program writes, stands for that of every place."""
+    """The errors of one kind of file; `remedy`, for files that a program writes, replaces the remedy of each place."""
 
     error: type[SurgeonError]
     remedy: str | None = None
 
     def __call__(self, where: str, expected: str, got: str, remedy: str = "correct it") -> SurgeonError:
-        """Makes the error of a place."""
+        """Makes the error for a place."""
         return self.error(where, expected, got, self.remedy or remedy)
 
 
@@ -35,16 +35,16 @@ def read_document(
     fault: Fault,
     smaller: str = "shorten it",
 ) -> Document:
-    """Reads a file of at most `limit` bytes and parses its text; `smaller` is the remedy where it has more.
+    """Reads a file of at most `limit` bytes and parses its text; `smaller` is the remedy if it has more.
 
     Raises:
-        SurgeonError: what `fault` makes, where there is no such file, or none of UTF-8 text; what `parse` raises, with
-            the file before the place.
+        SurgeonError: made by `fault` if the file cannot be read, is too large or is not UTF-8 text; raised by `parse`,
+            with the file put before the place.
     """
     file = Path(path)
     try:
         with file.open("rb") as stream:
-            data = stream.read(limit + 1)  # not by its size, which a device or a pipe does not have
+            data = stream.read(limit + 1)  # its size is not asked for: a device or a pipe has none
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise fault(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
@@ -60,10 +60,10 @@ def read_document(
 
 
 def parse_json(text: str, where: str, fault: Fault) -> object:
-    """Parses JSON; NaN and infinities are for the reader of each value to refuse, who knows its place.
+    """Parses JSON; NaN and infinities are left for the reader of each value to refuse, which knows its place.
 
     Raises:
-        SurgeonError: what `fault` makes, where it is no JSON, has a key twice, or more levels or digits than can be.
+        SurgeonError: made by `fault` if the text is not JSON, repeats a key, or has too many levels or digits.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -81,15 +81,15 @@ def parse_json(text: str, where: str, fault: Fault) -> object:
         raise fault(place, "JSON", error.msg, "correct the syntax") from None
     except RecursionError:
         raise fault(where, "JSON of a few levels", "nesting too deep to read", "correct the file") from None
-    except ValueError:  # Python's limit of digits
+    except ValueError:  # Python's limit on digits
         raise fault(where, "numbers of a few digits", "one of thousands", "correct the file") from None
 
 
 def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fault) -> dict[str, object]:
-    """Parses a JSON object that says its format and version as these constants; gives the other keys.
+    """Parses a JSON object that states its format and version as these constants; returns the other keys.
 
     Raises:
-        SurgeonError: what `fault` makes, as for `parse_json`, or where it is no object, or one with other constants.
+        SurgeonError: made by `fault` as in `parse_json`, or if the text is not an object with these constants.
     """
     root = parse_json(text, where, fault)
     if not isinstance(root, dict):
@@ -107,7 +107,7 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
     A field's type is a dataclass, a plain type, `tuple[X, ...]` or `X | None`.
 
     Raises:
-        SurgeonError: what `fault` makes, where a key is missing or unknown, a value has another type, or is not finite.
+        SurgeonError: made by `fault` if a key is missing or unknown, or a value has another type or is not finite.
     """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:  # X | None

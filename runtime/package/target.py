@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: a processor and the dtypes it takes."""
+"""The targets of kernels: a processor and the dtypes that it takes."""
 
 import re
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Reads the command line's spelling.
+        """Parses a target as it is written on the command line.
 
         Raises:
-            TargetError: the text names no target.
+            TargetError: the text does not name a target.
         """
         match = _SPELLING.fullmatch(text)
         if match is None:
@@ -32,7 +32,7 @@ class Target:
                 f"target {short_repr(text)}",
                 "cpu, cuda:<compute capability> or hip:<gfx name>",
                 short_repr(text),
-                "write for instance --target cpu or --target cuda:90",
+                "write, for example, --target cpu or --target cuda:90",
             )
         backend = text.partition(":")[0]
         return cls(backend, match["cuda"] or match["hip"] or "")

@@ -1,4 +1,4 @@
-"""The int32 matrices of a package's safetensors files, read with a check of each."""
+"""Reads and checks the int32 matrices of a package's safetensors files."""
 
 import functools
 from itertools import pairwise
@@ -13,15 +13,15 @@ Matrix = npt.NDArray[np.int32]
 
 
 def ascend(*numbers: npt.NDArray[np.integer] | int) -> npt.NDArray[np.bool_]:
-    """Where each number is at most the next one, place by place."""
+    """Compares the arguments place by place: true where each number is at most the next one."""
     return functools.reduce(np.logical_and, (np.less_equal(lower, upper) for lower, upper in pairwise(numbers)))
 
 
 class Matrices:
-    """The tensors of one file; `where` names it in errors, `data` None is a file that the package lacks.
+    """The tensors of one file; `where` names it in errors, and `data` is None if the package lacks it.
 
     Raises:
-        PackageError: there is no file, or its bytes are no safetensors.
+        PackageError: there is no file, or its bytes are not in the safetensors format.
     """
 
     def __init__(self, data: bytes | None, where: str) -> None:
@@ -30,14 +30,14 @@ class Matrices:
             raise self.fault("", "a safetensors file", "none")
         try:
             self._tensors = safetensors.numpy.load(data)
-        except Exception as error:  # of the library's own and of NumPy's types
+        except Exception as error:  # the library raises its own types and NumPy's
             raise self.fault("", "a safetensors file", str(error)[:100] or type(error).__name__) from None
 
     def read(self, name: str, columns: int | None = None) -> Matrix:
-        """The matrix of a name, with so many columns or, if None, with any number but zero.
+        """Reads the matrix called `name`, with this number of columns or, if None, at least one.
 
         Raises:
-            PackageError: there is none, or it has another type or shape.
+            PackageError: there is no such matrix, or it has another type or shape.
         """
         found = self._tensors.get(name)
         wanted = f"an int32 matrix [any, {'some' if columns is None else columns}]"
@@ -52,14 +52,14 @@ class Matrices:
         """Refuses a matrix with a row that does not fit.
 
         Raises:
-            PackageError: `fits`, one a row, is not true of all; the first of the others is named.
+            PackageError: `fits`, one value per row, is not true for all; the message names the first row that fails.
         """
         if not fits.all():
             row = int(fits.argmin())
             raise self.fault(f"{name}[{row}]", expected, short_repr(matrix[row].tolist()))
 
     def fault(self, name: str, expected: str, got: str) -> PackageError:
-        """The error of a matrix whose numbers are wrong, or of the whole file if `name` is empty."""
+        """The error for a matrix whose numbers are wrong, or for the whole file if `name` is empty."""
         return PackageError(
             f"{self._where}: {name}" if name else self._where, expected, got, "compile the package again"
         )

@@ -1,1 +1,1 @@
-"""All that knows Hugging Face's Transformers: patch, masks, caches, fingerprints."""
+"""Everything specific to Hugging Face's Transformers: patching, masks, caches, fingerprints, graphs."""

@@ -1,6 +1,6 @@
-"""Attention sites: the modules of a model that attend, and the attention function that a patched one calls.
+"""Attention sites, the attention modules of a model, and the attention function that patched ones call.
 
-Source: `transformers.modeling_utils`, AttentionInterface and the arguments that attention modules give.
+Source: `transformers.modeling_utils`, AttentionInterface and the arguments that attention modules pass.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from surgeon.runtime.transformers.paged_layer import PagedStates
 
 _ATTRIBUTE = "_surgeon_site"
 _OWN_MASKS: dict[str, masks.MaskFunction] = {"sdpa": sdpa_mask, "eager": eager_mask}
-# What modules pass along that changes nothing about attention itself.
+# Arguments that modules pass along but that do not change the attention itself.
 _HARMLESS = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "num_items_in_batch"}
 )
@@ -30,9 +30,9 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Site:
-    """What an attention module of a full-attention layer is bound to in a patched model.
+    """The binding of a full-attention layer's attention module in a patched model.
 
-    `package` is kept loaded; None where it does not cover the layer, which then attends as it did before.
+    It keeps `package` loaded; None means that the package does not cover the layer, which then attends as before.
     """
 
     package: Package | None
@@ -40,7 +40,7 @@ class Site:
 
 
 def bind(module: torch.nn.Module, site: Site) -> None:
-    """Binds an attention module, whose calls then go to the package's kernels."""
+    """Binds an attention module, so that its calls go to the package's kernels."""
     setattr(module, _ATTRIBUTE, site)
 
 
@@ -50,18 +50,18 @@ def release(module: torch.nn.Module) -> None:
 
 
 def is_bound(module: torch.nn.Module) -> bool:
-    """Whether the module is bound to a package."""
+    """True if the module is bound by `bind`."""
     return hasattr(module, _ATTRIBUTE)
 
 
 def runs_kernel(module: torch.nn.Module) -> bool:
-    """Whether the module's attention is a kernel of a package."""
+    """True if the module's attention is a kernel of a package."""
     site: Site | None = getattr(module, _ATTRIBUTE, None)
     return site is not None and site.package is not None
 
 
 def register() -> None:
-    """Makes our attention and mask functions known to Transformers; again is no harm."""
+    """Makes our attention and mask functions known to Transformers; repeated calls do no harm."""
     for own, name in IMPLEMENTATIONS.items():
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, masks.beside(_OWN_MASKS[own]))
@@ -80,11 +80,13 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of a patched model.
 
-    query `[batch, heads, queries, head_dim]`, key and value `[batch, KV heads, keys, head_dim]`, `attention_mask` from
-    our mask function; the output is `[batch, queries, heads, head_dim]`, and kernels have no attention weights to give.
+    query is `[batch, heads, queries, head_dim]`, key and value are `[batch, KV heads, keys, head_dim]`,
+    `attention_mask` comes from our mask function; the output is `[batch, queries, heads, head_dim]`. Kernels return no
+    attention weights.
 
     Raises:
-        PatchError: the module is not bound, or asks for what the kernels do not do; nothing is dropped silently.
+        PatchError: the module is not bound, or asks for something that the kernels do not do; nothing is silently
+            ignored.
     """
     site: Site | None = getattr(module, _ATTRIBUTE, None)
     config = cast(PreTrainedConfig, module.config)
@@ -97,7 +99,7 @@ def attention(
         )
     if (
         site is None or site.package is None
-    ):  # not covered, or of another model that was made from a patched one's config
+    ):  # not covered, or part of another model that was made from a patched model's config
         own = "eager" if config._attn_implementation == IMPLEMENTATIONS["eager"] else "sdpa"
         mask = masks.dense(attention_mask, query, key, _OWN_MASKS[own])
         attend = cast(Callable[..., tuple[torch.Tensor, torch.Tensor | None]], own_attention(module, own))

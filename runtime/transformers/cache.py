@@ -1,4 +1,4 @@
-"""A Transformers cache that drops, for every KV head, the blocks that no later token reads.
+"""A Transformers cache that drops, per KV head, the blocks that no later token reads.
 
 Source: `transformers.cache_utils`, Cache.
 """
@@ -16,15 +16,15 @@ from surgeon.runtime.transformers.paged_layer import PagedLayer
 
 
 class SurgeonCache(Cache):
-    """A cache for a model that is patched with the package, on the CPU; give it to `generate` as `past_key_values`.
+    """A cache for a model patched with the package, on the CPU; pass it to `generate` as `past_key_values`.
 
-    What a patched model computes with it is, bit for bit, what it computes with a DynamicCache. Layers that no kernel
-    runs are kept as there; `config`, the model's, is needed where some are of another kind than full attention. A cache
-    that blocks have left cannot be cropped to before a row that reads them, unless `activate_past_recording` was called
+    A patched model computes with it, bit for bit, what it computes with a DynamicCache. Layers that no kernel runs are
+    kept as a DynamicCache keeps them; the model's `config` is needed if some layers are not full attention. Once blocks
+    are dropped, the cache cannot be cropped back to a row that reads them, unless `activate_past_recording` was called
     first, as assisted generation does.
 
     Raises:
-        PatchError: the config is another model's.
+        PatchError: the config belongs to another model.
         TargetError: the package has no kernels for the CPU.
         PackageError: the package does not say when blocks may be dropped.
     """
@@ -43,7 +43,7 @@ class SurgeonCache(Cache):
         super().__init__(layers=layers)
 
     def kept_bytes(self) -> int:
-        """Bytes that keys and values take, slots made ahead and page tables included."""
+        """Bytes that keys and values take, including spare slots and block tables."""
         return sum(layer.kept_bytes() if isinstance(layer, PagedLayer) else _whole(layer) for layer in self.layers)
 
     def full_bytes(self) -> int:
@@ -51,7 +51,7 @@ class SurgeonCache(Cache):
         return sum(layer.full_bytes() if isinstance(layer, PagedLayer) else _whole(layer) for layer in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes so many of the last tokens, a number that is not positive; all layers or none.
+        """Removes the last tokens, a number given as zero or negative, from all layers or none.
 
         Raises:
             PatchError: the number is positive, or a block that the next token reads has been dropped.
@@ -63,6 +63,6 @@ class SurgeonCache(Cache):
 
 
 def _whole(layer: object) -> int:
-    """Bytes of a layer that is kept whole."""
+    """The bytes of a layer that is kept whole."""
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(int(tensor.nbytes) for tensor in tensors if isinstance(tensor, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Whether a kernel package fits a model: every question is asked before anything is touched."""
+"""Checks that a kernel package fits a model, all made before anything is changed."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class LeftLayer:
 
     @property
     def reason(self) -> str:
-        """Why, in a few words."""
+        """The reason, in a few words."""
         return "not covered by the topology" if self.layer_type == FULL else self.layer_type
 
 
@@ -39,9 +39,9 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
     Returns the layers that must keep the model's own attention.
 
     Raises:
-        PatchError: it is no Transformers model with exchangeable attention, has another shape, has no layer for the
-            kernels, does more than causal softmax attention in its full-attention layers, stands on a device or in a
-            dtype without kernels, or has other weights than the topology's.
+        PatchError: the model is not a Transformers model with exchangeable attention, has another shape, has no layer
+            for the kernels, does more than causal softmax attention in its full-attention layers, is on a device or in
+            a dtype without kernels, or has other weights than the topology's model.
     """
     if not isinstance(model, PreTrainedModel):
         raise PatchError(
@@ -54,8 +54,8 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
         raise PatchError(
             type(model).__name__,
             "a model whose attention goes through Transformers' AttentionInterface",
-            "one with an attention of its own",
-            "use a model type of the README's table, in this Transformers version",
+            "one with its own attention",
+            "use a model type from the README's table, with this version of Transformers",
         )
     shape = package.manifest.model
     _check_shape(model.config, shape)
@@ -69,7 +69,7 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             "weights",
             f"those that the topology was learned on, SHA-256 {expected}",
             got,
-            "load those weights, in the dtype they had then, or set model.weights_sha256 to null and compile again",
+            "load those weights in their original dtype, or set model.weights_sha256 to null and compile again",
         )
     return left
 
@@ -97,7 +97,7 @@ def _check_config(config: PreTrainedConfig) -> None:
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise PatchError(
             "model.config.attn_logit_softcapping",
-            "scores that go into the softmax as they are, so None",
+            "scores that enter the softmax unchanged, so None",
             short_repr(cap),
             "this model cannot be patched: no kernel caps scores",
         )
@@ -161,7 +161,7 @@ def _check_sites(model: PreTrainedModel, shape: ModelShape) -> None:
                 f"{name}.sliding_window",
                 f"the window of a layer that model.config calls {types[layer_of(module)]!r}",
                 "none",
-                "this model does not heed its layer types, and cannot be patched",
+                "this model ignores its own layer types, and cannot be patched",
             )
 
 
@@ -207,7 +207,7 @@ def _check_kernels(model: PreTrainedModel, package: Package, left: set[int]) -> 
                     f"{name} on {device}", error.expected, error.got, f"move the model, or {error.remedy}"
                 ) from error
             if not package.strict and torch.float32 in dtypes:
-                dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and says so
+                dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and logs that
             if weight.dtype not in dtypes:
                 raise PatchError(
                     name,

@@ -1,6 +1,6 @@
-"""A model's config as a patched model sees it: the very same settings, but for the name of the attention.
+"""A view of a model's config for the patched model: the same settings, except for the name of the attention.
 
-Whatever is written to the config or to its view is there in both, so that nothing is lost when a model is unpatched.
+Whatever is written to the config or to its view appears in both, so that nothing is lost when a model is unpatched.
 The config itself, which other models may share, never names our attention.
 
 Source: `transformers.configuration_utils`, PreTrainedConfig.
@@ -19,15 +19,15 @@ _NAME = "_attn_implementation_internal"
 
 @dataclass
 class _Override:
-    """The attention that a view names; None once the view is closed, which then says what the config says."""
+    """The attention that a view names; None once the view is closed, and the config's own name applies."""
 
     implementation: str | None
 
 
 def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig:
-    """A view of a config that names another attention, until `close_view`; its type has the name of the config's own.
+    """Makes a view of a config that names another attention until `close_view`; its type has the config type's name.
 
-    A deep copy is a view of a deep copy of the config. Pickled, or saved as JSON, it is the config.
+    A deep copy of it is a view of a deep copy of the config. Pickled, or saved as JSON, it is the config.
     """
     override = _Override(implementation)
 
@@ -37,7 +37,7 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
     def rename(view: PreTrainedConfig, name: str | None) -> None:
         if override.implementation is None:
             vars(view)[_NAME] = name
-        elif name != override.implementation:  # what a model writes that is made from this config
+        elif name != override.implementation:  # written by a model that is made from this config
             raise PatchError(
                 "attn_implementation",
                 f"{override.implementation!r}, the attention of a patched model",
@@ -55,7 +55,7 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
         "__deepcopy__": deep_copy,
         "__reduce_ex__": lambda _view, _protocol: (copy.copy, (config,)),
         "__module__": type(config).__module__,
-        "__init__": type(config).__init__,  # Transformers would wrap the one that it makes for a class without
+        "__init__": type(config).__init__,  # without one, Transformers would make one and wrap it
     }
     view: PreTrainedConfig = object.__new__(type(type(config).__name__, (type(config),), names))
     object.__setattr__(view, "__dict__", vars(config))
@@ -63,10 +63,10 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
 
 
 def is_view(config: object) -> bool:
-    """Whether a config is a view, open or closed."""
+    """True if a config is a view, open or closed."""
     return isinstance(getattr(type(config), "_surgeon_override", None), _Override)
 
 
 def close_view(view: PreTrainedConfig) -> None:
-    """Lets a view say what its config says, for whoever may still hold it."""
+    """Makes a view name the config's own attention again, for any code that still holds the view."""
     cast(Any, type(view))._surgeon_override.implementation = None

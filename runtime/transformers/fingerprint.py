@@ -1,4 +1,4 @@
-"""The fingerprint of a model's frozen weights: equal iff the weights are, to the bit."""
+"""The fingerprint of a model's frozen weights: equal if and only if the weights are equal, bit for bit."""
 
 import hashlib
 
@@ -9,19 +9,18 @@ from surgeon.runtime.transformers.offload import fetched
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of the model's parameters, as 64 lower-case hexadecimal digits.
+    """The SHA-256 of the model's parameters, as 64 lower-case hexadecimal digits.
 
-    Hashed is one line of UTF-8 text a parameter, in the order of the names (by code point), tied ones under each of
-    their names: `name dtype shape digest` and a line feed. dtype is PyTorch's name without "torch.", shape is the
-    sizes joined by "x" (empty for a scalar), digest the SHA-256 of the elements' bytes in row-major order, as a
-    little-endian machine has them. Strides, device and requires_grad do not count, nor do buffers. A traced model has
-    the fingerprint of its model, and so has one that is offloaded, or sharded over processes, each of which must call
-    this.
+    The hashed text is UTF-8 and has one line per parameter, sorted by name (by code point), with tied parameters under
+    each of their names: `name dtype shape digest` and a line feed. dtype is PyTorch's name without "torch.", shape is
+    the sizes joined by "x" (empty for a scalar), and digest is the SHA-256 of the elements' little-endian bytes in
+    row-major order. Strides, device, requires_grad and buffers do not count. A traced model has the fingerprint of its
+    original, and so has one that is offloaded, or sharded over processes, each of which must call this.
 
     Raises:
         ModelError: a parameter is not in memory (the meta device).
     """
-    digests: dict[int, str] = {}  # tied parameters are one tensor, which is hashed once
+    digests: dict[int, str] = {}  # tied parameters are one tensor, hashed once
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in digests:

@@ -1,6 +1,6 @@
-"""The attention modules of a Transformers model: which they are, what kind of layer, and what they call themselves.
+"""The attention modules of a Transformers model: their layers, layer types and own attention functions.
 
-Source: `transformers.cache_utils` for the kinds of layers, `transformers.modeling_utils` for attention functions.
+Source: `transformers.cache_utils` for layer types, `transformers.modeling_utils` for attention functions.
 """
 
 import inspect
@@ -12,14 +12,14 @@ from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATIONS = {"sdpa": "surgeon", "eager": "surgeon_eager"}
-"""The name of our attention in `config._attn_implementation`, by that of the one in the layers that no kernel runs."""
+"""The names of our attention in `config._attn_implementation`, by that of the attention in layers without a kernel."""
 
 FULL = "full_attention"
 """The layer type, as Transformers names it, of the layers that kernels can run."""
 
 
 def layer_type(config: PreTrainedConfig, layer: int) -> str:
-    """What a layer attends to, in Transformers' words: FULL, "sliding_attention", "linear_attention" and so on.
+    """The type of a layer, as Transformers names it: FULL, "sliding_attention", "linear_attention" and so on.
 
     Source: `transformers.cache_utils`, which makes a cache's layers by the same rules.
     """
@@ -34,7 +34,8 @@ def layer_type(config: PreTrainedConfig, layer: int) -> str:
 def find_attention(model: torch.nn.Module) -> tuple[tuple[str, torch.nn.Module], ...]:
     """The model's attention modules and their names, in the order of the modules.
 
-    Known by what every decoder's attention in Transformers has: a layer's index and whether it is causal.
+    They are recognized by two attributes of every decoder's attention in Transformers: the layer's index and whether
+    it is causal.
     """
     return tuple(
         (name, module)
@@ -44,13 +45,13 @@ def find_attention(model: torch.nn.Module) -> tuple[tuple[str, torch.nn.Module],
 
 
 def layer_of(module: torch.nn.Module) -> int:
-    """The layer that an attention module is in."""
+    """The index of an attention module's layer."""
     return cast(int, module.layer_idx)
 
 
 def own_attention(module: torch.nn.Module, implementation: str) -> Callable[..., Any] | None:
-    """The attention function that a module calls under "sdpa" or "eager"; None for any other, or if it has none."""
-    if implementation == "eager":  # Transformers has it in no registry: it stands beside the module's class
+    """The attention function that a module calls under "sdpa" or "eager"; None under any other, or if it has none."""
+    if implementation == "eager":  # in none of Transformers' registries: it is defined beside the module's class
         names: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
         return names.get("eager_attention_forward")
     return cast(Callable[..., Any], sdpa_attention_forward) if implementation == "sdpa" else None

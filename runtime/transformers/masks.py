@@ -1,11 +1,11 @@
-"""The mask of a patched model: not which pairs are visible, which the kernels know, but where each sequence stands.
+"""The mask of a patched model, which gives each sequence's position; the kernels know the visible pairs themselves.
 
-Transformers asks a mask function once a forward pass for each kind of layers, and hands what it returns to every layer
-of the kind as `attention_mask`. Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first
-query and the first valid key, repeated (in no memory) along the keys, so that its shape says how many keys it was made
-for. Every real mask there is bool or float.
+Transformers calls a mask function once per forward pass for each layer type, and passes the result to every layer of
+that type as `attention_mask`. Ours returns an int64 *placement* `[batch, 1, 2, keys]`: the position of the first query
+and the first valid key, repeated along the keys (without taking memory), so that its shape tells the number of keys
+that it was made for. Every real mask there is bool or float.
 
-Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask gives.
+Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask passes.
 """
 
 from collections.abc import Callable, MutableMapping
@@ -19,13 +19,13 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops import input_checks
 
 MaskFunction = Callable[..., torch.Tensor | None]
-"""What Transformers' AttentionMaskInterface holds."""
+"""The type of the functions in Transformers' AttentionMaskInterface."""
 
 
 def beside(own: MaskFunction) -> MaskFunction:
-    """The mask function of a patched model: placements, and masks by `own` for what attends in no kernel.
+    """The mask function of a patched model: placements, but masks by `own` for layers that no kernel runs.
 
-    That is sliding and chunked layers, which alone have a `local_size`.
+    Those are sliding and chunked layers, the only ones with a `local_size`.
     """
 
     def mask(*, local_size: int | None = None, **arguments: Any) -> torch.Tensor | None:
@@ -46,10 +46,10 @@ def placement(
     device: torch.device,
     **_unused: Any,
 ) -> torch.Tensor:
-    """A placement, int64 `[batch, 1, 2, keys]` (see the module), from what Transformers gives a mask function.
+    """Makes a placement, int64 `[batch, 1, 2, keys]` (see the module), from the arguments of a mask function.
 
     Raises:
-        PatchError: the model asks for anything else than plain causal attention over all keys so far.
+        PatchError: the model asks for anything other than plain causal attention over all keys so far.
     """
     if mask_function is not causal_mask_function:
         raise PatchError(
@@ -89,16 +89,16 @@ def placement(
             f"{attention_mask.ndim} dimensions",
             "pass 1 for tokens and 0 for padding on the left",
         )
-    # The stack copies: a static cache counts on in the tensor that it gives as offset.
+    # The stack copies: a static cache goes on counting in the tensor that it passes as the offset.
     pair = torch.stack((position, cache_leftpad), dim=1)
     return pair[:, None, :, None].expand(batch_size, 1, 2, kv_length)
 
 
 def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position of the first query and first valid key, each int64 `[batch]`, from the placement that a layer was given.
+    """The position of the first query and the first valid key, each int64 `[batch]`, from a layer's placement.
 
     Raises:
-        PatchError: it is no placement, or it was made for another number of keys.
+        PatchError: the mask is not a placement, or was made for another number of keys.
     """
     if mask is None:
         raise PatchError(
@@ -127,7 +127,7 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:
-    """What `own` makes for full attention, where a layer that no kernel runs was given a placement.
+    """The mask that `own` makes for full attention, for a layer without a kernel that was given a placement.
 
     Raises:
         PatchError: as `unpack`.
@@ -141,7 +141,7 @@ def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunctio
     return made[wanted]
 
 
-# A forward pass gives all its layers one placement: what was made of it is kept as long as that is.
+# A forward pass gives all its layers one placement; the mask made from it is kept as long as the placement.
 _MADE: MutableMapping[torch.Tensor, dict[object, torch.Tensor | None]] = WeakTensorKeyDictionary()
 
 
@@ -153,7 +153,7 @@ def _dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFuncti
         batch_size=position.shape[0],
         q_length=queries,
         kv_length=keys,
-        q_offset=position[0],  # of all sequences alike, as Transformers counts it
+        q_offset=position[0],  # the same for all sequences, as Transformers counts it
         attention_mask=(column >= cache_leftpad[:, None]) & (column < position[:, None] + queries),
         dtype=query.dtype,
         device=position.device,

@@ -1,8 +1,8 @@
-"""Where a model's weights are: on one device, or where a `device_map` put them: on several, in CPU memory, on disk.
+"""The location of a model's weights: one device, or wherever a `device_map` put them: devices, CPU memory or disk.
 
-Weights that are offloaded lie on the meta device until accelerate's hooks fetch them, for one call of their module.
+Offloaded weights are on the meta device until accelerate's hooks fetch them, for one call of their module.
 
-Source: accelerate's AlignDevicesHook, which each of a spread model's modules has.
+Source: accelerate's AlignDevicesHook, which each module of a model with a `device_map` has.
 """
 
 from typing import Any
@@ -14,26 +14,26 @@ from surgeon.runtime.errors import ModelError
 
 
 def running_device(module: torch.nn.Module) -> torch.device:
-    """The device that a module with weights of its own computes on."""
+    """The device on which a module with weights of its own computes."""
     device = getattr(_hook(module), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:
-    """The device that token ids belong on, and that logits come back to."""
+    """The device where token ids must be, and where logits are returned."""
     return running_device(model.get_input_embeddings())
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:
-    """Whether some weights are fetched only when they are used."""
+    """True if some weights are fetched only when they are used."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
 def fetched(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter by its name, fetched from where it was offloaded to.
+    """The parameter of this name, fetched from wherever it was offloaded to.
 
     Raises:
-        ModelError: it is on the meta device and nowhere else.
+        ModelError: the parameter is on the meta device and nowhere else.
     """
     parameter = module.get_parameter(name)
     if not parameter.is_meta:
@@ -47,7 +47,7 @@ def fetched(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def weight_stores(model: torch.nn.Module) -> list[Any]:
-    """What the hooks of a model's modules fetch weights from, and what they keep tied ones in."""
+    """The maps from which the hooks of a model's modules fetch weights, and those in which they keep tied weights."""
     names = ("weights_map", "tied_params_map")
     stores = (getattr(_hook(module), name, None) for module in model.modules() for name in names)
     return [store for store in stores if store is not None]

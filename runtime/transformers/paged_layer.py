@@ -1,8 +1,8 @@
-"""A layer of a SurgeonCache, and what it hands the attention function in place of keys and values.
+"""A layer of a SurgeonCache, and the stand-in that it hands the attention function for keys and values.
 
-Where blocks begin depends on the padding, which Transformers tells the attention function and not the cache. So a
-layer's `update` only wraps the new keys and values up; the attention function hands them back to `PagedLayer.attend`,
-which stores them and attends over what is held. Whoever else takes the wrapped ones for keys and values is told so.
+The places of blocks depend on the padding, which Transformers tells the attention function but not the cache. So a
+layer's `update` only wraps the new keys and values; the attention function hands them back to `PagedLayer.attend`,
+which stores them and attends over what is held. Any other use of the wrapped states as keys and values is an error.
 
 Source: `transformers.cache_utils`, CacheLayerMixin.
 """
@@ -21,9 +21,9 @@ from surgeon.runtime.ops import attention as ops
 
 
 class PagedStates(torch.Tensor):
-    """New keys and values on their way to `layer.attend`, in the shape that all keys so far would have.
+    """New keys and values on their way to `layer.attend`, with the shape that all keys so far would have.
 
-    There is nothing in it: every torch function that is given it raises a PatchError, so that no other attention can
+    As a tensor it is empty: every torch function that receives it raises a PatchError, so that no other attention can
     take it for keys.
     """
 
@@ -34,7 +34,7 @@ class PagedStates(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, layer: "PagedLayer", keys: torch.Tensor, values: torch.Tensor) -> "PagedStates":
-        """Wraps up new keys and values `[batch, KV heads, new tokens, head_dim]` of a layer."""
+        """Wraps new keys and values `[batch, KV heads, new tokens, head_dim]` of a layer."""
         batch, kv_heads, new_tokens, head_dim = keys.shape
         shape = (batch, kv_heads, layer.get_seq_length() + new_tokens, head_dim)
         states: PagedStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=keys.dtype, device=keys.device)
@@ -46,7 +46,7 @@ class PagedStates(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: object, *_: Any) -> Any:
-        """Refuses.
+        """Refuses every torch function.
 
         Raises:
             PatchError: always.
@@ -62,8 +62,8 @@ class PagedStates(torch.Tensor):
 class PagedLayer(CacheLayerMixin):
     """One layer of a SurgeonCache.
 
-    `keys` and `values` of other layers are None here: what is held has another form. While `record_past` is true,
-    nothing is dropped until `crop` says from where on the model goes on.
+    Unlike in other cache layers, `keys` and `values` are None, since a pool of blocks holds the states. While
+    `record_past` is true, nothing is dropped until `crop` tells from which token the model goes on.
     """
 
     is_sliding = False
@@ -77,20 +77,20 @@ class PagedLayer(CacheLayerMixin):
         self.layer = layer
         self.record_past = False
         self._liveness = liveness
-        self._kv_heads = package.kv_heads  # those that are cached; of a tensor-parallel model, the process's own
+        self._kv_heads = package.kv_heads  # those that are cached; in a tensor-parallel model, this process's own
         self._block_size = package.manifest.block_size
         self._length = 0  # tokens so far, padding included
-        self._cache_leftpad: list[int] = []  # of each sequence
-        self._rows: list[int] = []  # of the next token of each sequence, when blocks were last dropped
+        self._cache_leftpad: list[int] = []  # per sequence
+        self._rows: list[int] = []  # of each sequence's next token, when blocks were last dropped
         self._pool: BlockPool | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[PagedStates, PagedStates]:
-        """The new keys and values `[batch, KV heads, tokens, head_dim]`, for our attention function only.
+        """Wraps the new keys and values `[batch, KV heads, tokens, head_dim]`, for our attention function only.
 
         Raises:
-            PatchError: they are not on the CPU.
+            PatchError: keys and values are not on the CPU.
         """
         if key_states.device.type != "cpu":
             raise PatchError(
@@ -99,19 +99,20 @@ class PagedLayer(CacheLayerMixin):
                 f"those on {key_states.device}",
                 "use a DynamicCache there",
             )
-        if torch.is_autocast_enabled("cpu"):  # one dtype for both, as attention sees them there
+        if torch.is_autocast_enabled("cpu"):  # one dtype for both, as attention sees them under autocast
             dtype = torch.get_autocast_dtype("cpu")
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         states = PagedStates(self, key_states, value_states)
         return states, states
 
     def attend(self, operands: Operands, package: Package) -> torch.Tensor:
-        """Attention over the held blocks and the new tokens, which are stored; then drops what no later row reads.
+        """Stores the new tokens, attends over them and the held blocks, and drops the blocks that no later row reads.
 
-        k and v are those of the new tokens, and places are given; the result is as `Package.attention`.
+        k and v are those of the new tokens, and `position` and `cache_leftpad` are given; the result is that of
+        `Package.attention`.
 
         Raises:
-            PatchError: the tokens are not those that follow, or the padding is another than before.
+            PatchError: the tokens are not the next ones, or the padding has changed.
         """
         query, keys, values, position, cache_leftpad, _ = operands
         assert position is not None
@@ -137,7 +138,7 @@ class PagedLayer(CacheLayerMixin):
     def _begin(
         self, keys: torch.Tensor, position: torch.Tensor, cache_leftpad: torch.Tensor, package: Package
     ) -> torch.Tensor:
-        """Where the first new token of each sequence stands, counted from its first valid key."""
+        """The place of each sequence's first new token, counted from its first valid key."""
         where = f"SurgeonCache: layer {self.layer}"
         self._kv_heads = package.kv_heads
         if package.manifest.topology_sha256 != self.package.manifest.topology_sha256:
@@ -159,7 +160,7 @@ class PagedLayer(CacheLayerMixin):
             if len(given) != len(self._cache_leftpad):
                 raise PatchError(where, f"{len(self._cache_leftpad)} sequences", str(len(given)), "keep the batch")
             for before, now in zip(self._cache_leftpad, given, strict=True):
-                if now != before and min(now, before) < self._length:  # of tokens that are stored, or never were
+                if now != before and min(now, before) < self._length:  # a stored token would be padding, or the reverse
                     raise PatchError(
                         where,
                         f"the padding of the first call, {self._cache_leftpad} tokens",
@@ -172,10 +173,10 @@ class PagedLayer(CacheLayerMixin):
         return position - cache_leftpad
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Whether `crop` would leave all that the next token reads.
+        """Checks that `crop` would leave everything that the next token reads.
 
         Raises:
-            PatchError: it would not, or the number is positive.
+            PatchError: a block that the next token reads has been dropped, or the number is positive.
         """
         where = "SurgeonCache.crop"
         if tokens_to_remove > 0:
@@ -195,7 +196,7 @@ class PagedLayer(CacheLayerMixin):
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes so many of the last tokens, and what no later row reads, also where it was recorded.
+        """Removes the last tokens, and all blocks that no later row reads, including recorded ones.
 
         Raises:
             PatchError: as `check_crop`.
@@ -213,44 +214,44 @@ class PagedLayer(CacheLayerMixin):
         self._length, self._cache_leftpad, self._rows, self._pool = 0, [], [], None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the first call of `attend` makes the pool."""
+        """Does nothing: the first call of `attend` makes the pool."""
 
     def get_seq_length(self) -> int:
-        """Tokens so far, dropped ones and padding included."""
+        """The number of tokens so far, including dropped ones and padding."""
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys a mask is for, and the first of them: all, as the kernel knows which it reads."""
+        """The number of keys that a mask is for, and the first of them: all keys, since the kernel knows its own."""
         return self._length + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no limit."""
+        """Returns -1: there is no limit."""
         return -1
 
     def activate_past_recording(self) -> None:
-        """Drops nothing from now on, except in `crop`."""
+        """Stops dropping blocks from now on, except in `crop`."""
         self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Makes sequence i what sequence `beam_idx[i]` was."""
+        """Replaces sequence i by the former sequence `beam_idx[i]`."""
         if self._pool is not None and beam_idx.tolist() != list(range(len(self._cache_leftpad))):
             self._pool.select(beam_idx)
             self._cache_leftpad = [self._cache_leftpad[index] for index in beam_idx.tolist()]
             self._rows = []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these sequences."""
+        """Keeps only these sequences."""
         self.reorder_cache(torch.arange(len(self._cache_leftpad), device="cpu")[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence so many times."""
+        """Repeats each sequence this many times."""
         self.reorder_cache(torch.arange(len(self._cache_leftpad), device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Nothing: the pool is on the CPU."""
+        """Does nothing: the pool is on the CPU."""
 
     def prefetch(self) -> None:
-        """Nothing: the pool is on the CPU."""
+        """Does nothing: the pool is on the CPU."""
 
     def kept_bytes(self) -> int:
         """See `SurgeonCache.kept_bytes`."""
@@ -271,13 +272,13 @@ class PagedLayer(CacheLayerMixin):
             self._rows = rows
 
     def _rows_at(self, length: int) -> list[int]:
-        """The row of the next token of each sequence, after so many tokens."""
+        """The row of each sequence's next token after `length` tokens."""
         return [max(0, length - first) // self._block_size for first in self._cache_leftpad]
 
     def _live(self, length: int) -> torch.Tensor:
-        """Of the blocks with a token among the first `length`, those that a later token reads.
+        """Marks the blocks with a token among the first `length` that a later token reads.
 
-        Bool `[batch, KV heads, blocks]`, as many blocks as the longest sequence has.
+        The result is bool `[batch, KV heads, blocks]`, with as many blocks as the longest sequence has.
         """
         blocks_of = [max(0, -(-(length - first) // self._block_size)) for first in self._cache_leftpad]
         ends = torch.tensor(blocks_of, device="cpu")

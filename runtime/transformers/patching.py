@@ -20,7 +20,7 @@ _LOG = logging.getLogger("surgeon")
 
 @dataclass(frozen=True)
 class _Patch:
-    """What `unpatch` needs: the config and its view, the module attributes that hold it, and the bound modules."""
+    """The record for `unpatch`: the config and its view, the module attributes that hold it, and the bound modules."""
 
     config: PreTrainedConfig
     view: PreTrainedConfig
@@ -31,14 +31,14 @@ class _Patch:
 def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
 
-    Returns the layers that keep the attention they have: those of another kind, and those that the topology does not
-    cover. generate(), caches, chunked prefill and left padding work as before. Of a tensor-parallel model, each process
-    patches its own part. All is checked first: after an error the model is as it was. The model gets a view of its
+    Returns the layers that keep their own attention: those of another type, and those that the topology does not cover.
+    generate(), caches, chunked prefill and left padding work as before. Each process of a tensor-parallel model patches
+    its own part. Everything is checked first: after an error the model is unchanged. The model gets a view of its
     config that names our attention: the config itself is not changed, so another model made from it keeps its
-    attention, and what is written to either while the model is patched stays after `unpatch`.
+    attention, and whatever is written to either while the model is patched persists after `unpatch`.
 
     Raises:
-        PatchError: the package does not fit the model, or the model or a part of it is patched already.
+        PatchError: the package does not fit the model, or the model or a part of it is already patched.
     """
     for name, module in model.named_modules():
         if hasattr(module, _ATTRIBUTE) or is_bound(module):
@@ -53,7 +53,7 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     view = open_view(original, IMPLEMENTATIONS.get(original._attn_implementation, "surgeon"))
     found = [module for _, module in find_attention(model)]
     bound = tuple(module for module in found if layer_type(original, layer_of(module)) == FULL)
-    alone = [module for module in found if module not in bound]  # they keep the config, and so their attention
+    alone = [module for module in found if module not in bound]  # these keep the config, and so their attention
     holders = tuple(
         (module, name)
         for module in model.modules()
@@ -68,14 +68,14 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     for module in bound:
         bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module)))
     setattr(model, _ATTRIBUTE, _Patch(original, view, holders, bound))
-    model._supports_flash_attn = False  # else continuous batching would quietly put FlashAttention in our place
+    model._supports_flash_attn = False  # else continuous batching would silently use FlashAttention instead
     for layer in left:
         _LOG.info("layer %d keeps its attention: %s", layer.layer, layer.reason)
     return left
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Takes the kernels out again: the model, or the one in this wrapper, has its config object and attention back.
+    """Takes the kernels out again: the model, or the one in this wrapper, gets its config object and attention back.
 
     Raises:
         PatchError: the model is not patched.
@@ -99,5 +99,5 @@ def unpatch(model: torch.nn.Module) -> None:
 
 
 def is_patched(model: torch.nn.Module) -> bool:
-    """Whether `patch` has been called on this model and `unpatch` has not since."""
+    """True if `patch` has been called on this model and `unpatch` has not been called since."""
     return hasattr(model, _ATTRIBUTE)

@@ -1,7 +1,7 @@
-"""Tensor parallelism: which of the KV heads a model's attention holds in this process.
+"""Tensor parallelism: the KV heads of a model's attention that are in this process.
 
-Under a tensor-parallel plan, every process has equal consecutive rows of the query, key and value weights, and calls
-the attention function with plain tensors of its own heads. The configuration keeps the numbers of the whole model.
+Under a tensor-parallel plan, each process has an equal share of consecutive rows of the query, key and value weights,
+and calls the attention function with plain tensors of its own heads. The config keeps the numbers of the whole model.
 
 Source: `transformers.distributed.tensor_parallel`, the styles "colwise" and "colwise_gather_output".
 """
@@ -21,16 +21,16 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class _Split:
-    """How rows of a weight are spread: this process has part `rank` of `ranks`; one part is the whole."""
+    """The split of a weight's rows: this process has part `rank` of `ranks`; a single part is the whole."""
 
     rank: int
     ranks: int
 
 
 def local_kv_heads(found: Sequence[tuple[str, torch.nn.Module]], shape: ModelShape) -> range:
-    """The KV heads that the attention modules `found` hold in this process; all where nothing is split.
+    """The KV heads that the attention modules `found` hold in this process; all of them if nothing is split.
 
-    A projection of queries, keys and values at once has its output gathered, so that each process holds all heads.
+    The output of a fused projection of queries, keys and values is gathered, so that each process holds all heads.
 
     Raises:
         PatchError: the heads are not split equally, or modules are split differently.
@@ -50,7 +50,7 @@ def local_kv_heads(found: Sequence[tuple[str, torch.nn.Module]], shape: ModelSha
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether processes share a weight of the model."""
+    """True if a weight of the model is sharded over processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
@@ -73,7 +73,7 @@ def _split_of(name: str, module: torch.nn.Module, shape: ModelShape) -> _Split:
         raise PatchError(
             name,
             f"a number of processes that divides the {shape.num_key_value_heads} KV heads",
-            f"{split.ranks} processes, so that a KV head is cut in two",
+            f"{split.ranks} processes, which would split a KV head",
             f"start {_divisors(shape.num_key_value_heads)} processes",
         )
     return split
@@ -86,7 +86,7 @@ def _rows_of(where: str, projection: torch.nn.Module) -> _Split:
     mesh = weight.device_mesh
     names = mesh.mesh_dim_names or ()
     if _MESH_DIMENSION not in names:
-        return _Split(0, 1)  # shared in another way, and whole again when it is used
+        return _Split(0, 1)  # sharded in another way, and whole again when used
     dimension = names.index(_MESH_DIMENSION)
     placement = weight.placements[dimension]
     if placement.is_replicate() or mesh.size(dimension) == 1:

@@ -1,4 +1,4 @@
-"""The GPU benchmark's parts that need no GPU: preparing its packages, its check, and the peer's mask."""
+"""The parts of the GPU benchmark that need no GPU: preparing its packages, its check, and the peer's mask."""
 
 import sys
 from functools import partial
@@ -58,7 +58,7 @@ def test_the_peer_reads_the_same_blocks(q_length: int) -> None:
     block_mask = call.keywords["block_mask"]
     rows = mask if q_length > 1 else mask[:, -1:]
     assert torch.equal(block_mask.to_dense()[0].bool(), rows)
-    assert block_mask.kv_num_blocks.unique().tolist() == [1]  # the diagonal, which alone is masked
+    assert block_mask.kv_num_blocks.unique().tolist() == [1]  # only the diagonal is masked
     assert block_mask.seq_lengths == (q_length, LENGTH)
     inside = block_mask.mask_mod(0, 0, torch.tensor(q_length - 1), torch.arange(LENGTH))
     assert inside.all()

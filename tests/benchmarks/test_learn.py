@@ -1,4 +1,4 @@
-"""The learned topologies' scores on held-out text: what is committed meets the bars and belongs to the topologies."""
+"""The learned topologies' scores on held-out text: the committed ones meet the bars and belong to the topologies."""
 
 import json
 import math
@@ -17,7 +17,7 @@ ROWS: list[dict[str, Any]] = json.loads(learn.RESULTS.read_text(encoding="utf-8"
 
 @dataclass(frozen=True)
 class Bar:
-    """The most that a topology's means over the texts, and its worst text, may have."""
+    """The upper limits for a topology's means over the texts, and for its worst text."""
 
     ratio: float
     relative: float

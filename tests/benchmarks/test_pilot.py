@@ -1,4 +1,4 @@
-"""The committed pilots passed, and are of the topologies that lie here."""
+"""The committed pilots passed, and belong to the committed topologies."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The topologies that the project ships: they can be read, fit the model, and are scheduled exactly."""
+"""The topologies that the project ships: they can be read, fit the model, and have exact schedules."""
 
 import importlib.resources
 import json

@@ -1,4 +1,4 @@
-"""The command line, in this process, and as a test's own processes start it."""
+"""The command line, called in this process or started by a test in processes of its own."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ RUN = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
 
 
 def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str | Path) -> str:
-    """The one line on standard error of a run that must end with `status` and print nothing else."""
+    """Runs a command that must exit with `status` and print a single line, on standard error, which is returned."""
     assert cli.main(list(map(str, arguments))) == status
     out, err = capsys.readouterr()
     assert out == ""

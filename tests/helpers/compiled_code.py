@@ -1,4 +1,4 @@
-"""What compiled GPU code says of the registers and memory that it takes."""
+"""Reads the use of registers and memory out of compiled GPU code."""
 
 import re
 import subprocess
@@ -9,9 +9,9 @@ from surgeon.runtime.package.manifest import Argument
 
 
 def spills(binary: Binary, folder: Path) -> int:
-    """What the compiler keeps in memory for want of registers, in bytes.
+    """The bytes that the compiler spills to memory for lack of registers.
 
-    HIP's scalar registers go to lanes of vector registers first, which is no memory and not counted.
+    HIP's scalar registers are first spilled to lanes of vector registers, which are not memory and not counted.
     Source: LLVM, User Guide for AMDGPU Backend, code object metadata.
     """
     if binary.path.endswith(".hsaco"):
@@ -28,7 +28,7 @@ def spills(binary: Binary, folder: Path) -> int:
 
 
 def parameters(binary: Binary, folder: Path) -> list[tuple[int, int]]:
-    """Offset and size in bytes of each parameter that a cubin declares, in order."""
+    """The offset and size in bytes of each parameter that a cubin declares, in order."""
     import triton
 
     file = folder / "kernel.cubin"
@@ -44,7 +44,7 @@ def parameters(binary: Binary, folder: Path) -> list[tuple[int, int]]:
 
 
 def laid_out(arguments: tuple[Argument, ...]) -> list[tuple[int, int]]:
-    """What `parameters` must find for a kernel with these arguments: natural alignment, in order."""
+    """The result that `parameters` must give for a kernel with these arguments: naturally aligned, in order."""
     layout, end = [], 0
     for argument in arguments:
         size = {"pointer": 8, "i64": 8, "i32": 4, "fp32": 4}[argument.type]

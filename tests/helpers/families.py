@@ -1,4 +1,4 @@
-"""Tiny random models of the families that Surgeon takes, one for each thing that sets a family apart."""
+"""Tiny random models of the families that Surgeon supports, one for each trait that sets a family apart."""
 
 import dataclasses
 from typing import Any
@@ -68,7 +68,7 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 NAMES = tuple(_FAMILIES)
 LEFT = {"qwen2 sliding": {2: SLIDING}, "gemma2": {1: SLIDING}, "gemma3": {0: SLIDING}, "lfm2": {0: "conv"}}
-"""The layers of each family's model that are no full attention."""
+"""The layers of each family's model that are not full attention."""
 
 
 def tiny(name: str, **changes: Any) -> PreTrainedModel:
@@ -80,6 +80,6 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
 
 
 def of_family(topology: Topology, name: str) -> Topology:
-    """The topology with the model type of a family."""
+    """The topology with a family's model type."""
     model = dataclasses.replace(topology.model, model_type=_FAMILIES[name][0].model_type)
     return dataclasses.replace(topology, model=model)

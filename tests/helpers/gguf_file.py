@@ -21,11 +21,11 @@ _TENSORS = {
 """A layer's tensors: their names in Transformers, and in a GGUF file."""
 
 TOKENS = [*sorted(ByteLevel.alphabet()), "th"]
-"""The vocabulary: a token for every byte, and one that is merged of two."""
+"""The vocabulary: a token for every byte, and one that is merged from two."""
 
 
 def write_gguf(model: LlamaForCausalLM, file: Path) -> None:
-    """Writes the model, whose vocabulary is to be that of `TOKENS`, in fp32."""
+    """Writes the model, whose vocabulary must be `TOKENS`, in fp32."""
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -64,7 +64,7 @@ def _tensors(model: LlamaForCausalLM) -> list[tuple[str, torch.Tensor]]:
     for layer in range(model.config.num_hidden_layers):
         for name, short in _TENSORS.items():
             tensor = weights[f"model.layers.{layer}.{name}.weight"]
-            if short in heads:  # rotary pairs stand beside each other there, half a head apart here
+            if short in heads:  # rotary pairs are adjacent there, half a head apart here
                 halves = tensor.unflatten(0, (heads[short], 2, -1))
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)
             found.append((f"blk.{layer}.{short}.weight", tensor))

@@ -1,4 +1,4 @@
-"""Calls of the GPU launcher for tests of it: what it is called with, and what a stand-in driver wrote down."""
+"""Calls of the GPU launcher for its tests: the arguments, and the records of a stand-in driver."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,21 +28,21 @@ def topology(beyond: str = "window") -> Any:
 
 
 only_cuda = pytest.mark.parametrize("way", ["cuda.core", "cuda"])
-by_any_way = pytest.mark.parametrize("way", ["cuda"])  # what follows has nothing to do with the driver
+by_any_way = pytest.mark.parametrize("way", ["cuda"])  # these tests do not depend on the driver
 LOADS = {"cuda.core": "cuLibraryLoadData", "cuda": "cuModuleLoadData", "hip": "hipModuleLoadData"}
 LAUNCHES = {"cuda.core": "cuLaunchKernelEx", "cuda": "cuLaunchKernel", "hip": "hipModuleLaunchKernel"}
 ATTRIBUTES = {"cuda.core": "cuKernelSetAttribute", "cuda": "cuFuncSetAttribute"}
 
 
 def tensors(q_length: int, k_length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q as a transposed view, as projections leave it; k and v as a cache has them."""
+    """q as a transposed view, as projections leave it; k and v in the layout of a cache."""
     q = torch.zeros((batch, q_length, HEADS, HEAD_DIM), dtype=torch.bfloat16).transpose(1, 2)
     k, v = torch.zeros((2, batch, KV_HEADS, k_length, HEAD_DIM), dtype=torch.bfloat16)
     return q, k, v
 
 
 def second_kv_head(q_length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of the second KV head alone, as views of the whole's."""
+    """q, k and v of only the second KV head, as views of the whole tensors."""
     q, k, v = tensors(q_length, k_length=700)
     return q[:, HEADS // KV_HEADS :], k[:, 1:], v[:, 1:]
 

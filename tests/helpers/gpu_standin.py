@@ -15,7 +15,7 @@ _FORMATS = {"pointer": "<Q", "i64": "<q", "i32": "<i", "fp32": "<f"}
 
 
 def compile_standins(folder: Path) -> None:
-    """Puts both libraries into a folder, from where a process with it in LD_LIBRARY_PATH takes them."""
+    """Puts both libraries into a folder, where a process finds them if the folder is in LD_LIBRARY_PATH."""
     source = Path(__file__).with_name("gpu_standin.cpp")
     for name in LIBRARIES.values():
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", folder / name]
@@ -23,14 +23,14 @@ def compile_standins(folder: Path) -> None:
 
 
 class Standin:
-    """A loaded stand-in. Once it is loaded, the linker gives it to everyone who asks for its name."""
+    """A loaded stand-in. From then on, the linker gives it to all code that asks for its name."""
 
     def __init__(self, folder: Path, backend: str) -> None:
         self._library = ctypes.CDLL(str(folder / LIBRARIES[backend]))
         self._library.standin_log.restype = ctypes.c_char_p
 
     def log(self) -> list[dict[str, Any]]:
-        """The calls since the last look, in order."""
+        """The calls since the last query, in order."""
         return [json.loads(line) for line in self._library.standin_log().decode().splitlines()]
 
     def fail(self, call: str, code: int) -> None:
@@ -39,19 +39,19 @@ class Standin:
 
 
 def unpacked(values: list[str], types: list[str]) -> list[int | float]:
-    """A launch's recorded bytes as numbers."""
+    """The recorded bytes of a launch as numbers."""
     return [struct.unpack(_FORMATS[kind], bytes.fromhex(value))[0] for value, kind in zip(values, types, strict=True)]
 
 
 @dataclass(frozen=True)
 class FakeStream:
-    """What `torch.cuda.current_stream` gives, as far as the launcher looks at it."""
+    """A stand-in for the result of `torch.cuda.current_stream`, with the one attribute that the launcher reads."""
 
     cuda_stream: int
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the CPU that says it is on GPU 0: the launcher only passes its address on."""
+    """A CPU tensor that claims to be on GPU 0: the launcher only passes on its address."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Tiny random models for tests, and the same model run under a topology's masks, written out in full."""
+"""Tiny random models for tests, and the same models under a topology's masks, written out in full."""
 
 import copy
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 32, "block_size": 16, "num_blocks": 4}
-"""The tiny model's share of a topology; its 64 tokens are fewer than the tests' sequences have."""
+"""The part of a topology that describes the tiny model; it covers 64 tokens, fewer than the tests' sequences have."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Compiled:
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
-    """Three layers, four heads of size 32, two KV heads; weights so large that attention decides the next token."""
+    """Three layers, four heads of size 32, two KV heads; weights are so large that attention decides the next token."""
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -54,13 +54,13 @@ def tiny_llama(config: LlamaConfig | None = None, seed: int = 0) -> LlamaForCaus
 
 
 def collapsed_topologies() -> dict[str, Topology]:
-    """Two topologies that are the model itself: every head dense, and every head one cluster."""
+    """Two topologies that leave the model as it is: every head dense, and every head one cluster."""
     shape = {"num_layers": 3, "num_heads": 4, **SHAPE}
     return {"dense": dense_topology(**shape), "one cluster": one_cluster_topology(**shape)}
 
 
 def sparse_topology(**changes: Any) -> Topology:
-    """Different heads in every layer: a window, scattered clusters, a sink, and one dense head in the last."""
+    """A topology with different heads in every layer: a window, scattered clusters, a sink, a dense one in the last."""
     scattered = {"linkage": [[0, 2, 1.0, 2], [1, 3, 2.0, 2], [4, 5, 3.0, 4]]}
     digits = {"paths": [[0, 0], [1, 2], [1, 0], [0, 1]], "arity": 3}
     layers = [
@@ -85,7 +85,7 @@ def padded(lengths: Sequence[int], seed: int = 1) -> tuple[torch.Tensor, torch.T
 
 
 def masked_model(model: Model, topology: Topology) -> Model:
-    """A copy of the model with plain softmax attention under `topology.block_mask`: what a patched one must equal.
+    """A copy of the model with plain softmax attention under `topology.block_mask`, which a patched model must equal.
 
     Sliding layers, and those that the topology does not cover, have the model's own mask.
     """
@@ -126,7 +126,7 @@ def _explicit_attention(
 
 
 def _visible(topology: Topology, layer: int, causal: torch.Tensor) -> torch.Tensor:
-    """Bool `[1, heads, queries, keys]` from a sequence's causal mask with padding, bool `[queries, keys]`."""
+    """Makes a mask, bool `[1, heads, queries, keys]`, from a sequence's causal mask with padding `[queries, keys]`."""
     keys = torch.arange(causal.shape[1])
     own = (causal * keys).amax(dim=1)  # the last key that a query sees is its own
     first = int(causal.any(dim=0).long().argmax())
@@ -137,5 +137,5 @@ def _visible(topology: Topology, layer: int, causal: torch.Tensor) -> torch.Tens
 
 
 def attributes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """What every module of a model holds, by the module's name: equal before and after what leaves it alone."""
+    """The contents of every module of a model, by name, to compare before and after calls that must not change it."""
     return {name: dict(vars(module)) for name, module in model.named_modules()}

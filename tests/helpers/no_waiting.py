@@ -1,4 +1,4 @@
-"""A mode in which torch refuses whatever would make the host wait for a GPU; it needs none."""
+"""A mode in which torch refuses whatever would make the host wait for a GPU; it works without one."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class HostWaits(AssertionError):  # noqa: N818
-    """A call of torch that has to know what a tensor holds."""
+    """A torch call that needs a tensor's values on the host."""
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what depends on the values of a tensor, as item() and nonzero() do.
+    """Refuses calls that depend on a tensor's values, such as item() and nonzero().
 
-    Tensors of the meta device hold no values, and refuse tolist() and copies to the CPU besides.
+    Tensors on the meta device hold no values, and also refuse tolist() and copies to the CPU.
     """
 
     def __torch_dispatch__(

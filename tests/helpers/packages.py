@@ -1,4 +1,4 @@
-"""Packages for tests of what reads them: written as the compiler does, of kernels that no processor could run."""
+"""Packages for tests of their readers: written by the compiler, with kernels that no processor could run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ CODE = b"\x7fELF, and nothing more"
 
 
 def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -> Path:
-    """A package with every dtype of every target: for a CPU one library, for a GPU a prefill kernel a schedule."""
+    """Writes a package with every dtype of every target: a library for a CPU, prefill kernels by schedule for a GPU."""
     layers = schedule_layers(topology)
     sources, binaries = [], []
     for target in map(Target.parse, targets):
         specs = BACKENDS[target.backend].specialize(topology, layers, target, None, None)
         on_cpu = target.backend == "cpu"
         files = tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if on_cpu else ()
-        sources.append(CpuSource(target, specs, files, {}))  # whose files alone are looked at here
+        sources.append(CpuSource(target, specs, files, {}))  # only its files are used here
         binaries += [_library(specs)] if on_cpu else [_code(spec, d) for spec in specs for d in spec.dtypes]
     return write_package(folder, topology, liveness_tables(layers), sources, binaries)
 

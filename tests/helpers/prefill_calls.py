@@ -1,4 +1,4 @@
-"""Calls of prefill kernels in Triton's interpreter, beside the fp64 reference."""
+"""Calls of prefill kernels in Triton's interpreter, checked against the fp64 reference."""
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -29,7 +29,7 @@ def kernel_spec(topology: Topology, target: str = "cuda:90") -> GpuSpec:
 
 
 def render_whole(spec: GpuSpec) -> GpuSource:
-    """The source of a layer whose heads are all in one kernel."""
+    """The source of a layer that has all heads in one kernel."""
     (source,) = prefill_sources([spec])
     return source
 
@@ -45,7 +45,7 @@ def make_call(
     target: str = "cuda:90",
     seed: int = 0,
 ) -> Call:
-    """Random q, k, v for the first layer, where every key and value that no query may read is NaN."""
+    """Random q, k and v for the first layer, with NaN for every key and value that no query may read."""
     spec = kernel_spec(topology, target)
     source = render_whole(spec)
     rng = np.random.default_rng(seed)
@@ -75,14 +75,14 @@ def make_call(
 
 
 def expected(topology: Topology, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp in fp64."""
+    """The reference's output and log-sum-exp in fp64."""
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
     return reference.attention(topology, 0, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale)
 
 
 def check(pool: Executor, topology: Topology, call: Call) -> Any:
-    """Runs the call and compares it with the reference; gives the output."""
+    """Runs the call, compares it with the reference and returns the output."""
     out, lse = pool.submit(launch, call, True).result()
     expected_out, expected_lse = expected(topology, call)
     assert np.isfinite(out).all()

@@ -1,4 +1,4 @@
-"""Runs a script in several processes that talk through torch.distributed, as torchrun starts them."""
+"""Runs a script in several processes that communicate through torch.distributed, started by torchrun."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 600
-"""Seconds after which processes that wait for one another are given up, of half a minute that they take."""
+"""Seconds after which processes that wait for each other are given up; they normally take half a minute."""
 
 
 def torchrun(script: Path, *arguments: str | Path, processes: int = 2, fails: bool = False) -> str:
-    """Runs a script of the tests on each of so many processes, which may import what tests import.
+    """Runs a test script in each of this many processes, which may import whatever tests import.
 
-    Returns what all of them and torchrun said, once they have ended as they should.
+    Returns the output of all of them and torchrun, once they have ended successfully.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
@@ -30,7 +30,7 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2, fails: bo
     try:
         output, _ = started.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        started.send_signal(signal.SIGTERM)  # it ends those that it started, which SIGKILL would leave running
+        started.send_signal(signal.SIGTERM)  # torchrun then ends its processes, which SIGKILL would leave running
         output, _ = started.communicate()
         raise AssertionError(f"{script.name} waits for ever; so far it said:\n{output[-8000:]}") from None
     assert (started.returncode != 0) == fails, output[-8000:]

@@ -1,4 +1,4 @@
-"""The oracle of every attention kernel: masked softmax in fp64, the mask straight from the topology's definition."""
+"""The oracle for every attention kernel: masked softmax in fp64, masked straight by the topology's definition."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 def token_mask(
     topology: Topology, layer: int, q_length: int, k_length: int, position: int, cache_leftpad: int
 ) -> torch.Tensor:
-    """Which keys each query of one sequence sees, bool `[heads, q_length, k_length]`."""
+    """The keys that each query of one sequence sees, bool `[heads, q_length, k_length]`."""
     block_size = topology.block_size
     query = torch.arange(q_length) + position - cache_leftpad
     key = torch.arange(k_length) - cache_leftpad
@@ -34,9 +34,9 @@ def attention(
     cache_leftpad: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[batch, q_length, heads, head_dim]` and log-sum-exp `[batch, heads, q_length]`, both fp64.
+    """The output `[batch, q_length, heads, head_dim]` and log-sum-exp `[batch, heads, q_length]`, both fp64.
 
-    Queries before cache_leftpad, which see nothing, have zeros and minus infinity.
+    They are zero and minus infinity for queries before cache_leftpad, which see nothing.
     """
     batch, heads, q_length, head_dim = q.shape
     k_length = k.shape[2]
@@ -46,7 +46,7 @@ def attention(
     for sequence in range(batch):
         start = k_length - q_length if position is None else position[sequence]
         first = 0 if cache_leftpad is None else cache_leftpad[sequence]
-        end = start + q_length  # a longer k and v may hold anything behind it
+        end = start + q_length  # longer k and v may hold anything after this
         mask = token_mask(topology, layer, q_length, end, start, first)
         scores = q[sequence].double() @ k[sequence, :, :end].transpose(-1, -2) * (scale or head_dim**-0.5)
         scores = scores.masked_fill(~mask, -math.inf)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for trees and topologies, every part of which shrinks."""
+"""Hypothesis strategies for trees and topologies, which shrink in every part."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from surgeon.compiler.topology.topology import Topology
 
 @st.composite
 def linkages(draw: st.DrawFn, min_blocks: int = 1, max_blocks: int = 20) -> list[list[float]]:
-    """Linkage rows with ties; clusters contiguous or not; rows in any order that puts children first."""
+    """Linkage rows with ties, with contiguous or scattered clusters, in any order that puts children first."""
     num_blocks = draw(st.integers(min_blocks, max_blocks))
     contiguous = draw(st.booleans())
     nodes = [(block, 1, 0.0) for block in range(num_blocks)]
@@ -31,7 +31,7 @@ def linkages(draw: st.DrawFn, min_blocks: int = 1, max_blocks: int = 20) -> list
 
 @st.composite
 def paths(draw: st.DrawFn, num_blocks: int | None = None) -> tuple[list[list[int]], int]:
-    """Digit paths, some perhaps equal, and their arity."""
+    """Digit paths, some possibly equal, and their arity."""
     arity = draw(st.integers(2, 5))
     depth = draw(st.integers(0, 4))
     digits = st.lists(st.integers(0, arity - 1), min_size=depth, max_size=depth)
@@ -51,7 +51,7 @@ def dendrograms(draw: st.DrawFn, max_blocks: int = 20) -> Dendrogram:
 
 @st.composite
 def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
-    """Objects of valid topology files: every kind of head and tree, covered layers or not, every `beyond`."""
+    """Objects of valid topology files: every kind of head, tree and `beyond`, with all layers covered or only some."""
     trees: list[dict[str, Any]] = [{"linkage": draw(linkages(max_blocks=max_blocks))}]
     num_blocks = len(trees[0]["linkage"]) + 1
     for _ in range(draw(st.integers(0, 2))):
@@ -87,7 +87,7 @@ def checked_topologies(max_blocks: int = 16) -> st.SearchStrategy[Topology]:
 
 @st.composite
 def topologies_and_lengths(draw: st.DrawFn, max_blocks: int = 16) -> tuple[Topology, int]:
-    """A topology and a length in blocks below, at or beyond its own, and beyond where its sinks and windows meet."""
+    """A topology and a length in blocks: below, at or beyond its own, and beyond where its sinks and windows meet."""
     topology = draw(checked_topologies(max_blocks))
     most = topology.num_blocks if topology.beyond == "error" else 3 * topology.num_blocks + 15
     return topology, draw(st.integers(1, most) | st.just(topology.num_blocks) | st.just(most))

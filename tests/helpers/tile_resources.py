@@ -1,9 +1,9 @@
-"""Compiles GPU kernels with the tiles of tiles.json and prints what the compilers say that they take, a JSON line each.
+"""Compiles GPU kernels with the tiles of tiles.json and prints the resources of each as a line of JSON.
 
 python tests/helpers/tile_resources.py    every target, head size and dtype (about an hour of one core)
 python tests/helpers/tile_resources.py --targets cuda:90 --head-dims 128 --dtypes bf16
 
-The exit status is 1 where a kernel spills registers or takes more shared memory than a program may have.
+The exit status is 1 if a kernel spills registers or takes more shared memory than a program may have.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TARGETS = [f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)] + ["hip:gfx90a
 
 
 def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, GpuSource]]:
-    """The prefill kernels of a tile in one row of blocks and of one in several, by code and by table, and decoding."""
+    """The kernels to compile: prefill tiles in one row of blocks and in several, by code and by table, and decoding."""
     for block_size, num_blocks in ((128, 12), (32, 12), (32, 400)):
         topology = topologies.random_topology(
             np.random.default_rng(1),

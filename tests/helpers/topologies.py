@@ -1,4 +1,4 @@
-"""Topologies for tests: made as JSON documents and read by parse_topology, so that every one is a checked one."""
+"""Topologies for tests, made as JSON documents and read by parse_topology, so that each one is checked."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NUM_BLOCKS = 8
 
 
 class Shape(TypedDict, total=False):
-    """What all heads of a topology share. `document` says what each is where it is left out."""
+    """The settings that all heads of a topology share; `document` gives the default of each."""
 
     num_kv_heads: int
     head_dim: int
@@ -26,12 +26,12 @@ class Shape(TypedDict, total=False):
 
 
 def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1) -> dict[str, Any]:
-    """A sparse head; by default it sees its own block only."""
+    """A sparse head; by default it sees only its own block."""
     return {"dendrogram": dendrogram, "cut": cut, "sink": sink, "window": window}
 
 
 def tree(num_blocks: int, rng: np.random.Generator, contiguous: bool) -> list[list[float]]:
-    """Linkage rows of a random binary tree with ties; merges neighbours or, where not contiguous, any two nodes."""
+    """Linkage rows of a random binary tree with ties; merges neighbours or, if not contiguous, any two nodes."""
     nodes = [(block, 1) for block in range(num_blocks)]
     rows: list[list[float]] = []
     height = 0.0
@@ -92,7 +92,7 @@ def document(
     num_blocks: int = NUM_BLOCKS,
     beyond: str = "window",
 ) -> dict[str, Any]:
-    """The object of a topology.json whose `layers` are lists of heads, without any where a layer is not covered."""
+    """The object of a topology.json whose `layers` are lists of heads, empty for layers that are not covered."""
     return {
         "format": "surgeon.topology",
         "version": 1,
@@ -138,8 +138,10 @@ def random_topology(
     num_blocks: int,
     **shape: Unpack[Shape],
 ) -> Topology:
-    """Mixes all that a head can be: dense, singletons, one cluster, windows, cuts of contiguous and scattered, binary
-    and p-ary trees, with several sinks and windows. Every kind turns up once before one turns up again.
+    """Mixes all kinds of heads: dense, singletons, one cluster, windows, and cuts of binary and p-ary trees.
+
+    The trees are contiguous and scattered, and there are several sinks and windows. No kind is repeated before every
+    kind has appeared.
     """
     trees: list[dict[str, Any]] = [
         {"linkage": tree(num_blocks, rng, contiguous=True)},
@@ -168,28 +170,28 @@ def random_topology(
 
 
 def _random_cut(tree: dict[str, Any], rng: np.random.Generator) -> float:
-    """One of the tree's heights or 0, low ones more often: high cuts see nearly everything."""
+    """One of the tree's heights or 0, with low ones more likely, since high cuts see nearly everything."""
     if "paths" in tree:
         return float(min(rng.integers(len(tree["paths"][0]) + 1, size=2)))
     return float(min(rng.choice([0.0, *(row[2] for row in tree["linkage"])], size=2)))
 
 
 def window_topology(windows: Sequence[int], *, sink: int = 1, num_layers: int = 1, **shape: Unpack[Shape]) -> Topology:
-    """Sink and window heads without clusters, one for each entry of `windows`, equal in all layers."""
+    """Heads with sink and window but no clusters, one for each entry of `windows`, equal in all layers."""
     return _equal_layers([head(0, 0.0, sink, window) for window in windows], num_layers, shape)
 
 
 def dense_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
-    """Every head dense: the model itself."""
+    """A topology whose heads are all dense, which is the model itself."""
     return build([[DENSE] * num_heads] * num_layers, **shape)
 
 
 def one_cluster_topology(*, num_layers: int = 1, num_heads: int = 1, **shape: Unpack[Shape]) -> Topology:
-    """Every head's cut above the root: dense up to num_blocks by way of the tree, and beyond it by way of `beyond`."""
+    """A topology with every cut above the root: dense up to num_blocks through the tree, then through `beyond`."""
     return _equal_layers([head(0, HUGE_CUT)] * num_heads, num_layers, Shape(beyond="dense") | shape)
 
 
 def _equal_layers(heads: Sequence[dict[str, Any]], num_layers: int, shape: Shape) -> Topology:
-    """The same heads in all layers, over one balanced tree."""
+    """A topology with the same heads in all layers, over one balanced tree."""
     linkage = balanced_tree(shape.get("num_blocks", NUM_BLOCKS))
     return build([heads] * num_layers, [{"linkage": linkage}], **shape)

@@ -1,4 +1,4 @@
-"""Every way to break a topology document in one place, and the error that it must give."""
+"""Every way to break a topology document in one place, with the error that it must cause."""
 
 import functools
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ HUGE_SHOWN = "1" + "0" * 58 + "…"
 
 
 def _spelled(place: Sequence[str | int]) -> str:
-    """layers[1].heads[3], as the reader writes it."""
+    """The place layers[1].heads[3], as the reader writes it."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).lstrip(".")
 
 

@@ -1,6 +1,6 @@
 """Runs rendered Triton kernels in Triton's interpreter, in a process of its own.
 
-The interpreter must be chosen before Triton is imported and spoils that process for compiling.
+The interpreter must be chosen before Triton is imported, and makes the process unusable for compiling.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ Array = npt.NDArray[Any]
 class Call:
     """One launch, in float16 or float32.
 
-    q `[batch, length, heads, head_dim]`, as projections leave it; k and v `[batch, heads, length, head_dim]`; position
-    and cache_leftpad int64 `[batch]`. `heads` are the first and the end of those that the kernel is for, empty for all;
-    `table` is rows, plans and segments of a table that it reads. The arrays hold the layer's KV heads from
+    q is `[batch, length, heads, head_dim]`, as projections leave it; k and v are `[batch, heads, length, head_dim]`;
+    position and cache_leftpad are int64 `[batch]`. `heads` are the first and the end of the kernel's heads, empty for
+    all; `table` holds rows, plans and segments of the table that it reads. The arrays hold the layer's KV heads from
     `first_kv_head` on.
     """
 
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class DecodeCall:
-    """One query a sequence, in float16 or float32: as `Call`, with the two decoding kernels and a layer's table."""
+    """A launch like `Call` with one query per sequence, by the two decoding kernels and a layer's table."""
 
     decode_text: str
     combine_text: str
@@ -66,7 +66,7 @@ AnyCall = TypeVar("AnyCall", Call, DecodeCall)
 
 
 def part_of(call: AnyCall, kv_heads: range) -> AnyCall:
-    """The call for some of the KV heads that it holds, and for their query heads, alone."""
+    """The call for only some of its KV heads and their query heads."""
     heads = query_heads(call, kv_heads)
     q, k, v = call.q[:, :, heads], *(tensor[:, kv_heads.start : kv_heads.stop] for tensor in (call.k, call.v))
     return replace(call, q=q, k=k, v=v, first_kv_head=call.first_kv_head + kv_heads.start)
@@ -80,12 +80,12 @@ def query_heads(call: Call | DecodeCall, kv_heads: range) -> slice:
 
 @contextmanager
 def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process whose Triton interprets; submit `launch` to it."""
+    """A process in which Triton interprets; submit `launch` to it."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()  # the process starts with the first task, and with the environment of now
+            pool.submit(os.getpid).result()  # the process starts with the first task, in the environment of that moment
             _restore(before)
             yield pool
     finally:
@@ -93,7 +93,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 
 def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
-    """out `[batch, length, heads, head_dim]` and lse `[batch, heads, length]`; what the kernel leaves alone is NaN."""
+    """Runs a call; returns out `[batch, length, heads, head_dim]`, lse `[batch, heads, length]`, NaN if not written."""
     import torch
 
     q = torch.from_numpy(call.q).transpose(1, 2)
@@ -101,7 +101,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     batch, heads, length, _ = q.shape
     out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text back when it first runs a function
+    with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text again when it first runs a function
         kernel = _load(call.text, call.name, Path(folder))
         first_head = call.first_kv_head * heads // k.shape[1]
         first, end = call.heads or (first_head, first_head + heads)
@@ -129,7 +129,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
 
 
 def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
-    """As `launch`, by way of the partial results of `num_splits` splits, which are NaN where nothing is written."""
+    """Runs a decoding call like `launch`, through the partial results of `num_splits` splits, NaN where not written."""
     import torch
 
     q = torch.from_numpy(call.q).transpose(1, 2)

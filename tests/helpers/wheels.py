@@ -1,4 +1,4 @@
-"""The project's wheel, and environments that it is installed into beside what the running interpreter has."""
+"""The project's wheel, and environments where it is installed beside the running interpreter's packages."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build_wheel(folder: Path) -> Path:
-    """Builds the wheel into `folder`, from a copy of the sources, so that nothing is left beside them."""
+    """Builds the wheel into `folder` from a copy of the sources, so that nothing is left beside them."""
     pytest.importorskip("setuptools", minversion="77")
     copy = folder / "project"
     for name in ("compiler", "runtime", "templates"):
@@ -32,8 +32,8 @@ def build_wheel(folder: Path) -> Path:
 def install(wheel: Path, folder: Path, without: Iterable[str] = ()) -> Path:
     """Installs a wheel into a new virtual environment, offline, and returns the environment's folder of commands.
 
-    What the wheel requires without extras is linked there from the running interpreter's packages, and nothing else;
-    of that, the distributions in `without` are left out.
+    Only the distributions that the wheel requires without extras are linked there from the running interpreter's
+    packages, except those in `without`.
     """
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
@@ -50,12 +50,12 @@ def install(wheel: Path, folder: Path, without: Iterable[str] = ()) -> Path:
 
 
 def clean_environment() -> dict[str, str]:
-    """The variables of this process but for those that show Python other packages."""
+    """The environment of this process without the variables that show Python other packages."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))}
 
 
 def _required_by(distribution: metadata.Distribution, without: Iterable[str]) -> Iterable[metadata.Distribution]:
-    """The installed distributions that one needs, itself left out."""
+    """The installed distributions that a distribution needs, without itself."""
     seen = set(without)
     found: list[metadata.Distribution] = []
     waiting = [(distribution, "")]
@@ -77,5 +77,5 @@ def _link(distribution: metadata.Distribution, packages: Path) -> None:
     if distribution.files is None:
         pytest.skip(f"{distribution.name} was installed without a list of its files")
     for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-        if not (packages / name).exists():  # several distributions may share a folder
+        if not (packages / name).exists():  # distributions may share a folder
             (packages / name).symlink_to(str(distribution.locate_file(name)))

@@ -1,4 +1,4 @@
-"""What the tests of the runtime share: the tiny model, and packages for it that are compiled once."""
+"""Fixtures of the runtime's tests: the tiny model, and packages for it that are compiled once."""
 
 from collections.abc import Iterator
 

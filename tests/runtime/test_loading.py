@@ -1,4 +1,4 @@
-"""Loading a package: what is refused, what falls back, and what a serving machine does not need."""
+"""Loading of packages: refusals, fallbacks, and the tools that a serving machine does not need."""
 
 import json
 import subprocess
@@ -107,7 +107,7 @@ def test_a_symbol_that_is_not_there(tmp_path: Path) -> None:
 
 
 def _replace(package: Path, path: str, data: bytes) -> None:
-    """Puts other bytes into a package and makes the manifest agree."""
+    """Puts other bytes into a package and adapts the manifest."""
     import hashlib
 
     (package / path).write_bytes(data)
@@ -141,7 +141,7 @@ def test_each_load_keeps_its_own_options(fp32_only: Path) -> None:
 
 
 def test_a_dtype_that_the_package_lacks_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # A package of its own: another load of the same one may have warned already.
+    # A separate package: another load of the same one may have warned already.
     topology = window_topology([2, 1], head_dim=32, num_layers=2)
     package = load(compile_package(topology, tmp_path / "kernels", dtypes=["fp32"]))
     q, k, v = tensors(torch.bfloat16)

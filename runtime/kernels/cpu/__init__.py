@@ -1,1 +1,1 @@
-"""The CPU library of a package, loaded and called."""
+"""Loading and calling of a package's CPU library."""

@@ -1,4 +1,4 @@
-"""The kernels of a package on the CPU, found by layer and dtype."""
+"""A package's kernels on the CPU, by layer and dtype."""
 
 import torch
 
@@ -13,7 +13,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CpuKernels:
-    """A package's kernels in this process, on one of its library's instruction sets; see `CpuLibrary` for `variant`.
+    """A package's kernels in this process, for one of its library's instruction sets; see `CpuLibrary` for `variant`.
 
     Raises:
         TargetError: the package has no kernels for the CPU, or none for this processor.
@@ -59,7 +59,7 @@ class CpuKernels:
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Runs a layer's kernel, or dense attention where that is the same and faster; see `CpuLibrary.attend`."""
+        """Runs a layer's kernel, or dense attention where it is equivalent and faster; see `CpuLibrary.attend`."""
         if self.dense_rows.torch_is_faster and lse is None and rotary is None:
             end = sdpa.visible_end(operands)
             most = min(self.dense_rows.tokens[layer], operands.k.shape[2])
@@ -71,6 +71,6 @@ class CpuKernels:
     def attend_paged(
         self, layer: int, operands: Operands, block_table: torch.Tensor, first_kv_head: int = 0
     ) -> torch.Tensor:
-        """Runs a layer's kernel on keys and values in slots; see `LayerKernels.run_paged`."""
+        """Runs a layer's kernel on keys and values in pools of blocks; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
         return library.attend(kernel, operands, None, first_kv_head, block_table=block_table)

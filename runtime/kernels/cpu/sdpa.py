@@ -1,4 +1,4 @@
-"""Dense attention by torch, where it computes the same as a kernel and takes less time: see `dense_rows`."""
+"""Dense attention by torch, used where it computes the same as a kernel in less time; see `dense_rows`."""
 
 import logging
 
@@ -11,7 +11,7 @@ _LOG = logging.getLogger("surgeon")
 
 
 def visible_end(operands: Operands) -> int | None:
-    """Where the visible keys end, if all sequences are unpadded and stand at one position; else None."""
+    """The end of the visible keys if all sequences are unpadded and at the same position, else None."""
     if operands.cache_leftpad is not None and bool(operands.cache_leftpad.any()):
         return None
     if operands.position is None:
@@ -21,7 +21,7 @@ def visible_end(operands: Operands) -> int | None:
 
 
 def attend(operands: Operands, end: int) -> torch.Tensor:
-    """Causal attention of the last queries over the first `end` keys; the result as `Package.attention`."""
+    """Causal attention of the last queries over the first `end` keys, with the result of `Package.attention`."""
     q, k, v, *_, scale = operands
     queries = q.shape[2]
     mask = None

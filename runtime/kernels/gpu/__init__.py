@@ -1,1 +1,1 @@
-"""A package's GPU kernels, loaded and launched through a driver."""
+"""Loading and launching of a package's GPU kernels through a driver."""

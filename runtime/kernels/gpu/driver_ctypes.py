@@ -1,4 +1,4 @@
-"""CUDA's and HIP's drivers by ctypes, which needs nothing but the vendor's own library.
+"""CUDA's and HIP's drivers through ctypes, which needs nothing but the vendor's own library.
 
 Source: the CUDA driver API (cuda.h) and the HIP runtime API (hip_runtime_api.h).
 """
@@ -16,7 +16,7 @@ _LAUNCH_TYPES: list[Any] = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_
 
 
 class CudaDriver:
-    """libcuda.so.1. Code is loaded into a device's primary context, the one that torch works in."""
+    """libcuda.so.1. Code is loaded into a device's primary context, the one that torch uses."""
 
     name = "ctypes on libcuda.so.1"
 
@@ -71,7 +71,7 @@ class CudaDriver:
 
 
 class _CudaFunction:
-    """A kernel and the context that it was loaded into."""
+    """A CUDA kernel and the context that it was loaded into."""
 
     def __init__(self, library: ctypes.CDLL, context: c_void_p, launcher: "_Launcher") -> None:
         self._library = library
@@ -89,7 +89,7 @@ class _CudaFunction:
 
 
 class HipDriver:
-    """libamdhip64.so. HIP has no contexts: what counts is the calling thread's current device."""
+    """libamdhip64.so. HIP has no contexts: the calling thread's current device is what counts."""
 
     name = "ctypes on libamdhip64.so"
 
@@ -124,7 +124,7 @@ class HipDriver:
 
 
 class _HipFunction:
-    """A kernel and the device that it was loaded into."""
+    """A HIP kernel and the device that it was loaded into."""
 
     def __init__(self, library: ctypes.CDLL, device: int, launcher: "_Launcher") -> None:
         self._library = library
@@ -138,7 +138,7 @@ class _HipFunction:
 
 
 class _HipDevice:
-    """Makes a device the thread's current one for as long as it is entered; entering gives the driver's status."""
+    """A context manager that makes a device the thread's current one; entering it returns the driver's status."""
 
     def __init__(self, library: ctypes.CDLL, device: int) -> None:
         self._library = library
@@ -158,7 +158,7 @@ class _HipDevice:
 
 
 class _Launcher:
-    """What cuLaunchKernel and hipModuleLaunchKernel share: their argument list, and how a kernel's own are packed."""
+    """Packs a kernel's arguments and launches it by cuLaunchKernel or hipModuleLaunchKernel, which are called alike."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Launcher:
         self._error = error
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
-        arguments = self._arguments(*values)  # of this launch alone: several threads may launch at once
+        arguments = self._arguments(*values)  # for this launch only: several threads may launch at once
         base = ctypes.addressof(arguments)
         places = self._places(*[base + offset for offset in self._offsets])
         code = self._launch(self._function, *grid, self._threads, 1, 1, self._shared_bytes, stream, places, None)

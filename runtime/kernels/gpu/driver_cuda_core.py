@@ -1,6 +1,6 @@
-"""CUDA's driver by cuda.core, NVIDIA's own interface for Python.
+"""CUDA's driver through cuda.core, NVIDIA's own Python interface.
 
-Importing this module fails where cuda.core is not installed.
+Importing this module fails if cuda.core is not installed.
 """
 
 import functools
@@ -15,7 +15,7 @@ from surgeon.runtime.kernels.gpu.driver import C_TYPES, FREE_SHARED_BYTES, no_co
 
 
 class CudaCoreDriver:
-    """cuda.core, in devices' primary contexts, the ones that torch works in."""
+    """CUDA through cuda.core, in each device's primary context, the one that torch uses."""
 
     name = "cuda.core"
 
@@ -68,12 +68,12 @@ def _config(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _stream(handle: int) -> Any:
-    """A wrapper that owns nothing, so a later stream may have the handle as well."""
+    """A wrapper that owns nothing, so that a later stream may reuse the handle."""
     return Stream.from_handle(handle)
 
 
 class _Function:
-    """A kernel and the context that it is launched in."""
+    """A CUDA kernel and the context that it is launched in."""
 
     def __init__(
         self, context: Any, kernel: Any, symbol: str, types: Sequence[str], threads: int, shared_bytes: int

@@ -1,4 +1,4 @@
-"""The kernels of a package on one GPU: found, checked against what the launcher knows, loaded and launched."""
+"""The kernels of a package on one GPU: chosen, checked against the launch contract, loaded and launched."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,26 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _AGAIN = "compile the package with this version of surgeon"
 _MAX_THREADS = 1024
 _MAX_SPLITS = 128
-_PROGRAMS_A_PROCESSOR = 2  # of a decoding kernel, so that one loads while another computes
+_PROGRAMS_A_PROCESSOR = 2  # in a decoding kernel, so that one loads while another computes
 _STRIDES = tuple(stride.name for stride in STRIDES)
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that a device's own code is compiled for."""
+    """The target that code for a device is compiled for."""
     if torch.version.hip:
-        # A name may go on with features that do not matter here: gfx90a:sramecc+:xnack-.
+        # The name may carry features that do not matter here: gfx90a:sramecc+:xnack-.
         return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
     major, minor = torch.cuda.get_device_capability(device)
     return Target("cuda", f"{major}{minor}")
 
 
 def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
-    """The packaged target that a device runs: its own, or for compute capability 8.x the nearest lower 8.x.
+    """The packaged target to run on a device: its own, or for compute capability 8.x the nearest lower 8.x.
 
-    Code for compute capability 9.0 and later is compiled for that one alone, and so is code for HIP.
+    Code for compute capability 9.0 or later, or for HIP, runs only on the target that it was compiled for.
 
     Raises:
-        TargetError: the package has none; the error names those that it has.
+        TargetError: the package has no such target; the message names those that it has.
     """
     there = [Target.parse(name) for name in manifest.targets]
     if own in there:
@@ -59,7 +59,7 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A loaded kernel, the order of its arguments, how its grid is counted, and the query heads that it is for."""
+    """A loaded kernel with the order of its arguments, the meaning of its grid, and the query heads it serves."""
 
     function: Function
     arguments: tuple[str, ...]
@@ -73,10 +73,10 @@ class _Kernel:
 
 
 class GpuKernels:
-    """A package's kernels in the memory of one GPU with so many `processors`.
+    """A package's kernels in the memory of one GPU that has this number of `processors`.
 
     Raises:
-        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+        PackageError: a kernel breaks the launch contract, or the driver does not load it.
         TargetError: the device cannot hold a kernel, or there is no driver.
     """
 
@@ -84,7 +84,7 @@ class GpuKernels:
         self, files: PackageFiles, target: Target, device: int, processors: int, strict: bool, driver: Driver
     ) -> None:
         manifest = files.manifest
-        self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several where heads have their own
+        self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several if heads have their own
         self._strict = strict
         self._device = device
         self._programs = _PROGRAMS_A_PROCESSOR * processors
@@ -117,11 +117,11 @@ class GpuKernels:
 
         The tensors hold the layer's KV heads from `first_kv_head` on, as many as k has, and their query heads.
 
-        Positions in tensors are not looked at, which would wait for the device: one outside of k reads memory that is
-        not k's. Where the topology refuses what lies beyond it, such queries give NaN.
+        Positions given as tensors are not checked, since that would wait for the device: a position outside k reads
+        memory that does not belong to k. If the topology refuses queries beyond it, such queries give NaN.
 
         Raises:
-            PatchError: strict, and a tensor's address or strides are none that the kernel takes.
+            PatchError: in strict mode, a tensor's address or strides do not suit the kernel.
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
@@ -165,8 +165,8 @@ class GpuKernels:
                 own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
                 if not own:
                     continue
-                # Tiles begin at multiples of their size in the sequence: where the first query does not, there is one
-                # more.
+                # Tiles begin at multiples of their size in the sequence; if the first query does not, there is one more
+                # tile.
                 lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
                 kernel.launch(lengths | {"query_heads": len(own)}, stream, values)
             return out
@@ -185,12 +185,12 @@ class GpuKernels:
         return out
 
     def _table(self, phase: str, layer: int) -> Mapping[str, int]:
-        """The arguments of a kernel that reads a table, none for one that does not."""
+        """The table's arguments for a kernel that reads one, none for any other."""
         table = self._tables.get((phase, layer))
         return {} if table is None else table.arguments
 
     def _splits(self, groups: int, k_length: int) -> int:
-        """How many programs share the keys of one KV head: enough to fill the device, each with a block at least."""
+        """The number of programs that share a KV head's keys: enough to fill the device, each with a block or more."""
         return max(1, min(self._programs // groups, -(-k_length // self._block_size), _MAX_SPLITS))
 
     def _check_lengths(
@@ -211,7 +211,7 @@ class GpuKernels:
             )
 
     def _fitting(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, or a copy of it where its address or strides are not what the kernels rely on."""
+        """The tensor, or a copy of it if its address or strides do not meet the kernels' preconditions."""
         strides = _strides(tensor)
         numbers = (tensor.data_ptr(), *strides)
         if tensor.stride(3) == 1 and not any(number % ALIGNMENT for number in numbers):
@@ -235,7 +235,7 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
 
     Raises:
         TargetError: the package has no kernels for the device, or there is no driver.
-        PackageError: a kernel takes what the launcher does not know, or the driver does not load it.
+        PackageError: a kernel breaks the launch contract, or the driver does not load it.
     """
     target = choose_target(files.manifest, target_of(device), f"{files.folder} on {device}")
     assert device.index is not None
@@ -248,7 +248,7 @@ def _check(entry: KernelEntry, where: str) -> None:
     check_interface(entry, where)
     launch = entry.launch
     if launch is None or not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
-        raise PackageError(f"{where}.launch", "threads, rows and bytes that can be", short_repr(launch), _AGAIN)
+        raise PackageError(f"{where}.launch", "numbers of threads, rows and bytes in range", short_repr(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
     if entry.heads and entry.phase != "prefill":
@@ -281,7 +281,7 @@ def _load(
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:
-    """In elements, 0 along an axis of length 1, whose stride says nothing."""
+    """The strides in elements, with 0 for an axis of length 1, whose stride is arbitrary."""
     return [stride if size > 1 else 0 for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False)]
 
 

@@ -1,11 +1,11 @@
-"""Chooses the way to a GPU's driver."""
+"""The choice of the interface to a GPU's driver."""
 
 from surgeon.runtime.kernels.gpu.driver import Driver
 from surgeon.runtime.kernels.gpu.driver_ctypes import CudaDriver, HipDriver
 
 
 def open_driver(backend: str) -> Driver:
-    """The driver for "cuda", by cuda.core where that is installed and by ctypes where it is not, or for "hip".
+    """Opens the driver for "cuda", through cuda.core if that is installed and ctypes if not, or for "hip".
 
     Raises:
         TargetError: the machine has no such driver.

@@ -1,4 +1,4 @@
-"""The tables that GPU kernels read of their layers' schedules, in a GPU's memory."""
+"""The segment tables that GPU kernels read, loaded into a GPU's memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from surgeon.runtime.package.tensors import Matrices
 
 @dataclass(frozen=True)
 class LoadedTable:
-    """A table in a GPU's memory, which `parts` hold: the arguments of a kernel that reads it, by name."""
+    """A table in a GPU's memory, held by `parts`, and the arguments by name of a kernel that reads it."""
 
     arguments: Mapping[str, int]
     parts: tuple[torch.Tensor, ...]
 
 
 def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int) -> dict[tuple[str, int], LoadedTable]:
-    """The tables that a target's kernels read, by phase and layer, copied to a GPU.
+    """Copies the tables that a target's kernels read to a GPU; they are keyed by phase and layer.
 
     Raises:
-        PackageError: a table is missing, damaged, or points outside of itself.
+        PackageError: a table is missing, damaged, or points outside itself.
     """
     if not any(entry.table for entry in entries):
         return {}

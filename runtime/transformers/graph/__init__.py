@@ -1,1 +1,1 @@
-"""A model as a graph: traced, with fused rotary embedding, or exported for serving."""
+"""Models as graphs: traced, with fused rotary embedding, or exported for serving."""

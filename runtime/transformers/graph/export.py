@@ -1,4 +1,4 @@
-"""torch.export for inference, with its failures as errors of ours."""
+"""torch.export for inference, with its failures raised as PatchErrors."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from surgeon.runtime.errors import PatchError, SurgeonError, short_repr
 def exported(
     module: torch.nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any, expected: str, remedy: str
 ) -> torch.export.ExportedProgram:
-    """The module as a program; `expected` is what tracing asks of the model, `remedy` what to do where it fails.
+    """Exports the module as a program; `expected` is what tracing demands of the model, `remedy` the way out.
 
-    In example sizes 0 and 1 would be taken for constants, and all others stand for any.
+    Example sizes of 0 and 1 would be taken as constants; any others stand for every size.
 
     Raises:
         PatchError: torch.export cannot trace the module.
@@ -22,6 +22,6 @@ def exported(
             return torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
     except SurgeonError:
         raise
-    except Exception as error:  # torch.export fails with whatever the model's code runs into
+    except Exception as error:  # torch.export passes on whatever the model's code raises
         got = f"{type(error).__name__}: {short_repr(str(error), 200)}"
         raise PatchError("torch.export", expected, got, remedy) from error

@@ -1,6 +1,6 @@
-"""Takes the rotary position embedding out of a traced graph and gives it to the attention kernels.
+"""Moves the rotary position embedding of a traced graph into the attention kernels.
 
-Transformers rotates q and k in five passes over each. The kernel rotates a query as it loads it and every key once.
+Transformers rotates q and k in five passes over each. The kernel rotates a query as it loads it, and each key once.
 
 Source: `apply_rotary_pos_emb` of `transformers.models.llama.modeling_llama`: x * cos + rotate_half(x) * sin.
 """
@@ -11,12 +11,12 @@ import torch
 from torch.fx import Graph, Node
 
 _ATEN = torch.ops.aten
-_END = 2**62  # slices to the end have an end of 2^63 - 1
+_END = 2**62  # a slice to the end has end 2^63 - 1
 
 
 @dataclass(frozen=True)
 class _Rotated:
-    """What a tensor was rotated from: x `[batch, heads, length, head_dim]`, cos and sin `[batch, length, head_dim]`."""
+    """The inputs of a rotation: x `[batch, heads, length, head_dim]`, cos and sin `[batch, length, head_dim]`."""
 
     x: Node
     cos: Node
@@ -24,9 +24,9 @@ class _Rotated:
 
 
 def fuse_rotary(graph: Graph, head_dim: int) -> int:
-    """Replaces each surgeon.attention whose q and k are rotated alike by the op that rotates them; returns how many.
+    """Replaces each surgeon.attention whose q and k are rotated alike by the op that rotates them; returns the count.
 
-    Only the very pattern is replaced, of whole sequences without a cache; any other site stays as it is.
+    Only this exact pattern, on whole sequences without a cache, is replaced; any other site stays as it is.
     """
     fused = 0
     for site in graph.find_nodes(op="call_function", target=torch.ops.surgeon.attention.default):
@@ -58,7 +58,7 @@ def fuse_rotary(graph: Graph, head_dim: int) -> int:
 
 
 def _rotated(node: object, head_dim: int) -> _Rotated | None:
-    """Matches x * cos + cat(-x[..., half:], x[..., :half]) * sin, cos and sin with an axis for the heads."""
+    """Matches x * cos + cat(-x[..., half:], x[..., :half]) * sin, where cos and sin have an axis for the heads."""
     summands = _arguments(node, _ATEN.add.Tensor, 2)
     if summands is None:
         return None
@@ -89,7 +89,7 @@ def _reaches(end: object, size: int) -> bool:
 
 
 def _arguments(node: object, target: object, count: int) -> tuple[object, ...] | None:
-    """The arguments of a call of `target`, or None where the node is another or has more to say."""
+    """The arguments of a call of `target`, or None if the node is another call or has other arguments."""
     if not isinstance(node, Node) or node.target != target or len(node.args) != count or node.kwargs:
         return None
     return tuple(node.args)

@@ -1,4 +1,4 @@
-"""A patched model as one exported program that serves prefill and decoding, its cache among the inputs."""
+"""A patched model as one exported program for prefill and decoding, with its cache among the inputs."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,10 +15,10 @@ from surgeon.runtime.transformers.layers import find_attention
 
 
 class ServingStep(torch.nn.Module):
-    """One step of a patched model over tensors alone: a whole prompt, a part of one, or a token a sequence.
+    """One step of a patched model over plain tensors: a whole prompt, a part of one, or one token per sequence.
 
     Raises:
-        PatchError: the model is not patched, or not in every layer.
+        PatchError: the model is not patched in every layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -42,16 +42,16 @@ class ServingStep(torch.nn.Module):
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """The logits `[batch, kept, vocabulary]` after the new tokens `kept`; their keys and values are put in place.
+        """Returns the logits `[batch, kept, vocabulary]` after the new tokens `kept`, and writes all keys and values.
 
-        `input_ids` is int64 `[batch, new]`, `position` int64 `[batch]` says how many tokens of each sequence the cache
-        holds, and `kept` int64 are indices along the new tokens. `keys` and `values` hold one tensor
-        `[batch, KV heads, capacity, head_dim]` a layer, of which `[:, :, position : position + new]` is written. All
-        are contiguous. Sequences need not be equally long: what pads the shorter ones on the right is never read, and
-        overwritten by the tokens that come next at their own position.
+        `input_ids` is int64 `[batch, new]`, `position`, int64 `[batch]`, is the number of tokens of each sequence in
+        the cache, and `kept`, int64, are indices along the new tokens. `keys` and `values` hold one tensor
+        `[batch, KV heads, capacity, head_dim]` per layer, of which `[:, :, position : position + new]` is written. All
+        are contiguous. Sequences need not be equally long: padding to the right of the shorter ones is never read, and
+        is overwritten by their next tokens, which come at their own position.
 
         Raises:
-            PatchError: tensors of other shapes or layouts, or tokens that the cache has no room for.
+            PatchError: tensors have other shapes or layouts, or the cache has no room for the tokens.
         """
         slots = cache_slots(input_ids, position, kept, [*keys, *values])
         layers: list[Any] = [_GivenLayer(position, slots, *pair) for pair in zip(keys, values, strict=True)]
@@ -62,7 +62,7 @@ class ServingStep(torch.nn.Module):
 
 
 class _GivenLayer(CacheLayerMixin):
-    """A layer's cache in tensors that are given; new tokens of each sequence go to its own slots."""
+    """A layer's cache in given tensors, where each sequence's new tokens go to slots of its own."""
 
     def __init__(self, position: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ class _GivenLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - Transformers' name
         return self._keys.shape[2], 0
 
-    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]  # as a static cache's, which counts in one
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]  # like a static cache, which counts in a tensor
         return self._position
 
     def get_max_length(self) -> int:
@@ -94,8 +94,8 @@ class _GivenLayer(CacheLayerMixin):
 def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     """Exports `ServingStep` of a patched model, with any batch, number of new tokens and capacity of the cache.
 
-    The program has the model's weights, not the package: where it runs, `load` the package first, with the same
-    options, and hold it.
+    The program contains the model's weights but not the package: where it runs, `load` the package first, with the same
+    options, and keep a reference to it.
 
     Raises:
         PatchError: the model is not patched in every layer, or torch.export cannot trace it.
@@ -103,7 +103,7 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     step = ServingStep(model)
     config = model.config.get_text_config()
     any_size = torch.export.Dim.DYNAMIC
-    # Example sizes; no two inputs need agree by chance.
+    # Example sizes, such that no two inputs agree by chance.
     batch, new, kept, capacity = 2, 3, 4, 7
     head_dim = cast(int, find_attention(model)[0][1].head_dim)
     shape = (batch, config.num_key_value_heads, capacity, head_dim)

@@ -1,4 +1,4 @@
-"""Turns a frozen model into one graph in which every attention is a compiled kernel with its layer baked in."""
+"""Turns a frozen model into one graph in which every attention is a compiled kernel for its layer."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _OTHER_ATTENTION = ("scaled_dot_product", "softmax", "flex_attention")
 
 
 class _Logits(torch.nn.Module):
-    """The model as a function of tensors alone, which is what torch.export takes."""
+    """The model as a function of plain tensors, which torch.export requires."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class _Logits(torch.nn.Module):
 
 
 def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
-    """The model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
+    """Traces the model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
 
-    `input_ids` is int64 `[batch, length]` of any batch and any length, `attention_mask` of the same shape is 0 for
-    padding on the left and 1 for tokens, and the logits are `[batch, length, vocabulary]`; there is no cache. Layers
-    that `patch` would leave alone keep their attention. The graph stays on the device of the model. Its parameters have
-    the model's names and share the model's memory, without gradients. The model, patched or not, is left as it was.
+    `input_ids` is int64 `[batch, length]` for any batch and length, `attention_mask` of the same shape is 0 for padding
+    on the left and 1 for tokens, and the logits are `[batch, length, vocabulary]`; there is no cache. Layers that
+    `patch` would leave alone keep their attention. The graph stays on the model's device. Its parameters have the
+    model's names and share the model's memory, without gradients. The model, patched or not, is left unchanged.
 
     Raises:
-        PatchError: the package does not fit the model, torch.export cannot trace it, or an attention of it would not
-            run on the kernels.
+        PatchError: the package does not fit the model, torch.export cannot trace it, or one of its attention calls
+            would not run on the kernels.
     """
     if is_sharded(model):
         raise PatchError(
@@ -60,18 +60,18 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
         graph.recompile()
     _check_sites(graph, package, {layer.layer for layer in left})
     _share_frozen_weights(graph, model)
-    graph.meta["package"] = package  # the ops know a package only while something holds it; copies keep `meta`
+    graph.meta["package"] = package  # ops find a package only while it is referenced; copies keep `meta`
     return graph
 
 
 def _shadow(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's modules and config around the very same weights and buffers."""
+    """A copy of the model's modules and config that shares the weights and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
-    # Each input has its own sizes, so that the graph takes none from a mask that may not be given.
+    # Each input has its own sizes, so that the graph takes no size from a mask, which is optional.
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     example = torch.zeros((2, 3), dtype=torch.int64, device=model.device)
     program = exported(
@@ -84,7 +84,7 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
     whole = program.module()
     graph = whole.graph
     for node in reversed(graph.nodes):
-        # valid_keys checks the inputs, with better words; the other metadata follows from them.
+        # valid_keys checks the inputs, with better messages; the other metadata follows from them.
         if node.target in ("_guards_fn", torch.ops.aten._assert_tensor_metadata.default):
             graph.erase_node(node)
         elif node.op == "placeholder" and node.name == "attention_mask":
@@ -92,7 +92,7 @@ def _export(model: PreTrainedModel) -> torch.fx.GraphModule:
         elif node.op == "output":
             node.args = tuple(node.args[0])
     (check,) = graph.find_nodes(op="call_function", target=torch.ops.surgeon.valid_keys.default)
-    graph.find_nodes(op="placeholder")[-1].append(check)  # before sizes are taken of what may be no batch
+    graph.find_nodes(op="placeholder")[-1].append(check)  # before sizes are taken of an input that may not be a batch
     graph.eliminate_dead_code()
     graph.set_codegen(torch.fx.graph.CodeGen())  # a plain signature, in place of export's nested inputs and outputs
     for node in graph.find_nodes(op="get_attr"):
@@ -132,7 +132,7 @@ def _calls(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
 
 
 def _share_frozen_weights(graph: torch.fx.GraphModule, model: PreTrainedModel) -> None:
-    """Gives the graph the model's parameters and buffers, under their names and in their memory, without gradients."""
+    """Gives the graph the model's own parameters and buffers, under their names and without gradients."""
     frozen: dict[int, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in frozen:
@@ -146,7 +146,7 @@ def _share_frozen_weights(graph: torch.fx.GraphModule, model: PreTrainedModel) -
 
 
 def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds the tensor of a dotted name, made where export dropped it (one of two tied names)."""
+    """The module that holds the tensor of a dotted name, created if export dropped it (one of two tied names)."""
     *path, last = name.split(".")
     for part in path:
         if not hasattr(root, part):

@@ -1,4 +1,4 @@
-"""Folders that are filled once: whole, or not at all."""
+"""Folders that are filled once, completely or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The text to measure on: how it is read, where it comes from, how it is cut."""
+"""The texts to measure on: reading, origin and division into windows."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Blocks in slots: what is wanted is found again, what is dropped makes room."""
+"""The pool of blocks: wanted blocks are found again, dropped ones make room."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def block_table(dtype: torch.dtype = torch.float32) -> BlockPool:
 
 
 def check(held: BlockPool, keys: torch.Tensor, values: torch.Tensor, padding: list[int], wanted: torch.Tensor) -> None:
-    """That the wanted blocks `[batch, heads, blocks]` hold these tokens, each sequence's behind its padding."""
+    """Checks that the wanted blocks `[batch, heads, blocks]` hold these tokens, each sequence's after its padding."""
     for sequence, head, block in wanted.nonzero().tolist():
         slot = int(held.table[sequence, head, block])
         begin, end = padding[sequence] + block * BLOCK, min(padding[sequence] + (block + 1) * BLOCK, keys.shape[2])
@@ -34,7 +34,7 @@ def check(held: BlockPool, keys: torch.Tensor, values: torch.Tensor, padding: li
 def test_tokens_are_found_where_the_table_says(chunks: list[int]) -> None:
     keys, values = states(21)
     padding, held, begin = [0, 6], block_table(), 0
-    for chunk in chunks:  # the first of them are padding of the second sequence
+    for chunk in chunks:  # the first ones are padding of the second sequence
         part = slice(begin, begin + chunk)
         held.write(begin - torch.tensor(padding), keys[:, :, part], values[:, :, part])
         begin += chunk
@@ -72,7 +72,7 @@ def test_slots_are_taken_again_and_given_back() -> None:
         held.keep(wanted)
         most = max(most, len(held.keys))
         check(held, keys[:, :, : begin + BLOCK], values[:, :, : begin + BLOCK], [0, 0], wanted)
-    assert most <= 2 * (3 + 1) * BATCH * HEADS  # twice what is held and a spare slot a head
+    assert most <= 2 * (3 + 1) * BATCH * HEADS  # twice what is held and a spare slot per head
     whole = block_table()
     whole.write(torch.tensor([0, 0]), keys, values)
     assert len(whole.keys) >= 100 * BATCH * HEADS
@@ -93,6 +93,6 @@ def test_sequences_are_selected() -> None:
         keys, values, wanted = keys[index], values[index], wanted[index]
         check(held, keys, values, [0] * len(chosen), wanted)
     more, _ = states(2, seed=5)
-    held.write(torch.tensor([10]), more[:1], more[:1])  # what goes on in one is not seen in its copies
+    held.write(torch.tensor([10]), more[:1], more[:1])  # changes to one do not show in its copies
     keys = torch.cat((keys, more[:1]), dim=2)
     check(held, keys, torch.cat((values, more[:1]), dim=2), [0], wanted)

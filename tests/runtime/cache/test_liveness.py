@@ -1,4 +1,4 @@
-"""What may leave a cache, against the definition: a block is live as long as some later row reads it, and no longer."""
+"""Liveness against its definition: a block is live as long as some later row reads it, and no longer."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def test_a_block_is_live_while_some_later_row_of_some_query_head_reads_it(
 ) -> None:
     most = topology.num_blocks if topology.beyond == "error" else 2 * topology.num_blocks + 20
     length = data.draw(st.integers(1, most))
-    # No sink or window is wider than num_blocks + 5: what no row up to `far` reads again, none ever will.
+    # No sink or window is wider than num_blocks + 5: a block that no row up to `far` reads again is never read again.
     far = topology.num_blocks if topology.beyond == "error" else length + topology.num_blocks + 30
     for index in topology.covered:
         layer = schedule_layers(topology)[index]
@@ -28,7 +28,7 @@ def test_a_block_is_live_while_some_later_row_of_some_query_head_reads_it(
         liveness = Liveness(torch.from_numpy(liveness_table(layer)))
         found = liveness.live(torch.arange(length), length).numpy()
         for row in range(length):
-            cached = row + 1  # blocks up to the row's own; later ones are not there yet
+            cached = row + 1  # blocks up to the row's own; later ones do not exist yet
             np.testing.assert_array_equal(found[row, :, :cached], from_row_on[:, row, :cached], err_msg=f"row {row}")
             assert found[row, :, cached:].all()
 

@@ -1,4 +1,4 @@
-"""What each process of test_evaluation.py runs: evaluations that the processes share. Argument: a folder for them."""
+"""The script of test_comparison.py's processes: evaluations that they share. Argument: a folder for the results."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from surgeon.runtime.evaluate.comparison import compare, perplexity
 from surgeon.runtime.evaluate.processes import joined, processes_of
 
 LENGTHS = (60, 45, 70)
-"""Of sequences that two processes cannot share equally."""
+"""Lengths of sequences that two processes cannot share equally."""
 
 
 def fails_at_3(item: int) -> int:
@@ -28,7 +28,7 @@ def main(out: Path) -> None:
     dense, patched = tiny_llama(), tiny_llama(seed=5)
     sequences = [tokens(1, length, seed=length) for length in LENGTHS]
     found: dict[str, object] = {}
-    with joined():  # as a tool under torchrun does
+    with joined():  # as tools do under torchrun
         shared = processes_of(dense)
         found["own"] = shared.own(len(sequences))
         found["comparison"] = compare(dense, patched, sequences)
@@ -47,10 +47,10 @@ def main(out: Path) -> None:
             found["failed"] = (taken, str(error))
     found["left"] = not distributed.is_initialized()
     if shared.rank:
-        sleep(0.5)  # the other one is there first, and must not find where this one was
+        sleep(0.5)  # the other is there first, and must not find this one's old address
     with joined():
         found["again"] = processes_of(dense).gather({shared.rank: (shared.rank + 1.0,)}, 2, 1)
-    PartialState()  # as a script of accelerate's does
+    PartialState()  # as accelerate's scripts do
     with joined():
         found["perplexity by accelerate"] = perplexity(dense, sequences[:1])
     found["still there"] = distributed.is_initialized()

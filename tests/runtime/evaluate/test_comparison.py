@@ -1,4 +1,4 @@
-"""Perplexity and the comparison of two models are what their definitions say, in one process and in two."""
+"""Perplexity and the comparison of two models follow their definitions, in one process and in two."""
 
 import math
 from dataclasses import astuple
@@ -21,7 +21,7 @@ LENGTHS = (60, 45, 70)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Chunks of 16 positions, so that a sequence has several and a shorter last one."""
+    """Sets chunks to 16 positions, so that a sequence has several and a shorter last one."""
     monkeypatch.setattr(comparison, "_LOGITS", 16 * VOCABULARY)
 
 
@@ -31,7 +31,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def log_probabilities(model: PreTrainedModel, sequence: torch.Tensor) -> torch.Tensor:
-    """fp64 `[tokens, vocabulary]` of a sequence's predicted tokens, by the model's own forward."""
+    """Log-probabilities, fp64 `[tokens, vocabulary]`, of a sequence's predicted tokens, by the model's own forward."""
     with torch.no_grad():
         return torch.log_softmax(model(sequence).logits[0, :-1].double(), dim=-1)
 
@@ -102,7 +102,7 @@ def test_a_patched_model_and_its_weights(compiled: dict[str, Compiled], sequence
 
 
 def test_errors_over_sequences() -> None:
-    """Against the textbook for sequences of equal length, and none for a single one."""
+    """The error is the textbook's for sequences of equal length, and None for a single one."""
     divergences = (3.0, 5.0, 10.0)
     comparison = Comparison(tuple(Departure(10, 20.0, 20.0, value, 2, value / 2, 7) for value in divergences))
     means = torch.tensor(divergences, dtype=torch.float64) / 10

@@ -1,4 +1,4 @@
-"""The one table of a pilot's figures beside the dense model, and the limits that may be set to them."""
+"""The one table of a pilot's figures relative to the dense model, and the limits that may be set for them."""
 
 from dataclasses import fields
 

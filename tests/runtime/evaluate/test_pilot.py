@@ -1,4 +1,4 @@
-"""A pilot's figures are those of a direct computation on the same sequences; its file is read back strictly."""
+"""A pilot's figures equal a direct computation on the same sequences; its file is read back strictly."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters, with a first token of its own for every text."""
+    """A tokenizer of single characters that puts a special token before every text."""
     characters = sorted({*map(chr, range(32, 127)), "\n"})
     known = {"<s>": 0} | {character: index + 1 for index, character in enumerate(characters)}
     single = Tokenizer(WordLevel({**known, "?unknown": 0}, unk_token="?unknown"))

@@ -1,4 +1,4 @@
-"""The backward pass of attention: the fp64 oracle's gradients, whatever the shapes, dtypes and places."""
+"""The backward pass of attention: the fp64 oracle's gradients, for all shapes, dtypes and positions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOPOLOGY = random_topology(
     np.random.default_rng(5), num_layers=3, num_heads=6, num_kv_heads=2, head_dim=32, block_size=16, num_blocks=8
 )
-# As the forward pass, and what bf16 and fp16 lose of the gradient that comes in.
+# The forward pass's, and what bf16 and fp16 lose of the incoming gradient.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# Queries, keys, position, first key: whole, padded on the left, a chunk after a past, a step, a cache not yet full.
+# Queries, keys, position, first key: whole, left-padded, a chunk after a past, one step, a cache not yet full.
 CALLS: dict[str, tuple[int, int, Sequence[int] | None, Sequence[int] | None]] = {
     "whole": (150, 150, None, None),
     "padded": (150, 150, None, [0, 37, 150]),
@@ -56,7 +56,7 @@ def inputs(q_length: int, k_length: int, dtype: torch.dtype, batch: int = 3) -> 
 def expected_gradients(
     layer: int, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], **places: Any
 ) -> Sequence[torch.Tensor]:
-    """Those of the oracle in fp64, from the gradients of its output and log-sum-exp."""
+    """The oracle's gradients in fp64, from those of its output and log-sum-exp."""
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     out, lse = reference.attention(TOPOLOGY, layer, *exact, **places)
     seen = torch.isfinite(lse)
@@ -96,7 +96,7 @@ def test_gradients_through_the_log_sum_exp(package: Package) -> None:
 
 
 class _Exact(torch.autograd.Function):
-    """The oracle's forward pass with the backward pass under test, all in fp64."""
+    """An op with the oracle's forward pass and the backward pass under test, all in fp64."""
 
     @staticmethod
     def forward(ctx: Any, schedule: Any, layer: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ def test_what_nobody_reads_has_no_gradient(package: Package) -> None:
 
 
 def test_two_uses_add_up(package: Package) -> None:
-    """Once more on the same tensors, once more through the same graph."""
+    """Gradients add up over two calls on the same tensors, and are the same in a second pass through the graph."""
     tensors = inputs(40, 40, torch.float32)
     singly = [torch.autograd.grad(package.attention(layer, *tensors).sum(), tensors) for layer in (0, 1)]
     both = package.attention(0, *tensors).sum() + package.attention(1, *tensors).sum()
@@ -159,7 +159,7 @@ def test_tensors_of_a_gpu_are_refused(package: Package) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(package: Package, dtype: torch.dtype) -> None:
-    """Models hand over rotated queries in fp32 and values in the lower dtype."""
+    """Under autocast, models pass rotated queries in fp32 and values in the lower dtype."""
     q, k, v = inputs(40, 40, torch.float32)
     with torch.autocast("cpu", dtype):
         out = package.attention(1, q, k, v.to(dtype))

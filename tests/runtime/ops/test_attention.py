@@ -1,4 +1,4 @@
-"""The torch ops: clean by opcheck, usable under torch.compile, honest about gradients, safe with threads."""
+"""The torch ops: they pass opcheck, work under torch.compile, have right gradients or none, and are thread-safe."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +85,7 @@ def test_cuda_and_meta_tensors(package: Package) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The names of the ops that pass the dispatcher."""
+    """Records the names of the ops that go through the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()

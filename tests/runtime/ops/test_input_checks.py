@@ -1,4 +1,4 @@
-"""The op that checks the inputs of a serving step; those that read masks are tested with the masks."""
+"""The op that checks the inputs of a serving step; the ops that read masks are tested with the masks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def step(
     kept: torch.Tensor = POSITION,
     cache: torch.Tensor = CACHE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The arguments of `cache_slots`, by default good ones."""
+    """The arguments of `cache_slots`, valid by default."""
     return ids, position, kept, [CACHE, cache]
 
 

@@ -1,4 +1,4 @@
-"""When calls of attention go around torch's dispatcher, and that torch's private functions may be missing."""
+"""Calls of attention that bypass torch's dispatcher, also if torch's private functions are missing."""
 
 import pytest
 import torch

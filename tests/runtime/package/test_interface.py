@@ -1,4 +1,4 @@
-"""The launch contract: what a kernel of each phase is built to, and what is refused for being another."""
+"""The launch contract: the interface of each phase's kernels, and the refusal of any other."""
 
 import dataclasses
 from collections.abc import Callable

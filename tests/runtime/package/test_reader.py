@@ -1,4 +1,4 @@
-"""Every fault of a package, each with its message: the reader trusts nothing."""
+"""Every fault of a package with its message: the reader trusts nothing."""
 
 import hashlib
 import json

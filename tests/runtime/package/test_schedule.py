@@ -1,4 +1,4 @@
-"""A package's schedules: what is written is read, and what points elsewhere is refused."""
+"""A package's schedules: written ones are read back, and ones that point outside themselves are refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from surgeon.runtime.package.schedule import FILE, UNBOUNDED, HeadSchedule, Piec
 from surgeon.runtime.package.tensors import Matrix
 from topologies import DENSE, balanced_tree, build, head, random_topology, window_topology
 
-# One head a layer repeats, and the layers differ.
+# One head per layer repeats, and the layers differ.
 TOPOLOGY = window_topology([1, 3, 1], num_layers=2, num_blocks=8)
 
 

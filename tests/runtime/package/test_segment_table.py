@@ -1,4 +1,4 @@
-"""The reader of segment tables: what is written is read, and what points elsewhere is refused."""
+"""The reader of segment tables: written ones are read back, and ones that point outside themselves are refused."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The strict reader of JSON: what it refuses, where, and with which remedy."""
+"""The strict reader of JSON: its refusals, with their places and remedies."""
 
 import json
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""What each process of test_parallel.py runs: tensor-parallel models of Transformers, patched, and what they answer.
+"""The script of test_tensor_parallel.py's processes: patches tensor-parallel models and saves their results.
 
-Arguments: a folder with models and packages, and one for what was found. A model in "refused" is loaded by each of
-the plans there and must not be patched.
+Arguments: a folder with models and packages, and one for the results. A model in "refused" is loaded with each of the
+plans there and must not be patched.
 """
 
 import os
@@ -18,7 +18,7 @@ from surgeon.runtime import fingerprint, load, patch, trace, unpatch
 from surgeon.runtime.errors import PatchError
 
 WHOLE_KEYS = {f"model.layers.*.self_attn.{name}": "replicate" for name in ("k_proj", "v_proj")}
-"""A plan that splits the queries and leaves keys and values whole on every process."""
+"""A plan that splits the queries and leaves keys and values whole in every process."""
 
 
 def split_model(folder: Path, plan: str | dict[str, str] = "auto") -> Any:
@@ -27,7 +27,7 @@ def split_model(folder: Path, plan: str | dict[str, str] = "auto") -> Any:
 
 
 def answers(folder: Path) -> dict[str, Any]:
-    """Logits and greedy tokens of a patched model, and whether it is itself again afterwards."""
+    """Logits and greedy tokens of a patched model, and whether unpatching restores it."""
     ids, mask = padded((70, 41, 5))
     prompt, prompt_mask = padded((50, 33, 3))
     model = split_model(folder / "model")
@@ -49,7 +49,7 @@ def answers(folder: Path) -> dict[str, Any]:
 
 
 def fused(folder: Path) -> dict[str, Any]:
-    """What a patched model answers whose queries, keys and values come from one projection."""
+    """The results of a patched model whose queries, keys and values come from one projection."""
     model = split_model(folder / "fused")
     patch(model, load(folder / "fused-package"))
     ids, mask = padded((70, 41, 5))

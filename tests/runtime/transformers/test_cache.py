@@ -1,4 +1,4 @@
-"""A model with a SurgeonCache is, bit for bit, the model with a DynamicCache, in less memory; or it says why not."""
+"""A model with a SurgeonCache equals, bit for bit, the one with a DynamicCache, in less memory, or it says why not."""
 
 import copy
 import itertools
@@ -22,12 +22,12 @@ from topologies import window_topology
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 BLOCK = SHAPE["block_size"]
-WINDOWS = (2, 1, 1, 3)  # blocks, of the four heads; those of a KV head are two neighbours
+WINDOWS = (2, 1, 1, 3)  # in blocks, per head; two neighbours share a KV head
 
 
 @pytest.fixture(scope="session")
 def packages(compiled: dict[str, Compiled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    """Those of the tiny model, and "windows": sinks of one block and windows, nothing else."""
+    """The tiny model's packages, and "windows": sinks of one block and windows, nothing else."""
     topology = window_topology(WINDOWS, num_layers=3, **SHAPE)
     folder = tmp_path_factory.mktemp("windows") / "kernels"
     return compiled | {"windows": Compiled(topology, load(compile_package(topology, folder, dtypes=("fp32",))))}
@@ -82,7 +82,7 @@ def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: 
 def test_chunks_change_no_bit(
     model: LlamaForCausalLM, packages: dict[str, Compiled], name: str, lengths: tuple[int, ...]
 ) -> None:
-    """Chunks of uneven lengths, some of them nothing but padding for the shorter sequence."""
+    """Reads chunks of uneven lengths, some of them nothing but padding for the shorter sequence."""
     ids, mask = padded(lengths)
     patch(model, packages[name].package)
     full, cache = DynamicCache(config=model.config), SurgeonCache(packages[name].package)
@@ -111,14 +111,14 @@ def test_a_block_is_held_as_long_as_a_later_token_reads_it(
 
 
 def test_windows_take_the_same_memory_at_every_length(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    """Far beyond the topology's 64 tokens, and at no time more than the chunk that comes in."""
+    """The memory stays the same far beyond the topology's 64 tokens."""
     patch(model, packages["windows"].package)
     cache = SurgeonCache(packages["windows"].package)
     kept = []
     for begin in range(0, 480, BLOCK):
         model(tokens(2, BLOCK, seed=begin), past_key_values=cache)
         kept.append(cache.kept_bytes())
-    blocks = sum(1 + max(pair) - 1 for pair in (WINDOWS[:2], WINDOWS[2:]))  # sink, and of the window what is behind
+    blocks = sum(1 + max(pair) - 1 for pair in (WINDOWS[:2], WINDOWS[2:]))  # the sink, and the window's past
     held = 3 * 2 * blocks * 2 * BLOCK * 32 * 4  # layers, sequences, keys and values
     assert all(3 * held_blocks(cache, layer) * 2 * BLOCK * 32 * 4 == held for layer in range(3))
     spare = 3 * 2 * 2 * 2 * BLOCK * 32 * 4
@@ -153,7 +153,7 @@ def test_a_cached_prompt_is_copied(model: LlamaForCausalLM, packages: dict[str, 
 
 @pytest.mark.parametrize("name", ["sparse", "windows"])
 def test_assisted_generation(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str) -> None:
-    """The assistant is wrong at nearly every token, so that the cache is cropped over and over."""
+    """The assistant is wrong at nearly every token, so that the cache is cropped again and again."""
     ids = tokens(1, 40)
     patch(model, packages[name].package)
     expected = generated(model, ids, torch.ones_like(ids))
@@ -180,7 +180,7 @@ def test_cropping(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> Non
     ids = tokens(1, 100)
     expected = model(ids).logits
     model(ids[:, :75], past_key_values=cache)
-    cache.crop(-5)  # within the row that the next token starts or is in: nothing that it reads has gone
+    cache.crop(-5)  # within the next token's row: nothing that it reads was dropped
     assert cache.get_seq_length() == 70
     torch.testing.assert_close(model(ids[:, 70:], past_key_values=cache).logits, expected[:, 70:], atol=2e-5, rtol=0)
     before = cache.kept_bytes(), cache.get_seq_length()
@@ -275,7 +275,7 @@ def test_beyond_an_error(model: LlamaForCausalLM, tmp_path: Path) -> None:
 
 
 def test_some_of_the_heads(packages: dict[str, Compiled]) -> None:
-    """As each process of a tensor-parallel model caches its own."""
+    """Each process of a tensor-parallel model caches its own heads."""
     package, topology = packages["sparse"].package, packages["sparse"].topology
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 130, 32, generator=generator) for heads in (4, 2, 2))
@@ -292,7 +292,7 @@ def test_some_of_the_heads(packages: dict[str, Compiled]) -> None:
     assert held[0] != held[1]
 
 
-# What must not happen in silence
+# Refusals
 
 
 def test_no_other_attention_takes_what_is_held(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:

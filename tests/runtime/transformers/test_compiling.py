@@ -27,12 +27,12 @@ def model(compiled: dict[str, Compiled], one_thread: None) -> Iterator[LlamaForC
 
 
 def whole(model: LlamaForCausalLM) -> Any:
-    """As one graph, or an error; without the code generation, which `test_serving` goes through."""
+    """The model compiled as one graph, or an error; without code generation, which `test_serving` covers."""
     return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
 
 
 def graphs() -> int:
-    """How many were made so far; none of them has a break."""
+    """The number of graphs so far; none of them has a break."""
     assert not counters["graph_break"]
     return int(counters["stats"]["unique_graphs"])
 

@@ -1,4 +1,4 @@
-"""A patched model's config: what others write to it stays, and what is made from it is not patched."""
+"""A patched model's config: what others write to it persists, and models made from it are not patched."""
 
 import copy
 import io

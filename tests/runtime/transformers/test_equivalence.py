@@ -1,6 +1,6 @@
-"""What holds for a model under Transformers' own attentions holds for it on kernels of a collapsed topology.
+"""The equivalences of Transformers' own attentions also hold on the kernels of a collapsed topology.
 
-In the sense of what Transformers checks of its own attentions and caches, model by model.
+They are modelled on the checks that Transformers makes of its own attentions and caches for each model.
 """
 
 import copy
@@ -40,7 +40,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "no mask", "left", "right"])
 def test_inference_equals(patched: LlamaForCausalLM, implementation: str, padding: str) -> None:
-    """Hidden states of every layer and logits, at every token that is no padding."""
+    """The hidden states of every layer and the logits, at every token that is not padding."""
     ids, mask = padded((70, 41, 5))
     arguments: dict[str, Any] = {"attention_mask": mask, "output_hidden_states": True, "use_cache": False}
     if padding == "right":
@@ -85,7 +85,7 @@ def test_embeddings_in_place_of_tokens(patched: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("given", ["mask", "no mask", "positions"])
 def test_a_cache_equals_a_call_without(patched: LlamaForCausalLM, static: bool, given: str) -> None:
-    """In one call, then in chunks of several tokens and of one."""
+    """Reads the tokens in one call, then in chunks of several tokens and of one."""
     ids, mask = padded((64, 64) if given == "no mask" else (64, 20))
     expected = own("sdpa")(ids, attention_mask=mask, use_cache=False).logits
     cache: Cache = StaticCache(patched.config, max_cache_len=80) if static else DynamicCache(config=patched.config)
@@ -109,7 +109,7 @@ def test_static_dynamic_and_no_cache_generate_alike(patched: LlamaForCausalLM) -
 
 
 def test_a_cache_serves_both_attentions(patched: LlamaForCausalLM) -> None:
-    """What one has filled the other goes on with."""
+    """A cache that one model has filled serves the other."""
     model, ids = own("sdpa"), tokens(2, 60)
     expected = model(ids).logits[:, 45:]
     for first, second in ((model, patched), (patched, model)):
@@ -144,7 +144,7 @@ def test_only_the_last_logits(patched: LlamaForCausalLM) -> None:
 def test_the_loss_is_the_models(patched: LlamaForCausalLM) -> None:
     ids, mask = padded((40, 18))
     labels = ids.masked_fill(mask == 0, -100)
-    labels[1, 40 - 18] = -100  # its first token, which padding foretells
+    labels[1, 40 - 18] = -100  # its first token, predicted by padding
     found, expected = (model(ids, attention_mask=mask, labels=labels).loss for model in (patched, own("eager")))
     close(found, expected)
 

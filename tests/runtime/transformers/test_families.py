@@ -1,4 +1,4 @@
-"""Every family's patched and traced model is that model run under the topology's mask."""
+"""Every family's patched and traced model equals the model under the topology's mask."""
 
 import copy
 import dataclasses
@@ -46,7 +46,7 @@ def uncovered(topology: Topology, *layers: int) -> Topology:
 
 
 def check(model: PreTrainedModel, topology: Topology, package: Package, left: dict[int, str]) -> None:
-    """Prefill, decoding with both kinds of caches, and unpatching, each beside the explicit mask."""
+    """Prefill, decoding with both kinds of caches, and unpatching, each against the explicit mask."""
     ids, mask = padded(LENGTHS)
     reference = masked_model(model, topology)
     dense, expected = (made(ids, attention_mask=mask).logits[mask.bool()] for made in (model, reference))
@@ -100,7 +100,7 @@ def test_a_topology_of_some_layers(layers: tuple[int, ...], compiled_for: Compil
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_layer_that_is_not_covered_is_what_it_was(implementation: str, static: bool, compiled_for: Compile) -> None:
-    """To the last bit, which the layers before the first covered one show; in chunks, with padding and without."""
+    """Equality bit for bit, seen in the layers before the first covered one; in chunks, with and without padding."""
     model = tiny_llama()
     model.set_attn_implementation(implementation)
     patched = copy.deepcopy(model)
@@ -125,7 +125,7 @@ def test_a_layer_that_is_not_covered_is_what_it_was(implementation: str, static:
 
 
 def test_layers_that_are_not_covered_share_a_mask(compiled_for: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made once a call, and nothing of it stays."""
+    """The mask is made once per call, and nothing of it is kept."""
     make, made = masks._dense, []
 
     def counted(*given: Any) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The fingerprint follows every bit of the weights and nothing else."""
+"""The fingerprint depends on every bit of the weights and on nothing else."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Every way to generate gives, token for token, what the model under the explicit mask gives."""
+"""Every way to generate gives, token for token, the output of the model under the explicit mask."""
 
 import contextlib
 import copy
@@ -45,7 +45,7 @@ def generated(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor | N
 
 
 class _NoStream:
-    """What an offloaded cache wants of a GPU's streams, for a machine without one: it then copies on the CPU."""
+    """A stand-in for the GPU streams that an offloaded cache uses, so that it copies on the CPU."""
 
     def wait_stream(self, _other: object) -> None: ...
 
@@ -94,7 +94,7 @@ def test_a_batch_whose_sequences_end_at_different_lengths(
 
 @contextlib.contextmanager
 def counted(model: torch.nn.Module) -> Iterator[list[int]]:
-    """The number of queries of every call of the model."""
+    """The number of queries in every call of the model."""
     lengths: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: lengths.append(inputs[0].shape[1])
@@ -115,9 +115,9 @@ def test_assisted_decoding(
         # The assistant's mask would have a hole where the padding token was generated, which is refused.
         found = generated(patched, ids, assistant_model=helper, suppress_tokens=[0])
     assert torch.equal(found, generated(expected, ids, suppress_tokens=[0]))
-    assert max(lengths[1:]) > 1  # candidates were checked, several a call
+    assert max(lengths[1:]) > 1  # candidates were checked, several per call
     if assistant == "the same model":
-        assert len(lengths) < 24  # and taken
+        assert len(lengths) < 24  # and accepted
 
 
 def test_prompt_lookup(patched: LlamaForCausalLM, expected: LlamaForCausalLM) -> None:
@@ -176,7 +176,7 @@ def test_streaming(patched: LlamaForCausalLM, expected: LlamaForCausalLM) -> Non
 
 
 def words() -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the token numbers."""
+    """A tokenizer whose words are token numbers."""
     tokenizer = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="1"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", padding_side="left")
@@ -193,7 +193,7 @@ def test_a_pipeline(patched: LlamaForCausalLM, expected: LlamaForCausalLM) -> No
     assert found == wanted
 
 
-# What is refused.
+# Refusals
 
 
 def test_attention_weights_are_refused(patched: LlamaForCausalLM) -> None:
@@ -211,7 +211,7 @@ def test_right_padding_is_refused(patched: LlamaForCausalLM) -> None:
 def test_continuous_batching_is_refused(
     patched: LlamaForCausalLM, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Transformers itself, which must not take FlashAttention for ours where it is installed."""
+    """Transformers itself refuses, and must not replace our attention by FlashAttention where that is installed."""
     module = "transformers.generation.continuous_batching.continuous_api"
     monkeypatch.setattr(f"{module}.is_flash_attn_2_available", lambda **_: flash)
     with pytest.raises(ValueError, match="surgeon is not supported for continuous batching"):

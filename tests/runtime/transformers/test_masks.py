@@ -1,4 +1,4 @@
-"""The ops that say where each sequence stands."""
+"""The ops that find each sequence's position and padding."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from surgeon.runtime.transformers import masks
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op runs what it runs on a GPU, wherever its tensors are."""
+    """Makes the op run its GPU implementation, wherever its tensors are."""
     monkeypatch.setattr(torch.ops.surgeon, "cache_leftpad", input_checks._cache_leftpad_on_gpu)
 
 
@@ -31,8 +31,8 @@ def cache_leftpad(rows: Sequence[str], position: int, length: int) -> torch.Tens
 CASES = [
     (["1111", "0111", "0001"], 0, 4, [0, 1, 3]),
     (["1111", "0111", "0000"], 3, 1, [0, 1, 4]),  # nothing valid yet: after all keys so far
-    (["1100", "0110", "0010"], 0, 4, [0, 1, 2]),  # padding behind
-    (["1100", "0100", "1101"], 0, 2, [0, 1, 0]),  # later keys are not there yet
+    (["1100", "0110", "0010"], 0, 4, [0, 1, 2]),  # padding on the right
+    (["1100", "0100", "1101"], 0, 2, [0, 1, 0]),  # later keys do not exist yet
     (["1"], 0, 1, [0]),
 ]
 
@@ -53,7 +53,7 @@ def test_on_a_gpu_the_first_key_is_found_without_waiting(
 
 
 def test_sequences_stand_where_they_stand() -> None:
-    """A static cache that holds sequences of different lengths: what lies behind each is not there yet."""
+    """A static cache that holds sequences of different lengths: the keys after each do not exist yet."""
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
     found = torch.ops.surgeon.cache_leftpad(mask, torch.tensor([2, 0]), 2)
     assert found.tolist() == [1, 2]
@@ -72,7 +72,7 @@ def test_a_short_mask_is_refused() -> None:
 
 @pytest.mark.usefixtures("on_gpu")
 def test_on_a_gpu_a_bad_mask_stops_the_device() -> None:
-    """torch's own assertion for a device: on a CPU, as here, it is an error at once."""
+    """The fault is torch's own assertion for devices; on a CPU, as here, it is an error at once."""
     with pytest.raises(RuntimeError, match=r"attention_mask: expected valid keys in one run, got masked keys between"):
         cache_leftpad(["1111", "1011"], 2, 2)
     with pytest.raises(RuntimeError, match=r"attention_mask: expected the cached tokens, then the new ones"):
@@ -100,7 +100,7 @@ def test_a_mask_that_is_too_short_is_refused_before_any_device_knows() -> None:
 def test_a_patched_model_on_a_gpu_never_waits(
     compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch, static: bool
 ) -> None:
-    """Prefill and a decoding step of a padded batch, of tensors that hold nothing."""
+    """Prefill and a decoding step of a padded batch, on tensors without values."""
     monkeypatch.setattr("surgeon.runtime.transformers.compatibility._check_kernels", lambda *_: None)
     with torch.device("meta"):
         model = tiny_llama()
@@ -111,12 +111,12 @@ def test_a_patched_model_on_a_gpu_never_waits(
             model(input_ids=torch.ones(2, 8, dtype=torch.long), attention_mask=mask[:, :8], past_key_values=cache)
             out = model(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
         assert (out.logits.device.type, out.logits.shape) == ("meta", (2, 1, VOCABULARY))
-        with NoWaiting(), pytest.raises(HostWaits):  # the same mask, as a CPU checks it
+        with NoWaiting(), pytest.raises(HostWaits):  # the same mask, checked as on a CPU
             input_checks._cache_leftpad(mask, torch.zeros(2, dtype=torch.long), 9)
 
 
 def test_the_ops_are_sound() -> None:
-    """Schema, fake kernels and dynamic shapes, as torch checks them."""
+    """Torch's own checks of schema, fake kernels and dynamic shapes."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     for dtype in (torch.int64, torch.bool, torch.float32):
         arguments = (mask.to(dtype), torch.tensor([1, 1]), 2)

@@ -1,4 +1,4 @@
-"""What a patched model will not do is said in the call, never computed as something else."""
+"""Calls that a patched model cannot serve are refused, never computed as something else."""
 
 from typing import Any
 

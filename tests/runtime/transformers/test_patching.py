@@ -1,4 +1,4 @@
-"""A patched model is the model run under the topology's mask, and unpatched it is itself again."""
+"""A patched model equals the model under the topology's mask, and an unpatched one is the original again."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ TOLERANCE = 2e-5  # of fp32 logits whose largest are about 10
 def logits(
     model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, **arguments: Any
 ) -> torch.Tensor:
-    """The logits at tokens that are no padding, `[tokens, vocabulary]`."""
+    """The logits at tokens that are not padding, `[tokens, vocabulary]`."""
     found: torch.Tensor = model(ids, attention_mask=mask, **arguments).logits
     return found.flatten(0, 1) if mask is None else found[mask.bool()[:, -ids.shape[1] :]]
 
@@ -38,7 +38,7 @@ def generated(
 
 
 def reference(model: LlamaForCausalLM, name: str, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
-    """What the model patched with the named package must equal: itself, or itself under the explicit mask."""
+    """The reference for the model patched with the named package: itself, or itself under the explicit mask."""
     return masked_model(model, compiled[name].topology) if name == "sparse" else copy.deepcopy(model)
 
 
@@ -60,7 +60,7 @@ def test_logits_without_a_mask(model: LlamaForCausalLM, compiled: dict[str, Comp
 
 
 def test_sparse_is_not_dense(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    """Guards the other tests: these weights and masks make a difference that they would notice."""
+    """Guards the other tests: these weights and masks make a difference that those would notice."""
     ids, mask = padded(LENGTHS)
     dense = logits(model, ids, mask)
     patch(model, compiled["sparse"].package)
@@ -105,7 +105,7 @@ def test_generate_in_other_ways(
 
 @pytest.mark.parametrize("static", [False, True])
 def test_chunked_prefill_and_decode(model: LlamaForCausalLM, compiled: dict[str, Compiled], static: bool) -> None:
-    """Chunks of uneven lengths, the first of them nothing but padding for the shorter sequence."""
+    """Reads chunks of uneven lengths, the first of them nothing but padding for the shorter sequence."""
     ids, mask = padded((75, 20))
     expected = masked_model(model, compiled["sparse"].topology)(ids, attention_mask=mask).logits
     patch(model, compiled["sparse"].package)
@@ -190,7 +190,7 @@ def test_a_copy_of_a_patched_model(model: LlamaForCausalLM, compiled: dict[str, 
 
 
 def test_a_patched_model_keeps_its_package_loaded(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Also where another load of the same package came and went."""
+    """The package stays loaded even after another load of it came and went."""
     ids, mask = padded(LENGTHS)
     folder = compile_package(sparse_topology(beyond="dense"), tmp_path / "kernels", dtypes=("fp32",))
     expected = logits(masked_model(model, sparse_topology(beyond="dense")), ids, mask)

@@ -1,4 +1,4 @@
-"""A model that a package does not fit is refused before anything is touched."""
+"""A model that a package does not fit is refused before anything is changed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def meta(model: LlamaForCausalLM) -> None:
     [
         (sliding, "LlamaForCausalLM: expected full attention in one of the layers .*, got sliding_attention; learn"),
         (layer_types, r"layers.1.self_attn.sliding_window: expected the window of .* 'sliding_attention', got none"),
-        (softcap, "model.config.attn_logit_softcapping: expected scores that go into .* as they are, .*, got 30.0"),
+        (softcap, "model.config.attn_logit_softcapping: expected scores that enter .* unchanged, .*, got 30.0"),
         (bidirectional, "model.config: expected causal attention, got bidirectional"),
         (attentions, "model.config.output_attentions: expected False.*, got True"),
         (bidirectional_layer, r"model.layers.1.self_attn.is_causal: expected True, got False"),

@@ -1,4 +1,4 @@
-"""A tensor-parallel model runs each process's own heads, and answers what one process answers."""
+"""A tensor-parallel model runs each process's own heads, with the same results as in one process."""
 
 import dataclasses
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_gradients_of_a_part_are_those_of_the_whole(compiled: dict[str, Compiled
 
 
 def test_a_part_of_a_paged_cache(compiled: dict[str, Compiled]) -> None:
-    """The second KV head's blocks, each in a slot of its own, in falling order."""
+    """The second KV head's blocks, each in its own slot, in descending order."""
     package, (q, k, v) = compiled["sparse"].package, inputs(6, 64)
     slots = [tensor[:, 1].reshape(2 * 4, 16, 32).flip(0) for tensor in (k, v)]
     block_table = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 1, 4)
@@ -81,7 +81,7 @@ def test_parts_are_apart(compiled: dict[str, Compiled]) -> None:
 
 
 def fused_model() -> Phi3ForCausalLM:
-    """A model whose queries, keys and values come from one projection, which each process gathers."""
+    """A model whose queries, keys and values come from one projection, gathered by each process."""
     torch.manual_seed(0)
     shape = tiny_config(hidden_size=128).to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -96,7 +96,7 @@ def fused_topology() -> Topology:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, Compiled]) -> list[dict[str, Any]]:
-    """What each of two processes found; see tensor_parallel_process.py."""
+    """The results of each of two processes; see tensor_parallel_process.py."""
     folder, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("found")
     tiny_llama().save_pretrained(folder / "model")
     compile_package(compiled["sparse"].topology, folder / "package", dtypes=("fp32",))
@@ -154,9 +154,7 @@ def test_each_process_has_its_own_heads(found: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_split_is_refused(found: list[dict[str, Any]]) -> None:
     for process in found:
-        assert (
-            "divides the 1 KV heads, got 2 processes, so that a KV head is cut in two; start 1" in process["one head"]
-        )
+        assert "divides the 1 KV heads, got 2 processes, which would split a KV head; start 1" in process["one head"]
         assert "divides the 3 KV heads, got 2 processes" in process["three heads"]
         assert "start 1 or 3 processes" in process["three heads"]
         assert "model.layers.0.self_attn.k_proj: expected weights split over the processes" in process["replicated"]

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # of losses that fall by more than 1 in these steps
 
 @pytest.fixture
 def models(compiled: dict[str, Compiled]) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """The patched model and what it must equal."""
+    """The patched model and the reference that it must equal."""
     model = tiny_llama()
     masked = masked_model(model, compiled["sparse"].topology)
     patch(model, compiled["sparse"].package)
@@ -36,7 +36,7 @@ def with_lora(model: LlamaForCausalLM) -> Any:
 
 
 def batch(right: bool = False) -> dict[str, torch.Tensor]:
-    """Two sequences, padded on the left, or on the right, which is how most collators pad."""
+    """Two sequences, padded on the left, or on the right as most collators do."""
     ids, mask = padded((70, 41))
     if right:
         ids, mask = ids.flip(1), mask.flip(1)
@@ -44,7 +44,7 @@ def batch(right: bool = False) -> dict[str, torch.Tensor]:
 
 
 def losses(adapted: Any, right: bool) -> list[float]:
-    """Those of steps on one batch."""
+    """The losses of several steps on one batch."""
     adapted.train()
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=2e-2)
     found = []
@@ -70,7 +70,7 @@ def test_ten_steps_of_lora(models: tuple[LlamaForCausalLM, LlamaForCausalLM], ri
 
 
 class _Recorded(Trainer):
-    """Keeps the loss of every step in full precision, which the log rounds."""
+    """Keeps the loss of every step in full precision, since the log rounds it."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -117,6 +117,6 @@ def test_trainer(
     monkeypatch.setattr(LayerKernels, "run", counted)
     patched, masked = models
     found = trained(patched, tmp_path, checkpointing)
-    assert len(calls) == STEPS * 3 * (2 if checkpointing else 1)  # what is checkpointed is computed twice
+    assert len(calls) == STEPS * 3 * (2 if checkpointing else 1)  # checkpointed layers are computed twice
     assert found[-1] < found[0] - 1
     assert found == pytest.approx(trained(masked, tmp_path, checkpointing), abs=TOLERANCE)

@@ -1,4 +1,4 @@
-"""The CPU kernels against the fp64 oracle, over all that the contract allows."""
+"""The CPU kernels against the fp64 oracle, over everything that the contract allows."""
 
 import itertools
 import shutil
@@ -32,14 +32,14 @@ GQA = ((1, 1), (2, 1), (6, 2), (4, 1), (7, 1), (8, 1))
 
 
 class Compile:
-    """Compiles topologies, each once a run, and loads their packages."""
+    """Compiles topologies, each once per run, and loads their packages."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._packages: dict[str, Package] = {}
 
     def folder(self, topology: Topology) -> Path:
-        """Where the package of a topology stands."""
+        """The folder of a topology's package."""
         folder = self._root / topology.sha256
         return folder if folder.exists() else compile_package(topology, folder)
 
@@ -57,7 +57,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 def inputs(
     topology: Topology, batch: int, q_length: int, k_length: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random q, k, v; q is a transposed view, as Transformers hands it over."""
+    """Random q, k and v; q is a transposed view, as Transformers passes it."""
     generator = torch.Generator().manual_seed(seed)
     model = topology.model
 
@@ -125,7 +125,7 @@ def test_every_head_size_and_ratio(compiled: Compile, head_dim: int, heads: tupl
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("beyond", ["window", "dense"])
 def test_every_length(compiled: Compile, length: int, beyond: str) -> None:
-    topology = _mixed(6, 2, 64, seed=5, beyond=beyond)  # 768 tokens: the longest lengths lie beyond num_blocks
+    topology = _mixed(6, 2, 64, seed=5, beyond=beyond)  # 768 tokens: the longest lengths go beyond num_blocks
     package = compiled(topology)
     for dtype in DTYPES:
         check(topology, package, *inputs(topology, 2, length, length, dtype), layers=(0, 1))
@@ -146,7 +146,7 @@ def test_kernels_that_clang_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     needed = subprocess.run(
         ["objdump", "-p", folder / "cpu" / "attention.so"], capture_output=True, text=True, check=True
     )
-    assert "libgomp.so" in needed.stdout  # whose threads torch runs on
+    assert "libgomp.so" in needed.stdout  # its threads are torch's
     assert "libomp.so" not in needed.stdout
 
 
@@ -228,7 +228,7 @@ def test_a_cache_longer_than_what_is_filled(compiled: Compile, dtype: torch.dtyp
     package = compiled(topology)
     q, k, v = inputs(topology, 2, 40, 700, dtype)
     position = [130, 205]
-    for sequence, begin in enumerate(position):  # what lies behind the queries' own keys must never be read
+    for sequence, begin in enumerate(position):  # anything after the queries' own keys must never be read
         k[sequence, :, begin + 40 :] = torch.nan
         v[sequence, :, begin + 40 :] = torch.nan
     check(topology, package, q, k, v, position=position, cache_leftpad=[0, 8])
@@ -275,7 +275,7 @@ def test_a_few_queries(compiled: Compile, variant: str, q_length: int) -> None:
     package = load(compiled.folder(topology), strict=True, cpu_variant=variant)
     for dtype in DTYPES:
         q, k, v = inputs(topology, 4, q_length, 300, dtype)
-        # Across a block's border, all padding, padding up to the last query, and no padding at all.
+        # Padding across a block's border, nothing but padding, padding up to the last query, and no padding.
         position, cache_leftpad = [250, 30, 60, 283 - q_length], [9, 80, 59 + q_length, 0]
         check(topology, package, q, k, v, position=position, cache_leftpad=cache_leftpad, layers=(0, 1))
 
@@ -321,7 +321,7 @@ def test_padding_queries_are_zeros(compiled: Compile) -> None:
 
 @pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
 def test_errors_do_not_grow_with_the_length(compiled: Compile, variant: str) -> None:
-    # The second head keeps the layer on the kernel, which torch would take over if all of it were dense.
+    # The second head keeps the layer on the kernel; torch would take over if the whole layer were dense.
     topology = build([[{"dense": True}, head(0, 1e9)]], [{"linkage": balanced_tree(8)}], head_dim=32)
     if variant not in compiled(topology).cpu_variants:
         pytest.skip(f"this processor does not run {variant}")
@@ -338,7 +338,7 @@ def test_extreme_scores(compiled: Compile, factor: float) -> None:
     q, k, v = inputs(topology, 1, 300, 300, torch.float32)
     expected, _ = reference.attention(topology, 0, q * factor, k * factor, v)
     found = package.attention(0, q * factor, k * factor, v)
-    # Scores of thousands carry their own rounding, which softmax hands on.
+    # Scores of thousands have rounding errors of their own, which softmax passes on.
     assert reference.relative_error(found, expected) < (2e-6 if factor < 1 else 2e-4)
 
 

@@ -1,4 +1,4 @@
-"""What a library says of itself before it is called."""
+"""The checks of what a library says about itself before it is called."""
 
 import subprocess
 from pathlib import Path
@@ -9,11 +9,11 @@ from surgeon.runtime.errors import PackageError
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
-CALL_BYTES = 11 * 8 + 16 * 8 + 6 * 4  # addresses, strides and lengths, the scale and five numbers of 32 bits
+CALL_BYTES = 11 * 8 + 16 * 8 + 6 * 4  # addresses, strides and lengths, the scale and five 32-bit numbers
 
 
 def library(folder: Path, **answers: int) -> bytes:
-    """A library whose entry points `surgeon_<name>` give these numbers."""
+    """A library whose entry points `surgeon_<name>` return these numbers."""
     source, made = folder / "library.c", folder / "library.so"
     source.write_text("\n".join(f"int surgeon_{name}() {{ return {answer}; }}" for name, answer in answers.items()))
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", made], check=True)

@@ -1,4 +1,4 @@
-"""Paged attention: the same bits as over whole keys and values, as long as every block that is read is there."""
+"""Paged attention: bit for bit the result over whole keys and values, as long as every block that is read is held."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def live_blocks(made: Topology, layer: int, first_row: int, num_blocks: int) -> np.ndarray:
-    """Which blocks of each KV head a row from `first_row` on reads, by the definition."""
+    """The blocks of each KV head that some row from `first_row` on reads, by the definition."""
     mask = made.block_mask(layer, num_blocks)
     rows = mask[:, first_row:].reshape(made.model.num_key_value_heads, -1, num_blocks)
     return np.asarray(rows.any(axis=1))
@@ -43,7 +43,10 @@ def live_blocks(made: Topology, layer: int, first_row: int, num_blocks: int) -> 
 def paged(
     made: Topology, layer: int, k: torch.Tensor, v: torch.Tensor, position: list[int], cache_leftpad: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Blocks in random order, NaN where nothing is held, and their table, -1 where no query after `position` reads."""
+    """Pools of blocks in random order, NaN where nothing is held, and a block table.
+
+    The table has -1 for blocks that no query from `position` on reads.
+    """
     size, (batch, kv_heads, length, head_dim) = made.block_size, k.shape
     generator = torch.Generator().manual_seed(3)
     max_blocks = -(-length // size)

@@ -1,4 +1,4 @@
-"""Positions that no cache has, and other numbers of a call: each is refused before a kernel can read by it."""
+"""Impossible positions and other numbers of a call: each is refused before a kernel can read by it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where torch's dense attention takes a kernel's place: only where it computes the same, and says so when asked."""
+"""Torch's dense attention in place of a kernel: only where it computes the same, and `explain` says so."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ TOPOLOGY = build(
     block_size=16,
 )
 CALLS = [(1, 40, None), (40, 40, None), (7, 40, None), (9, 60, 20), (1, 60, 30), (1, 1, None)]
-"""Queries, keys and position."""
+"""The queries, keys and position of calls."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dense_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Queries and keys of the calls that went to torch."""
+    """The numbers of queries and keys of the calls that went to torch."""
     calls: list[tuple[int, int]] = []
     attend = sdpa.attend
 

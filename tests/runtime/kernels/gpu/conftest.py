@@ -1,4 +1,4 @@
-"""A package for both vendors, and stand-ins of their drivers that write down what they are asked to do."""
+"""A package for both vendors, and stand-ins for their drivers that record their calls."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def standin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["cuda.core", "cuda", "hip"])
 def way(request: pytest.FixtureRequest) -> str:
-    """The way to a driver: cuda.core, or a vendor's library by ctypes."""
+    """The interface to a driver: cuda.core, or a vendor's library through ctypes."""
     return str(request.param)
 
 

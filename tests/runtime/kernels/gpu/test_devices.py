@@ -1,4 +1,4 @@
-"""From the package's side: which device a call runs on, and with which code."""
+"""Devices seen from the package: the device that a call runs on, and its code."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""The ways to a driver: what is loaded where, what a driver refuses, and a process like a serving machine's."""
+"""The interfaces to a driver: loading into devices, refusals, and a process like one on a serving machine."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The launch contract: what the launcher hands to a kernel, which kernels it launches, what the kernels rely on."""
+"""The launch contract: the kernels that the launcher launches, their arguments and their preconditions."""
 
 import ctypes
 from pathlib import Path
@@ -165,13 +165,13 @@ def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
 
     gpu.attend(1, Operands(*second_kv_head(q_length=1), None, None, 1.0), first_kv_head=1)
     decode, combine = launches(standin)
-    splits = 2 * PROCESSORS // 2  # fewer heads leave each more of the device
+    splits = 2 * PROCESSORS // 2  # with fewer heads, each has more of the device
     assert decode["grid"] == [1, 2, splits]
     assert combine["grid"] == [HEADS // KV_HEADS, 2, 1]
     found = arguments(entry_of(files, backend, "decode"), decode)
     table = decode_table(schedule_layers(topology())[1])
     rows = (ctypes.c_int32 * table.rows.size).from_address(int(found["table_rows"]))
-    assert list(rows) == table.rows.flatten().tolist()  # the whole's, of which the kernel takes its own
+    assert list(rows) == table.rows.flatten().tolist()  # all heads' rows, of which the kernel takes its own
     assert found["first_kv_head"] == 1
     assert arguments(entry_of(files, backend, "combine"), combine)["num_splits"] == splits
 
@@ -192,7 +192,7 @@ def test_a_prefill_by_table_gets_the_table_of_its_layer(
 
 
 def assert_table(found: dict[str, int | float], table: SegmentTable) -> None:
-    """Holds the memory that a launch points to against a table."""
+    """Compares the memory that a launch points to with a table."""
     for name, expected in (("rows", table.rows), ("plans", table.plans), ("segments", table.segments)):
         there = (ctypes.c_int32 * expected.size).from_address(int(found[f"table_{name}"]))
         assert list(there) == expected.flatten().tolist()
@@ -246,7 +246,7 @@ def test_a_launch_never_waits_for_the_device(
     assert launches(standin)
 
 
-# What the kernels rely on
+# Preconditions of the kernels
 
 
 def misaligned(shape: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -255,7 +255,7 @@ def misaligned(shape: tuple[int, ...], offset: int) -> torch.Tensor:
 
 
 def unfit() -> dict[str, torch.Tensor]:
-    """Keys that break one precondition each."""
+    """Keys that each break one precondition."""
     shape = (2, KV_HEADS, 300, HEAD_DIM)
     return {
         "address": misaligned(shape, offset=1),
@@ -336,4 +336,4 @@ def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: S
     with pytest.raises(TopologyError, match=rf"expected at most {limit} tokens.*got {limit + 1}"):
         gpu.attend(0, Operands(*tensors(4, limit + 1), None, None, 1.0))
     left = gpu.attend(0, Operands(*tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0))
-    assert left.isnan().all()  # the kernel, which does not run here, fills in what the topology covers
+    assert left.isnan().all()  # the kernel, which does not run here, fills in covered queries

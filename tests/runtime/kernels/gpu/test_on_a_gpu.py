@@ -1,6 +1,6 @@
-"""Compiled GPU kernels on a GPU: run with -m gpu on a machine that has one and Triton.
+"""Compiled GPU kernels on a GPU; run these with -m gpu on a machine that has one, and Triton.
 
-In a source tree without an installation: benchmarks/from_source python -m pytest -m gpu.
+In a source tree that is not installed: benchmarks/from_source python -m pytest -m gpu.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def compiled(topology: Topology, folder: Path) -> Package:
 def tensors(
     topology: Topology, q_length: int, k_length: int, dtype: torch.dtype, batch: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q as projections leave it; k and v as a cache has them."""
+    """q laid out as projections leave it; k and v in the layout of a cache."""
     model = topology.model
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(batch, q_length, model.num_attention_heads, model.head_dim, generator=generator)
@@ -115,7 +115,7 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(package: Package, topology
     cache_leftpad = torch.tensor([0, 77], device="cuda")
     whole = package.attention(1, q, k, v, cache_leftpad=cache_leftpad)
     part = package.part(range(1, 2)).attention(1, q[:, 4:], k[:, 1:], v[:, 1:], cache_leftpad=cache_leftpad)
-    torch.testing.assert_close(part, whole[:, :, 4:], rtol=2e-2, atol=2e-2)  # a part has more splits of its keys
+    torch.testing.assert_close(part, whole[:, :, 4:], rtol=2e-2, atol=2e-2)  # a part splits its keys more often
 
 
 @pytest.mark.parametrize("q_length", [1, 200])

@@ -1,4 +1,4 @@
-"""What the launcher refuses to load: interfaces that it does not know, tables that point elsewhere."""
+"""Kernels that the launcher refuses to load: with unknown interfaces, or tables that point outside themselves."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,8 +38,8 @@ REFUSED = {
         r"preconditions\[0\]: expected",
     ),
     "no launch": (lambda entry: dataclasses.replace(entry, launch=None), r"launch\.grid\[0\]: expected .*, got none"),
-    "no rows": (with_launch(tile_rows=0), r"launch: expected threads, rows and bytes that can be"),
-    "too many threads": (with_launch(threads=2048), r"launch: expected threads, rows and bytes that can be"),
+    "no rows": (with_launch(tile_rows=0), r"launch: expected numbers of threads, rows and bytes in range"),
+    "too many threads": (with_launch(threads=2048), r"launch: expected numbers of threads, rows and bytes in range"),
     "a phase": (
         lambda entry: dataclasses.replace(entry, phase="sample"),
         r"phase: expected one of prefill, decode, combine, got 'sample'",

@@ -17,7 +17,7 @@ Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The formula of Transformers, spelled as there."""
+    """The formula of Transformers, written as there."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos.unsqueeze(1)) + (turned * sin.unsqueeze(1))
@@ -33,7 +33,7 @@ def tensors(length: int, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(batch, length, 4, HEAD_DIM, generator=generator).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, batch, length, 2, HEAD_DIM, generator=generator).to(dtype).transpose(2, 3)
-    # Two halves that differ, which Llama's do not, so that a mix-up shows.
+    # The two halves differ, unlike Llama's, so that a mix-up shows.
     cos, sin = torch.randn(2, batch, length, HEAD_DIM, generator=generator).to(dtype)
     return q, k, v, cos, sin
 
@@ -47,7 +47,7 @@ def test_the_op_is_the_formula_and_the_attention(every_dtype: Compiled, length: 
     found = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, torch.tensor(cache_leftpad), 0.2, package.id, 1)
     rotated = (rotate(x.double(), cos.double(), sin.double()) for x in (q, k))
     expected, _ = reference.attention(topology, 1, *rotated, v, cache_leftpad=cache_leftpad, scale=0.2)
-    assert reference.relative_error(found, expected) < 2 * reference.TOLERANCE[dtype]  # keys are rounded once more
+    assert reference.relative_error(found, expected) < 2 * reference.TOLERANCE[dtype]  # keys are rounded one more time
     one = torch.ops.surgeon.attention_rotary(q[:1], k[:1], v[:1], cos[:1], sin[:1], None, 0.2, package.id, 1)
     shared = torch.ops.surgeon.attention_rotary(q, k, v, cos[:1], sin[:1], None, 0.2, package.id, 1)
     assert torch.equal(one, shared[:1])
@@ -83,7 +83,7 @@ def test_every_site_of_a_traced_llama_rotates_in_the_kernel(compiled: dict[str, 
 
 
 def fused(q_rotate: Rotate, k_rotate: Rotate) -> int:
-    """How many sites the matcher takes in a graph with one attention, rotated by these functions."""
+    """The number of sites that match in a graph with one attention, rotated by these functions."""
 
     class Site(torch.nn.Module):
         def forward(

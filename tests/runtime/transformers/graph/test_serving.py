@@ -17,7 +17,7 @@ from surgeon.runtime.errors import PackageError, PatchError
 from surgeon.runtime.transformers.graph.serving import ServingStep
 
 TOLERANCE = 2e-5  # of fp32 logits whose largest are about 10
-LENGTHS = [(50, 33), (16,), (90, 1, 40)]  # also one sequence, one token, sequences that end before the others
+LENGTHS = [(50, 33), (16,), (90, 1, 40)]  # includes one sequence, one token, sequences that end early
 STEPS = 3
 
 
@@ -29,12 +29,12 @@ def model(compiled: dict[str, Compiled], one_thread: None) -> LlamaForCausalLM:
 
 
 def cache(batch: int, capacity: int) -> list[torch.Tensor]:
-    # What nobody wrote is never read.
+    # Slots that were never written are never read.
     return [torch.full((batch, 2, capacity, 32), torch.nan) for _ in range(3)]
 
 
 def served(step: Any, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """The logits of sequences whose first `lengths` tokens are one prompt and whose last come one by one."""
+    """The logits of sequences whose first `lengths` tokens are the prompt and whose others come one by one."""
     batch, longest = len(lengths), max(lengths)
     ids = tokens(batch, longest + STEPS)
     keys, values = cache(batch, longest + STEPS), cache(batch, longest + STEPS)
@@ -69,7 +69,7 @@ def kernels(tmp_path: Path) -> Path:
 
 
 def elsewhere(kind: str, kernels: Path, program: Path, calls: Sequence[Any]) -> list[torch.Tensor]:
-    """What each call comes to in a process that has only the package and the program."""
+    """The result of each call in a process that has only the package and the program."""
     given, results = program.with_suffix(".calls"), program.with_suffix(".results")
     torch.save(calls, given)
     script = Path(__file__).with_name("serving_process.py")
@@ -80,7 +80,7 @@ def elsewhere(kind: str, kernels: Path, program: Path, calls: Sequence[Any]) -> 
 
 @torch.no_grad()
 def check_elsewhere(kind: str, kernels: Path, program: Path, model: LlamaForCausalLM) -> None:
-    """Prompts of two lengths, then a token each."""
+    """Calls with prompts of two lengths, then with a token each."""
     lengths = torch.tensor([20, 33])
     ids = tokens(2, 34)
     caches = cache(2, 40), cache(2, 40)
@@ -118,7 +118,7 @@ def test_compiled_ahead_of_time(model: LlamaForCausalLM, kernels: Path, tmp_path
     torch._inductor.aoti_compile_and_package(
         serving_program(model),
         package_path=str(path),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # half the time
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # takes half the time
     )
     check_elsewhere("aoti", kernels, path, model)
 

@@ -1,4 +1,4 @@
-"""A traced model is one graph with one kernel an attention site, and the model is left alone."""
+"""A traced model is one graph with one kernel per attention site, and the model is left unchanged."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10; two orders of sum
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """One for all tests: tracing leaves it as it is, which is tested."""
+    """One model for all tests, since tracing leaves it unchanged, which is tested."""
     return tiny_llama()
 
 
@@ -121,7 +121,7 @@ def test_the_model_is_left_alone(compiled: dict[str, Compiled], way: str) -> Non
 
 
 class OtherAttention(LlamaAttention):
-    """Goes around the attention interface."""
+    """An attention module that bypasses the attention interface."""
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states), None
@@ -133,7 +133,7 @@ class NoAttention(LlamaAttention):
 
 
 class Untraceable(LlamaAttention):
-    """Asks for values in Python."""
+    """An attention module that reads tensor values in Python."""
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
         return hidden_states * 2 if hidden_states.sum() > 0 else hidden_states, None
