@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo learn-demo pilot test bench format clean
+.PHONY: help demo learn-demo pilot test bench rates format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
@@ -12,6 +12,7 @@ help:
 	@echo "make pilot   pilot SmolLM2-135M's topologies on text held out, and report on them in build/pilot.html"
 	@echo "make test    formatting, linting, types and tests"
 	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
+	@echo "make rates   measure anew what decides between kernels and torch's dense attention on processors like this one"
 	@echo "make format  rewrite the sources as the formatter wants them"
 	@echo "make clean   remove .venv and what tools leave in the repository"
 	@echo "PYTHON=...   the interpreter to use, 3.11 or newer (now: $(PYTHON))"
@@ -28,6 +29,9 @@ pilot: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py
 	$(VENV)/bin/python benchmarks/bench.py --isa avx2 prefill-gemm prefill-dtypes prefill-peers decode
+
+rates: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/rates.py
 
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -52,6 +52,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "prefill-gemm": prefill.against_gemm,
         "prefill-dtypes": prefill.against_dtypes,
         "prefill-peers": prefill.against_peers,
+        "prefill-bf16": prefill.against_sdpa_in_bf16,
         "decode": decode.against_sdpa,
         "overhead": decode.overhead,
         "growth-length": growth.with_length,

@@ -62,7 +62,7 @@ def first_figures() -> str:
 
 
 def choices() -> str:
-    """What each density, block and length gives, for those who choose."""
+    """The figures of each density, block and length, to choose by."""
     pilots = {file.stem.removeprefix("pilot-"): read_pilot(file) for file in RESULTS.glob("pilot-*.json")}
     speeds = {row["topology"]: row["times"] for row in _suite("model-first-token")["rows"]}
     caches = {row["topology"]: row["kept_cache_mb"] / row["full_cache_mb"] for row in _suite("model-cache")["rows"]}
@@ -87,7 +87,7 @@ def choices() -> str:
 
 
 def far_back() -> str:
-    """What a fixed pattern forgets, as a sentence."""
+    """The loss of a fixed pattern, as a sentence."""
     pilots = _pilots()
     dense = pilots[0].columns[0]
     tried = sum(cell.tried for cell in _far(dense))
@@ -99,7 +99,7 @@ def far_back() -> str:
 
 
 def learning_cost() -> str:
-    """What learning took, for each model that was measured, and for each way of learning."""
+    """The cost of learning, for each model that was measured and each way of learning."""
     costs, ways = _read("learning-cost")["rows"], _read("learn")["rows"]
     models = [
         (

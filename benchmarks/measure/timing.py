@@ -60,13 +60,15 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def gemm_flops() -> Callable[[], object]:
-    """The ceiling for arithmetic: torch's fp32 product of two 1024 x 1024 matrices, 2 * 1024^3 operations per call."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def gemm_flops(size: int = 1024, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """The ceiling for arithmetic: torch's product of two square matrices, `gemm_operations(size)` per call."""
+    a, b = torch.randn(2, size, size).to(dtype)
     return lambda: a @ b
 
 
-GEMM_OPERATIONS = 2 * 1024**3
+def gemm_operations(size: int = 1024) -> float:
+    """Multiplications and additions of such a product."""
+    return 2.0 * size**3
 
 
 def machine() -> dict[str, object]:

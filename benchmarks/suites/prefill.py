@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inputs import topologies as patterns
 from inputs.topologies import Shape
-from measure.timing import GEMM_OPERATIONS, gemm_flops, interleaved, repeats_for, seconds_of
+from measure.timing import gemm_flops, gemm_operations, interleaved, repeats_for, seconds_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
@@ -58,6 +58,21 @@ def against_peers(variant: str | None) -> Iterator[dict[str, object]]:
         yield _row(shape, topology, variant, length, torch.float32, peers, tensors)
 
 
+def against_sdpa_in_bf16(variant: str | None) -> Iterator[dict[str, object]]:
+    """bf16 beside SDPA (dense, causal) and torch's bf16 product, which have a matrix unit where the processor does."""
+    for heads, head_dim, block, length in itertools.product(
+        ((4, 4), (9, 3), (8, 2)), (64, 128), (64, 128), (2048, 4096, 8192)
+    ):
+        shape = Shape(*heads, head_dim, block)
+        for density in (0.25, 1.0) if length == 4096 else (0.25,):
+            q, k, v = tensors = patterns.inputs(shape, length, length, torch.bfloat16)
+            sdpa = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+            topology = patterns.windows(shape, length, density)
+            yield _row(
+                shape, topology, variant, length, torch.bfloat16, {"sdpa": sdpa}, tensors, (2048, torch.bfloat16)
+            )
+
+
 def _row(
     shape: Shape,
     topology: Any,
@@ -66,7 +81,9 @@ def _row(
     dtype: torch.dtype,
     peers: dict[str, Callable[[], object]],
     tensors: tuple[torch.Tensor, ...] | None = None,
+    gemm: tuple[int, torch.dtype] = (1024, torch.float32),
 ) -> dict[str, object]:
+    operations = gemm_operations(gemm[0])
     package = patterns.compiled(topology, variant)
     mask = topology.block_mask(0, length // shape.block_size)
     q, k, v = tensors = tensors or patterns.inputs(shape, length, length, dtype)
@@ -74,8 +91,8 @@ def _row(
     def ours() -> torch.Tensor:
         return package.attention(0, q, k, v)
 
-    _check("ours", topology, mask, tensors, ours())
-    calls = {"ours": ours, "gemm": gemm_flops(), **peers}
+    error = _check("ours", topology, mask, tensors, ours())
+    calls = {"ours": ours, "gemm": gemm_flops(*gemm), **peers}
     times = interleaved(calls, repeats_for(sum(seconds_of(call) for call in calls.values()), budget=4.0))
     density = float(mask.sum() / (len(mask) * mask.shape[1] * (mask.shape[1] + 1) / 2))
     work = patterns.operations(topology, mask)
@@ -89,22 +106,25 @@ def _row(
         "ours_ms": times["ours"].median * 1e3,
         "ours_min_ms": times["ours"].minimum * 1e3,
         "ours_cpu_ms": times["ours"].cpu * 1e3,
-        "of_gemm": work / times["ours"].median / (GEMM_OPERATIONS / times["gemm"].median),
-        "of_gemm_cpu": work / times["ours"].cpu / (GEMM_OPERATIONS / times["gemm"].cpu),
-        "gemm_gflops": GEMM_OPERATIONS / times["gemm"].median / 1e9,
+        "of_gemm": work / times["ours"].median / (operations / times["gemm"].median),
+        "of_gemm_cpu": work / times["ours"].cpu / (operations / times["gemm"].cpu),
+        "gemm_gflops": operations / times["gemm"].median / 1e9,
     }
     for name in peers:
         row[f"{name}_ms"] = times[name].median * 1e3
         row[f"times_{name}"] = times[name].median / times["ours"].median
     if "sdpa" in peers:
         row["times_sdpa_x_density"] = times["sdpa"].median / times["ours"].median * density
+        row["times_sdpa_x_density_cpu"] = times["sdpa"].cpu / times["ours"].cpu * density
+    row["error"] = error
     return row
 
 
-def _check(name: str, topology: Any, mask: np.ndarray, tensors: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+def _check(name: str, topology: Any, mask: np.ndarray, tensors: tuple[torch.Tensor, ...], out: torch.Tensor) -> float:
     error = patterns.error(topology, mask, tensors, out)
     if not error < TOLERANCE[tensors[0].dtype]:
         raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
+    return error
 
 
 def _flex(mask: np.ndarray, block: int, tensors: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:

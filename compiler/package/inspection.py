@@ -5,13 +5,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from surgeon.compiler.package.contents import packaged_layers, packaged_topology
 from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime.kernels.cpu.dense_rows import RATES, DenseRows, dense_tokens
+from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
+from surgeon.runtime.kernels.cpu.rates import VARIANTS, processor_features, processor_level
 from surgeon.runtime.package.manifest import Manifest, ModelShape
 from surgeon.runtime.package.reader import read_package
 
@@ -188,6 +189,10 @@ def _inspect_package(folder: Path) -> PackageReport:
     # The schedules that its kernels were made from: making them again would take most of the time.
     summary = summary_of(topology, packaged_layers(package))
     size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
-    tokens = dense_tokens(package.manifest, package.schedules)
-    on_cpu = tuple(DenseRows(tokens, variant) for variant in RATES if f"cpu/{variant}.cpp" in package.files)
+    schedules = {layer: schedule.heads for layer, schedule in package.schedules.items()}
+    level = processor_level(processor_features())
+    variants = {PurePosixPath(name).stem for name in package.files if name.startswith("cpu/") and name.endswith(".cpp")}
+    on_cpu = tuple(
+        DenseRows.of(package.manifest, schedules, variant, level) for variant in VARIANTS if variant in variants
+    )
     return PackageReport(str(folder), package.id, size, summary, package.manifest, on_cpu)

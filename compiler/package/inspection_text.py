@@ -81,8 +81,16 @@ def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
             cells += [_seen_whole(rows, index) for rows in package.on_cpu[:1]]
         yield "  ".join(cells)
     for rows in package.on_cpu if package is not None else ():
-        runs = "sdpa for a call that sees every block, else kernels" if rows.torch_is_faster else "kernels"
-        yield f"on cpu     {rows.variant}: {runs}; {rows.reason}"
+        yield f"on cpu     {rows.variant}: {_runs(rows)}; {rows.reason(_topology_length(rows))}"
+
+
+def _runs(rows: DenseRows) -> str:
+    runs = rows.runs(_topology_length(rows))
+    return runs if runs == "kernel" else f"{runs} for a prefill that sees every block, else kernel"
+
+
+def _topology_length(rows: DenseRows) -> int:
+    return rows.manifest.num_blocks * rows.manifest.block_size
 
 
 def _on_gpu(run: LayerRun) -> str:

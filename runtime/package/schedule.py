@@ -56,6 +56,19 @@ class HeadSchedule:
         last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
         return (*self.runs[piece.first_run : piece.end_run], last)
 
+    def visible_blocks(self, num_rows: int) -> int:
+        """The number of blocks that the first `num_rows` rows read together."""
+        blocks = 0
+        for piece in self.pieces:
+            end = min(piece.end_row, num_rows)
+            if piece.first_row >= end:
+                break
+            runs = self.runs[piece.first_run : piece.end_run]
+            blocks += (sum(run.end - run.begin for run in runs) + 1 - piece.last_begin) * (end - piece.first_row)
+            if not piece.follows_row:  # the last run also grows with its row: add first_row + … + (end − 1)
+                blocks += (piece.first_row + end - 1) * (end - piece.first_row) // 2
+        return blocks
+
     @property
     def dense_rows(self) -> int:
         """The number of rows, from row 0 on, that read every block up to their own."""

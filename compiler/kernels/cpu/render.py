@@ -1,6 +1,6 @@
 """Renders kernel specifications as the C++ of one CPU library: kernels per instruction set, driver, schedule."""
 
-from surgeon.compiler.kernels.cpu.variants import Variant
+from surgeon.compiler.kernels.cpu.variants import TileVariant, Variant
 from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.system.jinja import render_template
@@ -10,6 +10,8 @@ from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))
 _CHUNK = 128  # keys
+_TILE_STEP = 64  # keys: with a panel's q and outputs, what the L1 cache holds
+_TILE_CHUNK = 512  # keys
 _DECODE_CHUNK_ELEMENTS = 4096  # keys, and as many values: fits the L1 cache as floats
 _SPLIT_KEYS = 256
 _SPLITS_PER_THREAD = 4
@@ -18,7 +20,7 @@ _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 
 
-def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant, ...]) -> CpuSource:
+def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant, ...]) -> CpuSource:
     """Renders the C++ sources of one library that holds the kernels of all specifications."""
     dtypes = {dtype: _TYPES[dtype] for dtype in specs[0].dtypes}
     files = {
@@ -46,13 +48,25 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant, ...]) -> Cpu
         "schedule.cpp": _render_schedule(specs),
     }
     for variant in variants:
-        files[f"{variant.name}.cpp"] = render_template("cpu/variant.cpp.jinja", variant=variant, dtypes=dtypes)
+        if isinstance(variant, TileVariant):
+            files |= _render_tiles(variant)
+        else:
+            files[f"{variant.name}.cpp"] = render_template("cpu/variant.cpp.jinja", variant=variant, dtypes=dtypes)
     return CpuSource(
         target=specs[0].target,
         specs=specs,
         files=tuple(SourceFile(f"cpu/{name}", text) for name, text in files.items()),
         flags={f"cpu/{variant.name}.cpp": variant.flags for variant in variants},
     )
+
+
+def _render_tiles(variant: TileVariant) -> dict[str, str]:
+    return {
+        "tiles.h": render_template(f"cpu/tiles/{variant.unit}.h.jinja"),
+        "pack_tiles.h": render_template("cpu/tiles/pack.h.jinja"),
+        "prefill_tiles.h": render_template("cpu/tiles/prefill.h.jinja", step=_TILE_STEP, chunk=_TILE_CHUNK),
+        f"{variant.name}.cpp": render_template("cpu/tiles/variant.cpp.jinja", variant=variant),
+    }
 
 
 def _render_schedule(specs: tuple[CpuSpec, ...]) -> str:

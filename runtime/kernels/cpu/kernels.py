@@ -1,15 +1,20 @@
 """A package's kernels on the CPU, by layer and dtype."""
 
+import logging
+
 import torch
 
 from surgeon.runtime.errors import PackageError, TargetError, short_repr
 from surgeon.runtime.kernels.cpu import sdpa
-from surgeon.runtime.kernels.cpu.dense_rows import DenseRows, dense_tokens
+from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
+from surgeon.runtime.kernels.cpu.rates import processor_features, processor_level
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.reader import PackageFiles
 
+_LOG = logging.getLogger("surgeon")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CpuKernels:
@@ -45,11 +50,15 @@ class CpuKernels:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
-        self.dense_rows = DenseRows(dense_tokens(manifest, files.schedules), first.variant)
         self.variants: tuple[str, ...] = first.variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(
             dtype for dtype in _DTYPES.values() if (manifest.layers[0], dtype) in self._kernels
         )
+        # A matrix unit that this process may not use is not torch's either.
+        level = processor_level(processor_features(), {"amx"} if "x86_64_amx" in first.refused else ())
+        schedules = {layer: schedule.heads for layer, schedule in files.schedules.items()}
+        self.dense_rows = DenseRows.of(manifest, schedules, first.variant, level)
+        self._torch_dtypes = frozenset(_DTYPES[dtype] for dtype in self.dense_rows.torch_dtypes)
 
     def attend(
         self,
@@ -60,11 +69,17 @@ class CpuKernels:
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel, or dense attention where it is equivalent and faster; see `CpuLibrary.attend`."""
-        if self.dense_rows.torch_is_faster and lse is None and rotary is None:
+        queries, keys = operands.q.shape[2], operands.k.shape[2]
+        if operands.q.dtype in self._torch_dtypes and lse is None:
             end = sdpa.visible_end(operands)
-            most = min(self.dense_rows.tokens[layer], operands.k.shape[2])
-            if end is not None and operands.q.shape[2] <= end <= most:
-                return sdpa.attend(operands, end)
+            if end is not None and queries <= end <= min(self.dense_rows.tokens[layer], keys):
+                dtype = _NAMES[operands.q.dtype]
+                if self.dense_rows.torch_is_faster(dtype, queries, end):
+                    time = 1 / self.dense_rows.rate(dtype, queries, end)
+                    _LOG.debug(
+                        "layer %d: %s would take %.2g of dense attention's time in %s", layer, self.variant, time, dtype
+                    )
+                    return sdpa.attend(sdpa.rotated(operands, *rotary) if rotary else operands, end)
         library, kernel = self._kernels[layer, operands.q.dtype]
         return library.attend(kernel, operands, lse, first_kv_head, rotary)
 

@@ -3,6 +3,7 @@
 import array
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import struct
@@ -15,6 +16,7 @@ from surgeon.runtime.errors import PackageError, PatchError, TargetError, Topolo
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
+_LOG = logging.getLogger("surgeon")
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
@@ -68,6 +70,8 @@ class CpuLibrary:
         self._where = where
         self.variant = names[chosen[0]]
         self.variants = tuple(names[index] for index in usable)
+        self.refused = tuple(name for index, name in enumerate(names) if index not in usable)
+        _LOG.debug("%s: runs on %s; here do not run: %s", where, self.variant, ", ".join(self.refused) or "none")
 
     def kernel(self, symbol: str) -> "ctypes._NamedFuncPointer":
         """The function behind a symbol of the manifest.

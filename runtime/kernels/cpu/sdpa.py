@@ -31,3 +31,14 @@ def attend(operands: Operands, end: int) -> torch.Tensor:
     k, v, causal = k[:, :, :end], v[:, :, :end], queries == end
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
+
+
+def rotated(operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> Operands:
+    """The operands with q and k rotated as a kernel does it; cos and sin are `[B, length, D]`."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return operands._replace(q=rotate(operands.q), k=rotate(operands.k))

@@ -19,6 +19,7 @@ from surgeon.compiler.package.inspection import PackageReport, inspect, report_j
 from surgeon.compiler.package.inspection_text import report_lines
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.runtime.errors import PackageError
+from surgeon.runtime.kernels.cpu import rates
 from surgeon.runtime.package.manifest import FileEntry, Manifest
 
 PATTERN_KEYS = [
@@ -243,24 +244,30 @@ def test_layers_with_one_schedule_have_one_kernel(tmp_path: Path) -> None:
     assert [layer.pieces for layer in found] == [sum(pieces.values())] * 3 + [max(pieces.values())]
 
 
-def test_how_each_layer_runs(tmp_path: Path) -> None:
+def test_how_each_layer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {variant: {"fp32": {"64": 1.25}} for variant in rates.VARIANTS}
+    measured["portable"] = {"fp32": {"64": 0.5}, "bf16": {"64": 0.25}}
+    monkeypatch.setattr(rates, "_measured", lambda: {"avx2": measured})
     layers = [[topologies.DENSE, topologies.DENSE], [topologies.DENSE, topologies.head(window=3)]]
     topology = topologies.build(layers, [{"linkage": topologies.balanced_tree(8)}])
     report = inspect(packages.write(tmp_path / "kernels", topology, ["cpu", "cuda:90", "hip:gfx942"]))
     dense, sparse = json.loads(report_json(report))["runs"]
     on_gpu = [{"target": target, "kernels": 1, "by_table": False} for target in ("cuda:90", "hip:gfx942")]
     assert dense["on_gpu"] == sparse["on_gpu"] == on_gpu
-    assert list(dense["on_cpu"]) == ["x86_64_v4", "x86_64_v3", "portable"]
-    slow, fast = "portable takes 2.0 of torch's time", "x86_64_v3 takes 0.8 of torch's time"
-    assert dense["on_cpu"]["portable"] == f"sdpa: layer 0 sees every block; {slow} a dense block"
-    assert sparse["on_cpu"]["portable"] == f"sdpa: layer 1 sees every block; {slow} a dense block"
-    assert dense["on_cpu"]["x86_64_v3"] == f"kernel: layer 0 sees every block; {fast} a dense block"
+    assert list(dense["on_cpu"]) == ["x86_64_amx", "x86_64_v4", "x86_64_v3", "portable"]
+    time = f"of dense attention's time, {report.on_cpu[0].level}"
+    slow = f"portable takes 2 (fp32), 4 (bf16), 1 (fp16) {time}"
+    fast = f"x86_64_v3 takes 0.8 (fp32), 1 (bf16, fp16) {time}"
+    mixed = "sdpa (fp32, bf16), kernel (fp16)"
+    assert dense["on_cpu"]["portable"] == f"{mixed}: layer 0 sees every block; {slow}"
+    assert sparse["on_cpu"]["portable"] == f"{mixed}: layer 1 sees every block; {slow}"
+    assert dense["on_cpu"]["x86_64_v3"] == f"kernel: layer 0 sees every block; {fast}"
     lines = report_lines(report, 80, "utf-8")
     gpus = "cuda:90: 1 kernel  hip:gfx942: 1 kernel"
     assert f"        0  attention_000    1 head      1 piece  {gpus}  cpu: every block seen" in lines
     assert f"        1  attention_001    2 heads      3 pieces  {gpus}  cpu: every block seen up to token 192" in lines
-    assert f"on cpu     x86_64_v3: kernels; {fast} a dense block" in lines
-    assert f"on cpu     portable: sdpa for a call that sees every block, else kernels; {slow} a dense block" in lines
+    assert f"on cpu     x86_64_v3: kernel; {fast}" in lines
+    assert f"on cpu     portable: {mixed} for a prefill that sees every block, else kernel; {slow}" in lines
 
 
 def test_a_layer_whose_schedule_is_a_table(tmp_path: Path) -> None:

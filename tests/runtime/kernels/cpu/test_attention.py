@@ -197,7 +197,7 @@ SHAPES: dict[str, Callable[[], Topology]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+@pytest.mark.parametrize("variant", ["x86_64_amx", "x86_64_v4", "x86_64_v3", "portable"])
 def test_every_shape_of_tree_in_every_variant(compiled: Compile, shape: str, variant: str) -> None:
     topology = SHAPES[shape]()
     fastest = compiled(topology)
@@ -266,7 +266,7 @@ def test_decoding_step_by_step_equals_prefill(compiled: Compile) -> None:
         torch.testing.assert_close(one, whole[:, step : step + 1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+@pytest.mark.parametrize("variant", ["x86_64_amx", "x86_64_v4", "x86_64_v3", "portable"])
 @pytest.mark.parametrize("q_length", [2, 3, 6, 7, 16, 17])
 def test_a_few_queries(compiled: Compile, variant: str, q_length: int) -> None:
     topology = _mixed(6, 2, 64, seed=11, block_size=16)
@@ -319,7 +319,7 @@ def test_padding_queries_are_zeros(compiled: Compile) -> None:
     check(topology, package, q, k, v, cache_leftpad=[30, 100])
 
 
-@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+@pytest.mark.parametrize("variant", ["x86_64_amx", "x86_64_v4", "x86_64_v3", "portable"])
 def test_errors_do_not_grow_with_the_length(compiled: Compile, variant: str) -> None:
     # The second head keeps the layer on the kernel; torch would take over if the whole layer were dense.
     topology = build([[{"dense": True}, head(0, 1e9)]], [{"linkage": balanced_tree(8)}], head_dim=32)

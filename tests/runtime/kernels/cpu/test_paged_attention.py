@@ -71,7 +71,7 @@ def inputs(q_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
     return q, k, v
 
 
-@pytest.mark.parametrize("variant", ["x86_64_v4", "x86_64_v3", "portable"])
+@pytest.mark.parametrize("variant", ["x86_64_amx", "x86_64_v4", "x86_64_v3", "portable"])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_pages_change_no_bit(folders: dict[int, Path], block_size: int, variant: str) -> None:
     if variant not in load(folders[block_size]).cpu_variants:

@@ -10,7 +10,7 @@ from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.package.inspection import PackageReport, inspect
 from surgeon.runtime import Package, load
 from surgeon.runtime.errors import PatchError, TopologyError
-from surgeon.runtime.kernels.cpu import sdpa
+from surgeon.runtime.kernels.cpu import rates, sdpa
 from surgeon.runtime.operands import Operands
 from topologies import DENSE, balanced_tree, build, dense_topology, head, window_topology
 
@@ -24,6 +24,19 @@ TOPOLOGY = build(
 )
 CALLS = [(1, 40, None), (40, 40, None), (7, 40, None), (9, 60, 20), (1, 60, 30), (1, 1, None)]
 """The queries, keys and position of calls."""
+
+
+RATES = {
+    "portable": {"fp32": {"decode": 0.8, "decode-mha": 1.2, "64": 0.5, "4096": 0.25}, "bf16": {"64": 0.25}},
+    "x86_64_v3": {"fp32": {"64": 1.25}},
+}
+"""Stand for what was measured, so that it does not matter where these tests run."""
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = dict.fromkeys(rates.VARIANTS, RATES["x86_64_v3"]) | RATES
+    monkeypatch.setattr(rates, "_measured", lambda: {"avx2": variants})
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +118,85 @@ def test_the_log_sum_exp_is_the_kernels(folder: Path, dense_calls: list[tuple[in
 
 def test_the_choice_is_explained(folder: Path) -> None:
     package = load(folder, cpu_variant="portable")
-    slow = "portable takes 2.0 of torch's time a dense block"
-    assert package.explain(0, 5000) == f"sdpa: layer 0 sees every block; {slow}"
-    assert package.explain(1, 48) == f"sdpa: layer 1 sees every block; {slow}"
-    assert package.explain(1, 49) == f"kernel: layer 1 sees every block only up to token 48; {slow}"
+    level = package.kernels.devices.cpu.dense_rows.level
+    time = f"of dense attention's time, {level}"
+    dense = f"portable takes 2 (fp32), 4 (bf16), 1 (fp16) {time}"
+    assert package.explain(0, 48) == f"sdpa (fp32, bf16), kernel (fp16): layer 0 sees every block; {dense}"
+    assert package.explain(1, 48) == f"sdpa (fp32, bf16), kernel (fp16): layer 1 sees every block; {dense}"
+    # The window of one of the heads lacks a block of the ten.
+    assert package.explain(1, 49) == (
+        "kernel: layer 1 sees every block only up to token 48, 95% of them up to 49; "
+        f"portable takes 1.9 (fp32), 3.8 (bf16), 0.95 (fp16) {time}, which gives another result"
+    )
+    assert "takes 4 (fp32, bf16), 1 (fp16)" in package.explain(0, 5000)
     with pytest.raises(PatchError, match=r"expected one of the layers \(0, 1\) that .*, got 2"):
         package.explain(2, 49)
+
+
+def test_each_dtype_and_length_has_a_rate_of_its_own(folder: Path, dense_calls: list[tuple[int, int]]) -> None:
+    package = load(folder, cpu_variant="portable")
+    for dtype, queries in ((torch.float32, 40), (torch.bfloat16, 1), (torch.float16, 40), (torch.float32, 1)):
+        q, k = torch.randn(1, 2, queries, 32, dtype=dtype), torch.randn(1, 1, 40, 32, dtype=dtype)
+        package.attention(0, q, k, k)
+    assert dense_calls == [(40, 40), (1, 40), (1, 40)]  # there is no rate of fp16
+
+
+def test_the_log_says_what_runs_and_why(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="surgeon"):
+        package = load(folder, cpu_variant="portable")
+        compare(package, TOPOLOGY, 0, 40, 40, None)
+        compare(package, TOPOLOGY, 1, 49, 49, None)
+    runs_on, why, sdpa_call = caplog.messages
+    assert ": runs on portable; here do not run: " in runs_on
+    assert why == "layer 0: portable would take 2 of dense attention's time in fp32"
+    assert sdpa_call == "attention of 40 queries over 40 keys by scaled_dot_product_attention"
+
+
+def test_rotary_calls_go_to_torch_too(
+    folder: Path, dense_calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = torch.randn(2, 2, 40, 32), torch.randn(2, 1, 40, 32), torch.randn(2, 1, 40, 32)
+    angles = (torch.arange(40)[:, None] * 0.3 ** torch.arange(16)).repeat(1, 2)[None]
+    call = Operands(q, k, v, None, None, 0.3), angles.cos(), angles.sin()
+    by_torch = load(folder, cpu_variant="portable").kernels.run_rotary(0, *call)
+    assert dense_calls == [(40, 40)]
+    monkeypatch.setattr(rates, "_measured", dict)
+    by_kernel = load(folder, cpu_variant="portable").kernels.run_rotary(0, *call)
+    assert dense_calls == [(40, 40)]
+    torch.testing.assert_close(by_torch, by_kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_query_heads_of_their_own_decode_at_another_rate(tmp_path: Path, dense_calls: list[tuple[int, int]]) -> None:
+    topology = dense_topology(num_heads=1, head_dim=32, block_size=16, num_blocks=8)
+    package = load(compile_package(topology, tmp_path / "kernels"), cpu_variant="portable")
+    k = torch.randn(1, 1, 40, 32)
+    package.attention(0, k[:, :, -1:], k, k)
+    assert dense_calls == []
+    package.attention(0, k[:, :, -2:], k, k)
+    assert dense_calls == [(2, 40)]
+
+
+@pytest.mark.parametrize(
+    ("features", "without", "level"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, (), "amx"),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, ("amx",), "avx512_bf16"),
+        ({"avx2", "avx512f"}, (), "avx512"),
+        ({"avx2"}, (), "avx2"),
+        ({"asimd"}, (), "other"),
+    ],
+)
+def test_the_level_of_a_processor(features: set[str], without: tuple[str, ...], level: str) -> None:
+    assert rates.processor_level(features, without) == level
+
+
+def test_a_level_that_was_not_measured_takes_the_next_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    amx, avx2 = {"fp32": {"64": 2.0}}, {"fp32": {"64": 3.0}}
+    monkeypatch.setattr(rates, "_measured", lambda: {"avx2": {"portable": avx2}, "amx": {"portable": amx}})
+    assert rates.rates_of("portable", "amx") == amx
+    for level in ("avx512_bf16", "avx512", "avx2", "other"):
+        assert rates.rates_of("portable", level) == avx2
+    assert rates.rates_of("another", "amx") == {}
 
 
 def test_inspection_says_what_the_runtime_does(folder: Path) -> None:
@@ -131,4 +217,4 @@ def test_the_dense_tokens_are_those_of_the_definition(tmp_path: Path) -> None:
         same = (topology.block_mask(0, 20) == causal).all(axis=(0, 2))
         first_sparse = int(same.argmin()) if not same.all() else 20
         assert package.explain(0, first_sparse * 16).startswith("sdpa")
-        assert package.explain(0, first_sparse * 16 + 1).startswith("kernel")
+        assert package.explain(0, first_sparse * 16 + 1).startswith("kernel:")
