@@ -10,7 +10,7 @@ import pytest
 from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
-from surgeon.compiler.schedule.segments import SegmentTable
+from surgeon.runtime.package.segment_table import SegmentTable
 from topologies import random_topology
 
 WAY = ("topology", "schedule", "specs", "kernels", "package")
