@@ -7,7 +7,7 @@ from typing import NoReturn, cast
 import torch
 
 from surgeon.runtime.cache.liveness import Liveness
-from surgeon.runtime.errors import PatchError
+from surgeon.runtime.errors import PackageError, PatchError, short_repr
 from surgeon.runtime.kernels.devices import placed
 from surgeon.runtime.kernels.run import LayerKernels
 from surgeon.runtime.operands import operands_of
@@ -23,19 +23,25 @@ def load(
     strict: bool = False,
     cpu_variant: str | None = None,
     device: str | torch.device | None = None,
+    sha256: str | None = None,
 ) -> "Package":
     """Verifies a package and loads its kernels for a device. Nothing is ever compiled.
 
     With `strict`, a call that would need a fallback is an error: a wider dtype because the package lacks the call's, or
     a copy of tensors whose address or strides a GPU's kernels do not take. `cpu_variant` names one of the CPU library's
     instruction sets; None takes the processor's fastest. `device` None means the CPU if the package has kernels for it,
-    else the current GPU; other devices' kernels are loaded on first use or by `Package.prepare`.
+    else the current GPU; other devices' kernels are loaded on first use or by `Package.prepare`. `sha256` is the
+    identity that the package must have: the SHA-256 of its manifest, which `surgeon compile` and `inspect` print.
 
     Raises:
-        PackageError: the package is damaged or untrustworthy.
+        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names.
         TargetError: the package holds no kernels for this machine or this device.
     """
     files = read_package(folder)
+    if sha256 is not None and sha256.lower() != files.id:
+        raise PackageError(
+            str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"
+        )
     if device is None:
         device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
     package = Package(files, LayerKernels(files, strict, cpu_variant))

@@ -60,11 +60,12 @@ def _lines(package: Path, seconds: float, as_json: bool) -> Iterable[str]:
 
     text = (package / "manifest.json").read_bytes()
     manifest = Manifest.from_json(text.decode())
+    identity = hashlib.sha256(text).hexdigest()
     size = len(text) + sum(file.size for file in manifest.files)
     if as_json:
         made = {
             "path": str(package),
-            "id": hashlib.sha256(text).hexdigest(),
+            "id": identity,
             "topology_sha256": manifest.topology_sha256,
             "targets": manifest.targets,
             "kernels": len(manifest.kernels),
@@ -73,7 +74,10 @@ def _lines(package: Path, seconds: float, as_json: bool) -> Iterable[str]:
         }
         return (json.dumps(made),)
     kernels = f"{len(manifest.kernels)} kernel{'s' * (len(manifest.kernels) != 1)}"
-    return (f"{package}: {kernels} for {', '.join(manifest.targets)}, {size:,} bytes, {seconds:.1f} s",)
+    return (
+        f"{package}: {kernels} for {', '.join(manifest.targets)}, {size:,} bytes, {seconds:.1f} s",
+        f"id {identity}",
+    )
 
 
 COMPILE = Command("compile", "Compile a topology into a package of attention kernels.", _add_arguments, _run)

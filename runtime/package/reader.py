@@ -16,6 +16,8 @@ from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
 from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
+from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
+from surgeon.runtime.package.topology_facts import check_topology
 
 MANIFEST = "manifest.json"
 MAX_FILES = 100_000
@@ -67,6 +69,7 @@ def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
     _check_listing(root, manifest)
     files = {entry.path: _read_listed(root, entry) for entry in manifest.files}
     _check_kernels(root, manifest)
+    check_topology(files[TOPOLOGY], manifest, str(root))
     return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, MappingProxyType(files))
 
 
@@ -139,11 +142,11 @@ def _read(root: Path, path: str, limit: int) -> bytes:
 
 def _check_kernels(root: Path, manifest: Manifest) -> None:
     files = {entry.path for entry in manifest.files}
-    for required in ("topology.json", SCHEDULES):
+    for required in (TOPOLOGY, SCHEDULES):
         if required not in files:
             raise PackageError(f"{root}: files", required, "a package without it", _AGAIN)
     model = manifest.model
-    if not manifest.layers or not set(manifest.layers) <= set(range(model.num_hidden_layers)):
+    if not manifest.layers or not all(0 <= layer < model.num_hidden_layers for layer in manifest.layers):
         raise PackageError(
             f"{root}: layers",
             f"some of the layers 0..{model.num_hidden_layers - 1}",
@@ -155,6 +158,13 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         if kernel.file not in files:
             raise PackageError(
                 f"{root}: kernels[{index}].file", "a file of the package", short_repr(kernel.file), _AGAIN
+            )
+        if kernel.target == "cpu" and kernel.symbol != f"surgeon_{kernel.schedule}":
+            raise PackageError(
+                f"{root}: kernels[{index}].symbol",
+                short_repr(f"surgeon_{kernel.schedule}"),
+                short_repr(kernel.symbol),
+                "do not use this package",
             )
         if len(kernel.heads) not in (0, 2):
             raise PackageError(

@@ -34,7 +34,7 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
 def _library(specs: Sequence[KernelSpec]) -> Binary:
     path = "cpu/attention.so"
     entries = tuple(
-        KernelEntry("cpu", dtype, spec.layers, spec.name, path, "f", (), None, ())
+        KernelEntry("cpu", dtype, spec.layers, spec.name, path, f"surgeon_{spec.name}", (), None, ())
         for spec in specs
         for dtype in spec.dtypes
     )

@@ -102,8 +102,17 @@ def test_a_symbol_that_is_not_there(tmp_path: Path) -> None:
     root = json.loads((package / "manifest.json").read_text())
     root["kernels"][0]["symbol"] = "system"
     (package / "manifest.json").write_text(json.dumps(root))
-    with pytest.raises(PackageError, match=r"expected a function of the library, got 'system'"):
+    with pytest.raises(PackageError, match=r"kernels\[0\]\.symbol: expected 'surgeon_attention_000', got 'system'"):
         load(package)
+
+
+def test_a_package_is_loaded_by_its_identity(folder: Path) -> None:
+    package = load(folder)
+    for identity in (package.id, package.id.upper()):
+        assert load(folder, sha256=identity).id == package.id
+    for other in ("0" * 64, "", package.id[:-1]):
+        with pytest.raises(PackageError, match=f"expected the package '{other}', got {package.id}; use the package"):
+            load(folder, sha256=other)
 
 
 def _replace(package: Path, path: str, data: bytes) -> None:

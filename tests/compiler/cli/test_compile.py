@@ -1,6 +1,7 @@
 """`surgeon compile`: the arguments it passes on, its output, and its refusals."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -59,7 +60,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return stand_in
 
 
-def test_compile_prints_one_line_of_what_it_made(
+def test_compile_prints_what_it_made_and_its_identity(
     topology_file: Path, compiler: Compiler, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = topology_file.parent / "kernels"
@@ -67,7 +68,8 @@ def test_compile_prints_one_line_of_what_it_made(
     printed = capsys.readouterr()
     size = 1000 + (out / "manifest.json").stat().st_size
     assert printed.out.startswith(f"{out}: 1 kernel for cpu, {size:,} bytes, ")
-    assert printed.out.count("\n") == 1
+    identity = hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
+    assert printed.out.splitlines()[1:] == [f"id {identity}"]
     assert printed.err == ""
 
 

@@ -295,8 +295,8 @@ def listed_again(folder: Path, path: str, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (topologies.window_topology([1], sink=0, num_blocks=4).canonical(), "that the manifest names"),
-        ("{}", "expected a topology, got topology: expected the key 'format'"),
+        (topologies.window_topology([1], sink=0, num_blocks=4).canonical(), "topology.json: expected SHA-256"),
+        ("{}", "topology.json: expected SHA-256"),
     ],
 )
 def test_a_package_with_another_topology_is_refused(tmp_path: Path, text: str, words: str) -> None:

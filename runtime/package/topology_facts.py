@@ -1,0 +1,67 @@
+"""The facts that a package's topology.json and its manifest both state, which must agree.
+
+Source: topology.json in its canonical form, followed by a line break, as the compiler writes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from surgeon.runtime.errors import PackageError, short_repr
+from surgeon.runtime.package.manifest import Manifest
+
+FILE = "topology.json"
+_AGAIN = "compile the package again"
+
+
+def check_topology(data: bytes, manifest: Manifest, folder: str) -> None:
+    """Compares a package's topology.json with what the manifest says of it, without reading the trees.
+
+    Raises:
+        PackageError: the file has another hash, is not a topology, or disagrees on the model's shape, the blocks, the
+            covered layers, or layers that share a schedule.
+    """
+    found = hashlib.sha256(data.removesuffix(b"\n")).hexdigest()
+    if found != manifest.topology_sha256:
+        raise PackageError(f"{folder}/{FILE}", f"SHA-256 {short_repr(manifest.topology_sha256, 70)}", found, _AGAIN)
+    try:
+        root = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{folder}/{FILE}", "JSON", short_repr(str(error)), _AGAIN) from None
+    layers = root.get("layers") if isinstance(root, dict) else None
+    if not isinstance(root, dict) or not isinstance(layers, list):
+        raise PackageError(f"{folder}/{FILE}", "a topology with layers", short_repr(root), _AGAIN)
+    model = root.get("model")
+    stated: Mapping[str, object] = {f"model.{name}": value for name, value in asdict(manifest.model).items()} | {
+        "block_size": manifest.block_size,
+        "num_blocks": manifest.num_blocks,
+        "beyond": manifest.beyond,
+        "num_hidden_layers": manifest.model.num_hidden_layers,
+        "layers": list(manifest.layers),
+    }
+    meant: Mapping[str, object] = {
+        **{f"model.{name}": value for name, value in (model if isinstance(model, dict) else {}).items()},
+        **{name: root.get(name) for name in ("block_size", "num_blocks", "beyond")},
+        "num_hidden_layers": len(layers),
+        "layers": [index for index, layer in enumerate(layers) if layer],
+    }
+    for name, value in stated.items():
+        if value != meant.get(name):
+            raise PackageError(
+                f"{folder}/manifest.json: {name}",
+                f"{short_repr(meant.get(name))}, as {FILE} has it",
+                short_repr(value),
+                "do not use this package",
+            )
+    schedules: dict[str, str] = {}
+    for kernel in manifest.kernels:
+        for layer in kernel.layers if kernel.schedule else ():
+            heads = json.dumps(layers[layer], sort_keys=True)
+            if schedules.setdefault(heads, kernel.schedule) != kernel.schedule:
+                raise PackageError(
+                    f"{folder}/manifest.json: kernels",
+                    f"{schedules[heads]} for layer {layer}, as for a layer with the same heads in {FILE}",
+                    short_repr(kernel.schedule),
+                    "do not use this package",
+                )
