@@ -32,6 +32,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             dtypes=DTYPES,
         ),
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
+        "threads.h": render_template("cpu/threads.h.jinja"),
         "vectors.h": render_template("cpu/vectors.h.jinja"),
         "chunk.h": render_template("cpu/chunk.h.jinja"),
         "rotary.h": render_template("cpu/rotary.h.jinja"),
