@@ -1,6 +1,7 @@
 """Loads verified packages, whose kernels can then be called by layer and dtype."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
@@ -169,6 +170,8 @@ class Package:
         scale: float | None = None,
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
+        *,
+        first_key: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Block-sparse causal attention of one layer: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` to `[B,Sq,Hq,D]`.
 
@@ -181,7 +184,7 @@ class Package:
             PatchError: shapes, dtypes or devices do not fit the package.
             TopologyError: a position is outside k, or beyond what the topology covers.
         """
-        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, cache_leftpad))
+        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)))
 
     def attention_with_lse(
         self,
@@ -192,7 +195,23 @@ class Package:
         scale: float | None = None,
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
+        *,
+        first_key: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
-        arguments = (*operands_of(q, k, v, scale, position, cache_leftpad), self.id, layer)
+        arguments = (*operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)), self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
+
+
+def _leftpad(
+    cache_leftpad: int | torch.Tensor | None, first_key: int | torch.Tensor | None
+) -> int | torch.Tensor | None:
+    """The left padding of a call, also by the name that it had before version 0.2."""
+    if first_key is None:
+        return cache_leftpad
+    warnings.warn("first_key is called cache_leftpad since version 0.2", DeprecationWarning, stacklevel=3)
+    if cache_leftpad is not None:
+        raise PatchError(
+            "attention: first_key", "cache_leftpad alone", "both", "leave first_key out: it is the old name"
+        )
+    return first_key

@@ -106,3 +106,16 @@ def test_pages_behind_all_numbers(package: Package) -> None:
         )
         with pytest.raises(TopologyError, match="position"):
             package.kernels.run_paged(0, operands, block_table)
+
+
+def test_the_old_name_of_the_left_padding(package: Package) -> None:
+    q, k, v = tensors(q_length=LENGTH)
+    expected = package.attention(0, q, k, v, cache_leftpad=5)
+    for attend in (package.attention, lambda *args, **named: package.attention_with_lse(*args, **named)[0]):
+        with pytest.warns(DeprecationWarning, match="first_key is called cache_leftpad"):
+            assert torch.equal(attend(0, q, k, v, first_key=5), expected)
+    with (
+        pytest.warns(DeprecationWarning, match="first_key"),
+        pytest.raises(PatchError, match="attention: first_key: expected cache_leftpad alone, got both"),
+    ):
+        package.attention(0, q, k, v, cache_leftpad=5, first_key=5)
