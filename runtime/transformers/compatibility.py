@@ -55,7 +55,7 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             type(model).__name__,
             "a model whose attention goes through Transformers' AttentionInterface",
             "one with its own attention",
-            "use a model type from the README's table, with this version of Transformers",
+            "use a model type from the table in runtime/README.md, with this version of Transformers",
         )
     shape = package.manifest.model
     _check_shape(model.config, shape)
