@@ -48,6 +48,8 @@ def make_call(
     num_splits: int = 3,
     spare_keys: int = 5,
     dtype: str = "float32",
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
     layer: int = 0,
     seed: int = 0,
 ) -> DecodeCall:
@@ -78,6 +80,8 @@ def make_call(
         position=np.array(positions, dtype=np.int64),
         cache_leftpad=np.array(cache_leftpads, dtype=np.int64),
         scale=model.head_dim**-0.5,
+        dense_rows=dense_rows,
+        tokens_ahead=tokens_ahead,
     )
 
 
@@ -85,8 +89,9 @@ def check(pool: Executor, topology: Topology, call: DecodeCall, layer: int = 0) 
     out, lse = pool.submit(launch_decode, call, True).result()
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
+    places = call.position.tolist(), call.cache_leftpad.tolist()
     expected_out, expected_lse = reference.attention(
-        topology, layer, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale
+        topology, layer, q, k, v, *places, call.scale, call.dense_rows, call.tokens_ahead
     )
     assert np.isfinite(out).all()
     assert reference.relative_error(torch.from_numpy(out), expected_out) <= TOLERANCE[call.q.dtype.name]
