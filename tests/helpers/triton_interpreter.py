@@ -139,7 +139,21 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
 
 
 def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
-    """Runs a decoding call like `launch`, through the partial results of `num_splits` splits, NaN where not written."""
+    """Runs a decoding call like `launch`, through the partial results of `num_splits` splits."""
+    import torch
+
+    batch, _, heads, _ = call.q.shape
+    out = torch.full(call.q.shape, torch.nan, dtype=torch.from_numpy(call.q).dtype)
+    lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
+    partial, partial_lse = map(torch.from_numpy, launch_splits(call))
+    with tempfile.TemporaryDirectory() as folder:
+        combine = _load(call.combine_text, "combine", Path(folder))
+        combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
+    return out.numpy(), lse.numpy()
+
+
+def launch_splits(call: DecodeCall) -> tuple[Array, Array]:
+    """The partial results of a decoding call's splits and their log-sum-exp, NaN where not written."""
     import torch
 
     from surgeon.runtime.operands import Operands
@@ -147,14 +161,11 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = torch.from_numpy(call.k), torch.from_numpy(call.v)
     batch, heads, _, head_dim = q.shape
-    dense_tail = Operands(q, k, v, None, None, call.scale, call.dense_rows, call.tokens_ahead).dense_tail
-    out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
-    lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
     partial = torch.full((batch, heads, call.num_splits, head_dim), torch.nan)
     partial_lse = torch.full((batch, heads, call.num_splits), torch.nan)
+    dense_tail = Operands(q, k, v, None, None, call.scale, call.dense_rows, call.tokens_ahead).dense_tail
     with tempfile.TemporaryDirectory() as folder:
         decode = _load(call.decode_text, "decode", Path(folder))
-        combine = _load(call.combine_text, "combine", Path(folder))
         decode[(k.shape[1], batch, call.num_splits)](
             q,
             k,
@@ -174,8 +185,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             torch.from_numpy(call.segments),
             call.rows.shape[1],
         )
-        combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
-    return out.numpy(), lse.numpy()
+    return partial.numpy(), partial_lse.numpy()
 
 
 def _load(text: str, name: str, folder: Path) -> Any:

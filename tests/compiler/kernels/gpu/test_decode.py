@@ -1,5 +1,6 @@
 """Decoding kernels: correct in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -21,7 +22,7 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
-from triton_interpreter import DecodeCall, interpreter, launch_decode, part_of, query_heads
+from triton_interpreter import DecodeCall, interpreter, launch_decode, launch_splits, part_of, query_heads
 
 pytest.importorskip("triton")
 
@@ -166,6 +167,33 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads:
         part, part_lse = pool.submit(launch_decode, part_of(call, own), True).result()
         np.testing.assert_array_equal(part, out[:, :, heads])
         np.testing.assert_array_equal(part_lse, lse[:, heads])
+
+
+@pytest.mark.parametrize("num_splits", [1, 12])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (8, 1)])
+def test_a_query_that_sees_every_key(pool: Executor, num_heads: int, num_kv_heads: int, num_splits: int) -> None:
+    topology = shaped(topologies.window_topology, [1, 2] * (num_heads // 2), num_kv_heads=num_kv_heads)
+    places = {"positions": [0, BLOCK - 1, BLOCK, 9 * BLOCK + 5, 7], "cache_leftpads": [0, 0, 0, BLOCK + 9, 9]}
+    check(pool, topology, make_call(topology, num_splits=num_splits, dense_rows=1, **places))
+
+
+@pytest.mark.parametrize("block_size", [16, 256])  # the second has several tiles
+def test_splits_of_a_query_that_sees_every_key_are_even(pool: Executor, block_size: int) -> None:
+    topology = shaped(topologies.window_topology, [1, 2], num_kv_heads=1, block_size=block_size)
+    call = make_call(topology, positions=[5 * block_size - 1], num_splits=5, dense_rows=128)
+    check(pool, topology, call)
+    for split in range(5):  # which has a block of its own, and gives NaN if that is NaN
+        k = call.k.copy()
+        k[:, :, split * block_size : (split + 1) * block_size] = np.nan
+        partial, _ = pool.submit(launch_splits, dataclasses.replace(call, k=k)).result()
+        assert np.isnan(partial).any(axis=(0, 1, 3)).tolist() == [number == split for number in range(5)]
+
+
+@pytest.mark.parametrize("tokens_ahead", [1, 4, 5, 9, 30])
+def test_a_query_before_the_end_of_its_prompt(pool: Executor, tokens_ahead: int) -> None:
+    topology = mixed(4, 2, seed=3)
+    positions = [6 * BLOCK, 6 * BLOCK + 11, 6 * BLOCK + 12, 7 * BLOCK - 1]
+    check(pool, topology, make_call(topology, positions=positions, dense_rows=4, tokens_ahead=tokens_ahead))
 
 
 def test_rows_that_the_topology_refuses_are_nan(pool: Executor) -> None:
