@@ -173,8 +173,14 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads:
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (8, 1)])
 def test_a_query_that_sees_every_key(pool: Executor, num_heads: int, num_kv_heads: int, num_splits: int) -> None:
     topology = shaped(topologies.window_topology, [1, 2] * (num_heads // 2), num_kv_heads=num_kv_heads)
-    places = {"positions": [0, BLOCK - 1, BLOCK, 9 * BLOCK + 5, 7], "cache_leftpads": [0, 0, 0, BLOCK + 9, 9]}
-    check(pool, topology, make_call(topology, num_splits=num_splits, dense_rows=1, **places))
+    call = make_call(
+        topology,
+        num_splits=num_splits,
+        dense_rows=1,
+        positions=[0, BLOCK - 1, BLOCK, 9 * BLOCK + 5, 7],
+        cache_leftpads=[0, 0, 0, BLOCK + 9, 9],
+    )
+    check(pool, topology, call)
 
 
 @pytest.mark.parametrize("block_size", [16, 256])  # the second has several tiles

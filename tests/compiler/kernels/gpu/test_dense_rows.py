@@ -45,8 +45,9 @@ def sparse(block_size: int, seed: int = 0, tokens: int = 500, **shape: Any) -> T
 def test_the_end_of_a_call(pool: Executor, schedule_as: str, block_size: int, dense_rows: int) -> None:
     """Each sequence has its own position and padding, and so its own first dense row."""
     topology = sparse(block_size, seed=block_size)
-    places = {"positions": [0, 77, 301], "cache_leftpads": [140, 70, 3], "spare_keys": 9}
-    call = make_call(topology, length=150, dense_rows=dense_rows, **places)
+    call = make_call(
+        topology, length=150, dense_rows=dense_rows, positions=[0, 77, 301], cache_leftpads=[140, 70, 3], spare_keys=9
+    )
     assert bool(call.table) == (schedule_as == "table")
     check(pool, topology, call)
 
@@ -61,16 +62,20 @@ def test_every_place_in_a_tile_at_which_dense_rows_may_begin(pool: Executor, den
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_few_tokens_after_a_long_cache(pool: Executor, block_size: int, length: int) -> None:
     topology = sparse(block_size)
-    places = {"positions": [0, 255, 256, 400], "cache_leftpads": [0, 0, 0, 41]}
-    check(pool, topology, make_call(topology, length=length, dense_rows=length, **places))
+    call = make_call(
+        topology, length=length, dense_rows=length, positions=[0, 255, 256, 400], cache_leftpads=[0, 0, 0, 41]
+    )
+    check(pool, topology, call)
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("tokens_ahead", [10, 20, 30, 60, 128, 500])
 def test_rows_counted_from_an_end_that_later_calls_bring(pool: Executor, block_size: int, tokens_ahead: int) -> None:
     topology = sparse(block_size)
-    places = {"positions": [130, 170], "cache_leftpads": [0, 5]}
-    check(pool, topology, make_call(topology, length=75, dense_rows=20, tokens_ahead=tokens_ahead, **places))
+    call = make_call(
+        topology, length=75, dense_rows=20, tokens_ahead=tokens_ahead, positions=[130, 170], cache_leftpads=[0, 5]
+    )
+    check(pool, topology, call)
 
 
 @pytest.mark.parametrize("block_size", [16, 128])

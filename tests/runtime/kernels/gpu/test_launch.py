@@ -231,7 +231,14 @@ def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
 
 @pytest.mark.parametrize(
     ("tile_rows", "block_size", "dense_tail", "expected"),
-    [(128, 32, PATTERN_ALONE, 4), (128, 32, -32, 4), (128, 32, -31, 5), (128, 32, 1, 5), (128, 128, 1, 4), (64, 128, 1, 6)],
+    [
+        (128, 32, PATTERN_ALONE, 4),
+        (128, 32, -32, 4),
+        (128, 32, -31, 5),
+        (128, 32, 1, 5),
+        (128, 128, 1, 4),
+        (64, 128, 1, 6),
+    ],
 )
 def test_a_tile_in_which_dense_rows_may_begin_has_one_more_program(
     tile_rows: int, block_size: int, dense_tail: int, expected: int
