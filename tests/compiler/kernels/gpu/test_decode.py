@@ -1,7 +1,7 @@
 """Decoding kernels: correct in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,13 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
-from triton_interpreter import DecodeCall, interpreter, launch_decode, launch_splits, part_of, query_heads
+from triton_interpreter import DecodeCall, launch_decode, launch_splits, part_of, query_heads
 
 pytest.importorskip("triton")
 
 Array = npt.NDArray[Any]
 BLOCK = 16
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
 
 
 def specs_of(topology: Topology, target: str = "cuda:90") -> tuple[GpuSpec, ...]:

@@ -1,6 +1,5 @@
 """Rows of blocks that see every key, at the end of a prompt and in decoding: equal to the fp64 reference."""
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
@@ -13,22 +12,9 @@ import reference
 import topologies
 from prefill_calls import TOLERANCE, check, expected, make_call
 from surgeon.compiler.topology.topology import Topology
-from triton_interpreter import interpreter, launch, part_of, query_heads
+from triton_interpreter import launch, part_of, query_heads
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
-
-
-@pytest.fixture(params=["code", "table"])
-def schedule_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes the kernels hold their schedules as code or as tables."""
-    monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0 if request.param == "table" else 10_000)
-    return str(request.param)
 
 
 def sparse(block_size: int, seed: int = 0, tokens: int = 500, **shape: Any) -> Topology:
