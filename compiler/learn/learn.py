@@ -24,7 +24,7 @@ from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
-from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def learn(
         "weights_sha256": weights,
         "requested_density": request.density,
     }
-    shape = model_shape(model)
+    shape = dataclasses.replace(model_shape(model), weights_sha256=weights_id(model))
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
         grid = Grid(request.block_size, blocks, request.sink, request.density)

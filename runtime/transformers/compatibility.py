@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surgeon.runtime.errors import PatchError, TargetError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
-from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.fingerprint import are_weights, weights_id
 from surgeon.runtime.transformers.layers import (
     FULL,
     IMPLEMENTATIONS,
@@ -64,12 +64,12 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
     _check_sites(model, shape)
     _check_kernels(model, package, {layer.layer for layer in left})
     expected = shape.weights_sha256
-    if expected is not None and (got := fingerprint(model)) != expected:
+    if expected is not None and not are_weights(model, expected):
         raise PatchError(
             "weights",
             f"those that the topology was learned on, SHA-256 {expected}",
-            got,
-            "load those weights in their original dtype, or set model.weights_sha256 to null and compile again",
+            weights_id(model),
+            "load those weights, in any dtype, or set model.weights_sha256 to null, for any weights, and compile again",
         )
     return left
 
