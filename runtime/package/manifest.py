@@ -25,7 +25,7 @@ _ROOT = {"format": "surgeon.package", "version": 1}
 class ModelShape:
     """The shape of the model that a topology was learned on.
 
-    `weights_sha256` is the fingerprint of its frozen weights (`surgeon.runtime.fingerprint`), or None for any weights.
+    `weights_sha256` is the identity of its frozen weights (`surgeon.runtime.weights_id`), or None for any weights.
     """
 
     model_type: str
