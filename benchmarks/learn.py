@@ -50,8 +50,9 @@ console = Console(highlight=False)
 class Case:
     """A topology to learn: visible share of block pairs, tokens per sequence and per block.
 
-    Its name has the share that it reached, in percent: scaling windows to another length changes the share. It is learned on sequences of `measured_length` tokens. `way` holds further arguments of `surgeon learn`, the
-    alternatives to its defaults.
+    Its name has the share that it reached, in percent: scaling windows to another length changes the share. It is
+    learned on sequences of `measured_length` tokens. `way` holds further arguments of `surgeon learn`, the alternatives
+    to its defaults.
     """
 
     name: str

@@ -125,9 +125,7 @@ def _row_planner(runs: list[Run], window: int, last_row: int, table: _RunTable) 
     return plan
 
 
-def _pieces_beyond(
-    head: WindowHead | SparseHead, num_blocks: int, beyond: str, table: _RunTable
-) -> Iterator[Piece]:
+def _pieces_beyond(head: WindowHead | SparseHead, num_blocks: int, beyond: str, table: _RunTable) -> Iterator[Piece]:
     if beyond == "error":
         return
     if beyond == "dense":

@@ -58,8 +58,7 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             "use a model type from the table in runtime/README.md, with this version of Transformers",
         )
     shape = package.manifest.model
-    _check_shape(model.config, shape)
-    _check_config(model.config)
+    check_config(model.config, shape)
     left = _left_layers(model, package)
     _check_sites(model, shape)
     _check_kernels(model, package, {layer.layer for layer in left})
@@ -72,6 +71,16 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             "load those weights, in any dtype, or set model.weights_sha256 to null, for any weights, and compile again",
         )
     return left
+
+
+def check_config(config: PreTrainedConfig, shape: ModelShape) -> None:
+    """Checks that a model of this config has the shape that a package was compiled for, and causal softmax attention.
+
+    Raises:
+        PatchError: it has not.
+    """
+    _check_shape(config, shape)
+    _check_attention(config)
 
 
 def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
@@ -93,7 +102,7 @@ def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
             )
 
 
-def _check_config(config: PreTrainedConfig) -> None:
+def _check_attention(config: PreTrainedConfig) -> None:
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise PatchError(
             "model.config.attn_logit_softcapping",
