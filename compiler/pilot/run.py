@@ -24,6 +24,7 @@ from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
 from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.installation import version
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
 from surgeon.runtime.transformers.compatibility import check_config
@@ -105,6 +106,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
             beside, {"perplexity_ratio": request.max_ppl_ratio, "first_token_speedup": request.min_speedup}
         ),
         seconds=round(time.perf_counter() - started, 1),
+        surgeon=version(),
     )
 
 

@@ -95,7 +95,7 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class Tool:
-    """A compiler that made a part of the package, such as g++, and the first line of its version text."""
+    """A program that made a part of the package, such as surgeon or g++, and the first line of its version text."""
 
     name: str
     version: str

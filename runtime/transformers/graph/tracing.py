@@ -1,6 +1,7 @@
 """Turns a frozen model into one graph in which every attention is a compiled kernel for its layer."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import cast
 
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import PatchError, short_repr
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.ops.input_checks import valid_keys
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.graph.fuse_rotary import fuse_rotary
@@ -31,7 +32,7 @@ class _Logits(torch.nn.Module):
         return cast(torch.Tensor, self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits)
 
 
-def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
+def trace(model: PreTrainedModel, package: Package | str | os.PathLike[str]) -> torch.fx.GraphModule:
     """Traces the model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
 
     `input_ids` is int64 `[batch, length]` for any batch and length, `attention_mask` of the same shape is 0 for padding
@@ -43,6 +44,7 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
         PatchError: the package does not fit the model, torch.export cannot trace it, or one of its attention calls
             would not run on the kernels.
     """
+    package = loaded(package)
     if is_sharded(model):
         raise PatchError(
             type(model).__name__,
