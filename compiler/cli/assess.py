@@ -52,7 +52,6 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.runtime.evaluate.processes import joined
 
     grid = Grid(arguments.block, blocks, 1, arguments.density)
-    work: Path = arguments.work or _work_folder(arguments, grid, files)
     quiet_unless_watched()
     with joined():
         outline = read_outline(arguments.model, arguments.device_map)
@@ -61,23 +60,32 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         texts = [tokenize(file, outline.tokenizer) for file in files]
         divided(texts, grid, arguments.seed)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
+        work: Path | None = arguments.work or _work_folder(arguments, grid, files)
         with progress_bar() as progress:
             found = assess(model, texts, grid, arguments.seed, work, progress)
-    if arguments.work is None and is_main_process():
+    if arguments.work is None and work is not None and is_main_process():
         shutil.rmtree(work, ignore_errors=True)
     if arguments.json:
         return (json.dumps({"length": arguments.length} | dataclasses.asdict(found)),)
     return (*picture(found), *_scaled(found, arguments.length))
 
 
-def _work_folder(arguments: argparse.Namespace, grid: "Grid", files: "Sequence[TextFile]") -> Path:
-    """The folder in the cache that only this command has, so that it finds its own steps and may remove them."""
+def _work_folder(arguments: argparse.Namespace, grid: "Grid", files: "Sequence[TextFile]") -> Path | None:
+    """A folder in the cache for this command alone, so that it finds its own steps and may remove them.
+
+    None if the cache cannot be written: then no steps are kept.
+    """
     from surgeon.compiler.system.cache import cache_folder
 
     model = Path(arguments.model)
     asked = (str(model.resolve() if model.exists() else model), dataclasses.astuple(grid), arguments.seed)
     text = json.dumps((*asked, [file.sha256 for file in files]))
-    return cache_folder() / "assess" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = cache_folder() / "assess" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
 
 
 def _scaled(found: "Assessment", length: int) -> Iterator[str]:

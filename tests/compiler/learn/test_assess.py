@@ -118,3 +118,12 @@ def test_the_length_that_is_measured_may_be_shorter(folder: Path, capsys: pytest
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["length"], said["grid"]["blocks"]) == (512, 8)
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SURGEON_CACHE", "/proc/nothing")
+    shape = ["--length", "128", "--block", "16", "--density", "0.5"]
+    assert main(["assess", str(folder / "model"), "--text", str(folder / "a.txt"), *shape]) == 0
+    assert "What equal windows at 50%" in capsys.readouterr().out
