@@ -6,9 +6,10 @@ Everything that all commands share is here: errors, the exit status, safe printi
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from surgeon.compiler.cli.assess import ASSESS
 from surgeon.compiler.cli.command import Command, Outcome
@@ -69,10 +70,40 @@ class _ShowVersion(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error as an exception, so that it is printed like every other error."""
+    """Reports a usage error as an exception, so that it is printed like every other error, and suggests what was meant.
+
+    An unknown option is told by the command that does not know it, and before what is missing: a misspelled option is
+    missing too.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses what this command knows; all that a command does not know is an error of its own."""
+        given = list(sys.argv[1:] if args is None else args)
+        is_command = self._subparsers is None
+        self._check_options(given if is_command else given[:1])
+        parsed, left = super().parse_known_args(given, namespace)
+        if is_command and left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return parsed, left
 
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; see {self.prog} --help")
+        refused = re.search(r"invalid choice: (?:'|\")?(.*?)(?:'|\")? \(choose from (.*)\)", message)
+        hint = _suggestion(refused[1], re.findall(r"[\w.:-]+", refused[2])) if refused else ""
+        raise _UsageError(f"{message}{hint}; see {self.prog} --help")
+
+    def _check_options(self, given: list[str]) -> None:
+        options = [argument.partition("=")[0] for argument in given[: (*given, "--").index("--")]]
+        known = self._option_string_actions
+        unknown = [option for option in options if option.startswith("--") and option not in known]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown[0], known)}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _add_version(parser: argparse.ArgumentParser) -> None:

@@ -32,17 +32,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.runtime.errors import TargetError
+
+    out: Path = arguments.out
+    check_file(out, TargetError)  # reported now rather than after the last candidate
+
     import torch
 
     from surgeon.compiler.specs.tiles import read_tiles, tiles_json
     from surgeon.compiler.system.terminal import progress_bar
     from surgeon.compiler.topology.read import read_topology
     from surgeon.compiler.tune.run import tune_here
-    from surgeon.runtime.errors import TargetError
 
-    out: Path = arguments.out
-    if not out.parent.is_dir():  # reported now rather than after the last candidate
-        raise TargetError(str(out.parent), "a folder", "nothing", "make it, or name another --out")
     topology = read_topology(arguments.topology)
     start = read_tiles(arguments.tiles) if arguments.tiles else None
     with progress_bar() as progress:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 
 
@@ -29,11 +29,15 @@ class LayerSchedule:
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
     """Schedules every layer, without heads if it is not covered; equal heads and equal layers are one object."""
+    alone = tuple(_Cluster((block,), (Run(block, block + 1),)) for block in range(topology.num_blocks))
     clusters: dict[tuple[int, float], tuple[_Cluster, ...]] = {}
     schedules: dict[Head, HeadSchedule] = {}
     for head in {head for heads in topology.layers for head in heads}:
         if isinstance(head, DenseHead):
             schedules[head] = _dense_schedule()
+            continue
+        if isinstance(head, WindowHead):
+            schedules[head] = _sparse_schedule(head, alone, topology.num_blocks, topology.beyond)
             continue
         cut = (head.dendrogram, head.cut)
         if cut not in clusters:
@@ -65,7 +69,9 @@ class _Cluster(NamedTuple):
     runs: tuple[Run, ...]
 
 
-def _sparse_schedule(head: SparseHead, clusters: tuple[_Cluster, ...], num_blocks: int, beyond: str) -> HeadSchedule:
+def _sparse_schedule(
+    head: WindowHead | SparseHead, clusters: tuple[_Cluster, ...], num_blocks: int, beyond: str
+) -> HeadSchedule:
     table = _RunTable()
     rows: list[_RowPlan] = [_RowPlan(0, 0, 0, False)] * num_blocks
     for cluster in clusters:
@@ -119,7 +125,7 @@ def _row_planner(runs: list[Run], window: int, last_row: int, table: _RunTable) 
     return plan
 
 
-def _pieces_beyond(head: SparseHead, num_blocks: int, beyond: str, table: _RunTable) -> Iterator[Piece]:
+def _pieces_beyond(head: WindowHead | SparseHead, num_blocks: int, beyond: str, table: _RunTable) -> Iterator[Piece]:
     if beyond == "error":
         return
     if beyond == "dense":

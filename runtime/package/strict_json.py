@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from surgeon.runtime.errors import SurgeonError, short_repr
 
@@ -97,8 +97,21 @@ def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fa
     for key, constant in constants.items():
         found = root.pop(key, None)
         if type(found) is not type(constant) or found != constant:
-            raise fault(f"{where}: {key}", repr(constant), short_repr(found))
+            maker = _maker(root) if key == "version" else ""
+            raise fault(f"{where}: {key}", repr(constant), f"{short_repr(found)}{maker}")
     return root
+
+
+def _maker(root: Mapping[str, object]) -> str:
+    """Names the version of surgeon that made a file, as pilots and manifests say it; nothing if this one does not."""
+    tools = root.get("tools")
+    said = [tool.get("version") for tool in tools if tool.get("name") == "surgeon"] if _are_objects(tools) else []
+    named = root.get("surgeon", said[0] if said else None)
+    return f", as surgeon {short_repr(named)} writes it" if isinstance(named, str) else ""
+
+
+def _are_objects(value: object) -> TypeGuard[list[dict[str, object]]]:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:

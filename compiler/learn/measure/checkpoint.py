@@ -21,26 +21,55 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "use a Llama or another decoder with full attention"
 
 
-def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(
+    name: str, device_map: DeviceMap | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads an fp32 model that a topology can be learned for, and its tokenizer; arguments as in `read_checkpoint`.
 
     Raises:
         ModelError: it cannot be read, or is not a decoder that a topology can describe.
     """
-    model, tokenizer = read_checkpoint(name, torch.float32, device_map)
+    model, tokenizer = read_checkpoint(name, torch.float32, device_map, tokenizer)
     check_decoder(model)
     return model, tokenizer
 
 
 def read_checkpoint(
-    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+    name: str,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads a model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers can resolve.
 
-    Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
+    A `tokenizer` that has been read is not read again. Without a `device_map` the model is on the CPU. Each of several
+    processes has a whole model, on a device of its own.
 
     Raises:
         ModelError: it cannot be read or placed as requested, or a required package is missing.
+    """
+    check_placement(device_map)
+    where, options = located(name)
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise unreadable(name, error) from None
+    except (AssertionError, RuntimeError) as error:  # as torch and accelerate report a missing device
+        if device_map is None:
+            raise
+        raise ModelError(
+            "--device-map", "devices that exist", short_repr(f"{device_map}: {error}", 200), "name others, or none"
+        ) from None
+    return model, tokenizer
+
+
+def check_placement(device_map: DeviceMap | None) -> None:
+    """Checks that models may be placed as a `device_map` says, before one is read.
+
+    Raises:
+        ModelError: several processes would share one model's devices, or accelerate is missing.
     """
     processes = all_processes().count
     if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
@@ -52,27 +81,27 @@ def read_checkpoint(
         )
     if device_map is not None:
         required("accelerate", ModelError, "--device-map", "leave it out")
-    where: str | Path = name
-    options: dict[str, Any] = {}
-    if Path(name).suffix == ".gguf":
-        for package in ("gguf", "accelerate"):  # Transformers needs both
-            required(package, ModelError, name)
-        where, options = Path(name).parent, {"gguf_file": Path(name).name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
-        ) from None
-    except (AssertionError, RuntimeError) as error:  # as torch and accelerate report a missing device
-        if device_map is None:
-            raise
-        raise ModelError(
-            "--device-map", "devices that exist", short_repr(f"{device_map}: {error}", 200), "name others, or none"
-        ) from None
-    return model, tokenizer
+
+
+def located(name: str) -> tuple[str | Path, dict[str, Any]]:
+    """The arguments of `from_pretrained` for a folder, a GGUF file, or a name that Transformers can resolve.
+
+    Raises:
+        ModelError: a package that reads GGUF files is missing.
+    """
+    if Path(name).suffix.lower() != ".gguf":
+        return name, {}
+    for package in ("gguf", "accelerate"):  # Transformers needs both
+        required(package, ModelError, name)
+    return Path(name).parent, {"gguf_file": Path(name).name}
+
+
+def unreadable(name: str, error: Exception) -> ModelError:
+    """The error for a model that Transformers cannot read, whatever it raises."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
+    )
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def test_what_cannot_be_placed_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], device_map: str, message: str
 ) -> None:
     command = ["assess", str(folder / "model"), "--text", str(folder / "a.txt"), "--device-map", device_map]
-    assert main(command) == 2
+    assert main([*command, "--length", "128", "--block", "16", "--density", "0.5"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

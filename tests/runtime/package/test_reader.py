@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from surgeon.compiler import compile_package
+from surgeon.runtime import __version__
 from surgeon.runtime.errors import PackageError
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import read_package
@@ -100,7 +101,9 @@ def test_a_manifest_too_large(package: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_another_version(package: Path) -> None:
     rewrite(package, lambda root: root.update(version=2))
     refused(
-        package, "manifest.json: version: expected 1, got 2; compile the package again with this version of surgeon"
+        package,
+        f"manifest.json: version: expected 1, got 2, as surgeon {__version__!r} writes it; "
+        "compile the package again with this version of surgeon",
     )
 
 
