@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline

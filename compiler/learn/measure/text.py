@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for
+from surgeon.runtime.package.files import read_any
+
+MAX_TEXT_BYTES = 2**28
+"""The largest text, all of which is tokenized: some 60 million tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,12 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
         ModelError: it cannot be read, is not text, or is empty.
     """
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(str(path), "a readable text file", reason, "check the path") from None
+        data = read_any(path, MAX_TEXT_BYTES)
+    except (OSError, ValueError, MemoryError) as error:
+        remedy = remedy_for(error, "check the path")
+        raise ModelError(str(path), "a readable text file", reason_of(error), remedy) from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise ModelError(str(path), f"at most {MAX_TEXT_BYTES} bytes", "a larger text", "name a part of it")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -55,7 +61,11 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
     if not text.strip():
         raise ModelError(str(path), "a text", "an empty file", "name a file with text in it")
     # The tokenizer warns about texts longer than the model's context; the model only gets sequences from them.
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # each kind of tokenizer raises classes of its own
+        remedy = remedy_for(error, "name another text, or check the model's tokenizer")
+        raise ModelError(str(path), "a text that the model's tokenizer reads", reason_of(error), remedy) from None
     return TokenText(path.name, hashlib.sha256(data).hexdigest(), torch.tensor(ids))
 
 
