@@ -26,6 +26,7 @@ def load(
     cpu_variant: str | None = None,
     device: str | torch.device | None = None,
     sha256: str | None = None,
+    hub_cache: bool = False,
 ) -> "Package":
     """Verifies a package and loads its kernels for a device. Nothing is ever compiled.
 
@@ -34,12 +35,13 @@ def load(
     instruction sets; None takes the processor's fastest. `device` None means the CPU if the package has kernels for it,
     else the current GPU; other devices' kernels are loaded on first use or by `Package.prepare`. `sha256` is the
     identity that the package must have: the SHA-256 of its manifest, which `surgeon compile` and `inspect` print.
+    `hub_cache` is as in `read_package`: without it, a link is refused wherever it leads.
 
     Raises:
         PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names.
         TargetError: the package holds no kernels for this machine or this device.
     """
-    files = read_package(folder)
+    files = read_package(folder, hub_cache)
     if sha256 is not None and sha256.lower() != files.id:
         raise PackageError(
             str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from surgeon.compiler.cli.assess import ASSESS
@@ -21,7 +21,7 @@ from surgeon.compiler.cli.pilot import PILOT
 from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
-from surgeon.runtime.errors import BuildError, SurgeonError
+from surgeon.runtime.errors import BuildError, SurgeonError, reason_of, remedy_for
 
 COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
@@ -31,6 +31,9 @@ BAD_INPUT = 2
 THRESHOLD_MISSED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 READER_LEFT = 141  # 128 + SIGPIPE
+
+TRACEBACK = "SURGEON_TRACEBACK"
+"""The environment variable that, if set, lets an error that nobody foresaw show its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +115,7 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     command.configure(parser)
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(command=command)
 
 
 def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -128,8 +131,12 @@ def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return _report(str(error), FAILED)
     except (SurgeonError, _UsageError) as error:
         return _report(str(error), BAD_INPUT)
-    except OSError as error:
-        return _report(_os_error(error), FAILED)
+    except SystemExit:
+        raise
+    except BaseException as error:  # also what a library in Rust raises when it panics
+        if os.environ.get(TRACEBACK):
+            raise
+        return _report(_unforeseen(error, parser.prog, argv), FAILED)
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Outcome:
@@ -137,8 +144,8 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Out
         arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version have printed
         return Outcome(())
-    run: Callable[[argparse.Namespace], Iterable[str] | Outcome] = arguments.run
-    outcome = run(arguments)
+    command: Command = arguments.command
+    outcome = command.run(arguments)
     return outcome if isinstance(outcome, Outcome) else Outcome(outcome)
 
 
@@ -180,7 +187,17 @@ def _printable(text: str) -> str:
     )
 
 
-def _os_error(error: OSError) -> str:
-    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{place}: {reason}" if place else reason
+def _unforeseen(error: BaseException, program: str, argv: Sequence[str] | None) -> str:
+    """The line for an error that no stage turned into one of ours."""
+    first = (sys.argv[1:] if argv is None else argv)[:1]
+    command = " ".join([program, *(name for name in first if name in {known.name for known in COMMANDS})])
+    if isinstance(error, OSError):
+        place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None) or command
+        remedy = remedy_for(error, "")
+        return f"{place}: {reason_of(error)}" + (f"; {remedy}" if remedy else "")
+    if isinstance(error, MemoryError):
+        return f"{command}: expected enough memory, got too little; {remedy_for(error, '')}"
+    return (
+        f"{command}: {type(error).__name__}: {reason_of(error)}; nobody foresaw this: set {TRACEBACK}=1 and run it "
+        "again to see where it comes from"
+    )

@@ -41,6 +41,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     import torch
 
     from surgeon.compiler.specs.tiles import read_tiles, tiles_json
+    from surgeon.compiler.system.atomic_files import write_file
     from surgeon.compiler.system.terminal import progress_bar
     from surgeon.compiler.topology.read import read_topology
     from surgeon.compiler.tune.run import tune_here
@@ -50,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     with progress_bar() as progress:
         found = tune_here(topology, arguments.layer, arguments.head_dim, start, arguments.jobs, progress)
     source = f"surgeon tune on {found.device}, torch {torch.__version__}"
-    out.write_text(tiles_json(found.tiles, source), encoding="utf-8")
+    write_file(out, tiles_json(found.tiles, source))
     return (_json(out, found),) if arguments.json else _lines(out, found)
 
 

@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.measure.before_weights import read_outline
-from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline

@@ -25,8 +25,13 @@ def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> 
         PackageError: `out` exists and is neither of that kind nor an empty folder, holds the current folder, or cannot
             be written.
     """
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):  # the swap would pull it out from under this process and its shell
+    with naming(Path()):
+        here = Path.cwd()
+    try:
+        place = out.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise PackageError(str(out), kind, "links that lead in a circle", "name another --out") from None
+    if place in (here, *here.parents):  # the swap would pull it out from under this process and its shell
         raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
     place = out.absolute()
     while not place.parent.exists():
@@ -84,12 +89,23 @@ def write_file(file: Path, content: str | bytes) -> None:
     """Writes bytes, or a text in UTF-8, beside `file` and renames it into place."""
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with naming(file), os.fdopen(handle, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         Path(scratch).chmod(0o644)
         Path(scratch).replace(file)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Adds a file's name to an error of the system that has none, as when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 @contextlib.contextmanager
@@ -135,7 +151,7 @@ def _locked(folder: Path, mode: int) -> Iterator[bool]:
 
 def _write_durably(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

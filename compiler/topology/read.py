@@ -20,6 +20,7 @@ MAX_BLOCKS = 16_384
 MAX_LAYERS = 512
 MAX_HEADS = 512
 MAX_DEPTH = 64
+_MAX_DIGIT = 1023
 BLOCK_SIZES = range(16, 1025, 16)
 _FAULT = Fault(TopologyError)
 
@@ -125,15 +126,21 @@ def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
     arity = _integer(fields["arity"], f"{where}.arity", 2, 1024)
     place = f"{where}.paths"
     paths = [
-        [
-            _integer(digit, f"{place}[{block}][{level}]", 0, 1023)
-            for level, digit in enumerate(_list(path, f"{place}[{block}]", 0, MAX_DEPTH))
-        ]
+        _digits(_list(path, f"{place}[{block}]", 0, MAX_DEPTH), f"{place}[{block}]")
         for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))
     ]
     if len(paths) != num_blocks:
         raise TopologyError(place, f"{num_blocks} paths, one per block", str(len(paths)), "give every block its digits")
     return Dendrogram.from_paths(paths, arity, place)
+
+
+def _digits(path: list[Any], where: str) -> list[int]:
+    for level, digit in enumerate(path):
+        if (
+            type(digit) is not int or not 0 <= digit <= _MAX_DIGIT
+        ):  # names the place of a wrong one only: there are many
+            _integer(digit, f"{where}[{level}]", 0, _MAX_DIGIT)
+    return path
 
 
 def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[Head, ...]:

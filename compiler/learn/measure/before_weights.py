@@ -1,11 +1,13 @@
 """A model before its weights are read, known by its config or its GGUF header, so that it can be refused early."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from surgeon.compiler.learn.measure.checkpoint import DeviceMap, check_placement, located, unreadable
+from surgeon.compiler.learn.measure.checkpoint import check_placement, located, unreadable
+from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap, check_devices, check_files
 from surgeon.compiler.system.terminal import say
 
 
@@ -41,6 +43,8 @@ def read_outline(name: str, device_map: DeviceMap | None = None) -> Outline:
     """
     check_placement(device_map)
     where, options = located(name)
+    check_files(Path(name))
+    check_devices(device_map)
     try:
         config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):

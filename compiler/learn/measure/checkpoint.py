@@ -1,23 +1,21 @@
 """The model that a topology is learned on: read, checked, and frozen."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from surgeon.runtime.errors import ModelError, short_repr
+from surgeon.compiler.learn.measure.checkpoint_files import SPREADING, DeviceMap, check_devices, check_files
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for, short_repr
 from surgeon.runtime.evaluate.processes import all_processes
 from surgeon.runtime.installation import required
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.layers import find_attention, layer_of
 
-DeviceMap = str | Mapping[str, str | int]
-"""A device for the whole model, a strategy to spread it, or a device, possibly "disk", for each of its modules."""
-
-_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "use a Llama or another decoder with full attention"
 
 
@@ -50,18 +48,19 @@ def read_checkpoint(
     """
     check_placement(device_map)
     where, options = located(name)
+    check_files(Path(name))
+    check_devices(device_map)
     try:
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        with _without_warnings():  # what they would say of missing weights, we say below
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+            )
+            model, found = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)
+    except Exception as error:  # each format's library raises classes of its own
         raise unreadable(name, error) from None
-    except (AssertionError, RuntimeError) as error:  # as torch and accelerate report a missing device
-        if device_map is None:
-            raise
-        raise ModelError(
-            "--device-map", "devices that exist", short_repr(f"{device_map}: {error}", 200), "name others, or none"
-        ) from None
+    _check_complete(name, found["missing_keys"])
     return model, tokenizer
 
 
@@ -72,7 +71,7 @@ def check_placement(device_map: DeviceMap | None) -> None:
         ModelError: several processes would share one model's devices, or accelerate is missing.
     """
     processes = all_processes().count
-    if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
+    if processes > 1 and (device_map in SPREADING or isinstance(device_map, Mapping)):
         raise ModelError(
             "--device-map",
             "one device for the model of each process",
@@ -98,10 +97,37 @@ def located(name: str) -> tuple[str | Path, dict[str, Any]]:
 
 def unreadable(name: str, error: Exception) -> ModelError:
     """The error for a model that Transformers cannot read, whatever it raises."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
-        name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
+        name,
+        "a causal language model with its tokenizer",
+        short_repr(reason_of(error), 200),
+        remedy_for(error, "check the path or the name, and that all files are whole"),
     )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuses a checkpoint without some of the weights, in whose place there would be random ones.
+
+    A weight that is tied to another is not missed: the library leaves it out.
+    """
+    if missing:
+        first, more = min(missing), len(missing) - 1
+        raise ModelError(
+            name,
+            "all weights of the model that its config.json describes",
+            f"none for {first}" + (f" and {more} more" if more else ""),
+            "complete the checkpoint, or correct the names of its weights",
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from surgeon.compiler.learn.measure.text_file import TextFile, read_text_file
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,17 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
 
 
 def tokenize(file: TextFile, tokenizer: PreTrainedTokenizerBase) -> TokenText:
-    """Turns a text into tokens."""
+    """Turns a text into tokens.
+
+    Raises:
+        ModelError: the tokenizer does not take it.
+    """
     # The tokenizer warns about texts longer than the model's context; the model only gets sequences from them.
-    ids = tokenizer(file.text, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(file.text, verbose=False)["input_ids"]
+    except Exception as error:  # each kind of tokenizer raises classes of its own
+        remedy = remedy_for(error, "name another text, or check the model's tokenizer")
+        raise ModelError(file.name, "a text that the model's tokenizer reads", reason_of(error), remedy) from None
     return TokenText(file.name, file.sha256, torch.tensor(ids))
 
 

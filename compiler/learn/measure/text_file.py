@@ -4,7 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for
+from surgeon.runtime.package.files import read_any
+
+MAX_TEXT_BYTES = 2**28
+"""The largest text, all of which is tokenized: some 60 million tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,12 @@ def read_text_file(path: Path) -> TextFile:
         ModelError: it cannot be read, is not text, or is empty.
     """
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(str(path), "a readable text file", reason, "check the path") from None
+        data = read_any(path, MAX_TEXT_BYTES)
+    except (OSError, ValueError, MemoryError) as error:
+        remedy = remedy_for(error, "check the path")
+        raise ModelError(str(path), "a readable text file", reason_of(error), remedy) from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise ModelError(str(path), f"at most {MAX_TEXT_BYTES} bytes", "a larger text", "name a part of it")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
