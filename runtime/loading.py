@@ -15,6 +15,7 @@ from surgeon.runtime.operands import operands_of
 from surgeon.runtime.ops import input_checks  # noqa: F401 - loaded graphs contain its ops
 from surgeon.runtime.ops.attention import attention
 from surgeon.runtime.ops.registry import register
+from surgeon.runtime.ops.transforms import refuse_tangents
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import PackageFiles, read_package
 
@@ -200,6 +201,7 @@ class Package:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
         arguments = (*operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)), self.id, layer)
+        refuse_tangents(*arguments)
         return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
 
 

@@ -156,7 +156,7 @@ def check_positions(mask: object, position_ids: object, queries: int, pairs: tup
     position, cache_leftpad = pairs
     last, end = position_ids[:, -1], position + queries
     fits = (last < end - cache_leftpad) | (last == end - 1) | (position == 0) | (cache_leftpad >= end)
-    if fits.device.type == "cuda":
+    if fits.device.type != "cpu":
         torch._assert_async(fits.all(), str(PatchError("position_ids", *_EVICTED)))
     elif not bool(fits.all()):
         row = int(fits.long().argmin())

@@ -11,8 +11,10 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from models import Compiled, masked_model, padded, tiny_llama, tokens
+from no_waiting import NoWaiting
 from surgeon.runtime import SurgeonCache, patch
 from surgeon.runtime.errors import PatchError
+from surgeon.runtime.transformers import masks
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -118,3 +120,11 @@ def test_sequences_that_start_at_another_position_are_taken(
     expected = masked_model(tiny_llama(), compiled["sparse"].topology)(ids).logits
     for places in (torch.arange(100, 140)[None], torch.arange(7, 47)[None].expand(1, -1)):
         torch.testing.assert_close(patched(ids, position_ids=places).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_the_check_does_not_wait_for_a_gpu() -> None:
+    """Tensors on the meta device have no values to wait for."""
+    with torch.device("meta"):
+        placement = torch.zeros(2, 1, 2, 60, dtype=torch.int64)
+        with NoWaiting():
+            masks.check_positions(placement, torch.arange(60)[None], 60, masks.unpack(placement, 60))

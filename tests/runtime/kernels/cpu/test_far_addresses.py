@@ -21,13 +21,6 @@ def package(compiled: dict[str, Compiled]) -> Package:
     return compiled["sparse"].package
 
 
-@pytest.fixture
-def values() -> Values:
-    """q, k and v of two sequences of 40 tokens."""
-    torch.manual_seed(0)
-    return torch.randn(2, 4, 40, 32), torch.randn(2, 2, 40, 32), torch.randn(2, 2, 40, 32)
-
-
 def reserved(*shape: int) -> torch.Tensor:
     """Memory of this many fp32 numbers, of which the system gives only the pages that are written."""
     try:

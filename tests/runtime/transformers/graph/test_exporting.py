@@ -10,7 +10,12 @@ from models import Compiled, padded, tokens
 from surgeon.runtime import patch
 from surgeon.runtime.errors import PatchError
 
-pytestmark = pytest.mark.usefixtures("no_gradients")
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture
@@ -19,6 +24,7 @@ def patched(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> LlamaForC
     return model
 
 
+@pytest.mark.slow
 def test_torch_export(patched: LlamaForCausalLM) -> None:
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
