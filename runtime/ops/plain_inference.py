@@ -28,6 +28,12 @@ _HOOKS = tuple(
 """Torch's tests for active modes, function transforms, tracer and profiler; private, so they are looked up once."""
 
 _IS_TRANSFORMED = _hook("_are_functorch_transforms_active")
+_TRACER = _hook("_get_tracing_state")
+
+
+def is_traced() -> bool:
+    """True while `torch.jit.trace` records."""
+    return _TRACER is not None and _TRACER() is not None
 
 
 def is_transformed() -> bool:

@@ -76,7 +76,7 @@ def transformable(name: str, save: Callable[..., None], backward: Callable[..., 
             for argument in (first, *rest)
         ]
         with torch.autocast(device, enabled=False):
-            return Transformed.apply(*cast)
+            return Transformed.apply(*cast)  # type: ignore[no-untyped-call]
 
     # This key comes first while a transform is active, whoever calls the op; Function goes on to the op itself.
     _LIBRARY.impl(name, apply, "FuncTorchDynamicLayerFrontMode")

@@ -65,7 +65,7 @@ def _called(path: str, layer: torch.nn.Module, dtype: torch.dtype, model: PreTra
     device = running_device(layer)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # an adapter may have dropout
-            output = layer(torch.zeros(shape, dtype=dtype, device=device))
+            output: torch.Tensor = layer(torch.zeros(shape, dtype=dtype, device=device))
     except Exception as error:  # a library's own layers raise whatever they like
         raise PatchError(
             path,

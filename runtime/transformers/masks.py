@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function
 
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops import input_checks
-from surgeon.runtime.ops.plain_inference import is_transformed
+from surgeon.runtime.ops.plain_inference import is_traced, is_transformed
 
 MaskFunction = Callable[..., torch.Tensor | None]
 """The type of the functions in Transformers' AttentionMaskInterface."""
@@ -54,7 +54,7 @@ def placement(
     Raises:
         PatchError: the model asks for anything other than plain causal attention over all keys so far.
     """
-    if torch.jit.is_tracing():  # it would keep this call's sizes and positions as constants
+    if is_traced():  # it would keep this call's sizes and positions as constants
         raise PatchError(
             "torch.jit.trace",
             "a graph that holds for other inputs",
@@ -148,7 +148,7 @@ def check_positions(mask: object, position_ids: object, queries: int, pairs: tup
     """
     if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != queries:
         return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return
     if _LAST_CHECKED.placement is not None and _LAST_CHECKED.placement() is mask:
         return

@@ -88,7 +88,7 @@ class PagedLayer(CacheLayerMixin):
         self._rows: list[int] = []  # of each sequence's next token, when blocks were last dropped
         self._pool: BlockPool | None = None
 
-    @torch.compiler.disable(reason=_NO_GRAPH)
+    @torch.compiler.disable(reason=_NO_GRAPH)  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[PagedStates, PagedStates]:
@@ -117,7 +117,7 @@ class PagedLayer(CacheLayerMixin):
         states = PagedStates(self, key_states, value_states)
         return states, states
 
-    @torch.compiler.disable(reason=_NO_GRAPH)
+    @torch.compiler.disable(reason=_NO_GRAPH)  # type: ignore[untyped-decorator]
     def attend(self, operands: Operands, package: Package) -> torch.Tensor:
         """Stores the new tokens, attends over them and the held blocks, and drops the blocks that no later row reads.
 
