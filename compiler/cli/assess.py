@@ -30,7 +30,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.measure.checkpoint import read_model
     from surgeon.compiler.learn.measure.text import read_text
     from surgeon.compiler.learn.patterns.pattern import Grid
-    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.compiler.system.stages import stage_display
+    from surgeon.compiler.system.terminal import quiet_unless_watched
     from surgeon.runtime.evaluate.processes import joined
 
     grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
@@ -38,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     with joined():
         model, tokenizer = read_model(arguments.model, arguments.device_map)
         texts = [read_text(file, tokenizer) for file in arguments.text]
-        with progress_bar() as progress:
+        with stage_display() as progress:
             found = assess(model, texts, grid, arguments.seed, arguments.work, progress)
     return (json.dumps(dataclasses.asdict(found)),) if arguments.json else tuple(picture(found))
 

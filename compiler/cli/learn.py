@@ -62,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.patterns.to_topology import write_topology
     from surgeon.compiler.learn.ultrametric.descent import Settings
     from surgeon.compiler.system.main_process import is_main_process
-    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.compiler.system.stages import stage_display
+    from surgeon.compiler.system.terminal import quiet_unless_watched
     from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.evaluate.processes import joined
     from surgeon.runtime.installation import required
@@ -90,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     with joined():
         model, tokenizer = read_model(arguments.model, arguments.device_map)
         texts = [read_text(file, tokenizer) for file in arguments.text]
-        with progress_bar() as progress:
+        with stage_display() as progress:
             topology = learn(model, texts, request, work=work, progress=progress)
     if is_main_process():
         write_topology(topology, out)

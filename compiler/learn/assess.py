@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
+from surgeon.compiler.learn.forecast import Counts, assessing_stages, forecast, seconds_of_prompt
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
-from surgeon.compiler.learn.measure.text import TokenText, divide
+from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.transformers.fingerprint import fingerprint
@@ -72,9 +75,16 @@ def assess(
     divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
     with frozen(model):
         runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
+        expect(progress, partial(_forecast, model, divided))
         each = runs.assess(divided.calibrate, seed)
         measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
+
+
+def _forecast(model: PreTrainedModel, divided: Sequences) -> Forecast:
+    counts = Counts(len(divided.calibrate), len(divided.validate), ())
+    prompt = divided.validate[0]
+    return forecast(assessing_stages(counts, seconds_of_prompt(model, prompt)), model, prompt.shape[1])
 
 
 def summarize(

@@ -11,11 +11,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from surgeon.compiler.learn.forecast import seconds_of_prompt
 from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
+from surgeon.compiler.pilot.forecast import pilot_forecast
 from surgeon.compiler.pipeline import compile_package
+from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError
@@ -79,6 +82,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
     tasks = passkeys(tokenizer, sequences, (length // 2, length), request.passkeys) if request.passkeys else ()
+    expect(progress, partial(_forecast, dense, sequences, len(tasks), request))
     candidates = [
         Candidate("dense", dense, None, 1.0),
         Candidate("patched", patched, package, density_at(topology, length)),
@@ -100,6 +104,20 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
             beside, {"perplexity_ratio": request.max_ppl_ratio, "first_token_speedup": request.min_speedup}
         ),
         seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _forecast(dense: PreTrainedModel, sequences: list[torch.Tensor], passkeys: int, request: PilotRequest) -> Forecast:
+    prompt = seconds_of_prompt(dense, sequences[0])
+    return pilot_forecast(
+        dense.config,
+        dense.num_parameters(),
+        lambda _name: prompt,
+        ("patched", "window") if request.window else ("patched",),
+        len(sequences),
+        passkeys,
+        request.rounds,
+        dense.dtype.itemsize,
     )
 
 
