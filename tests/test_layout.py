@@ -49,6 +49,7 @@ ROOMS = (
     "compiler.learn",
     "compiler.tune",
     "compiler.pilot",
+    "compiler.plan",
     "compiler.cli",
 )
 """Every room, a folder or a module beside folders, imports only rooms above it here."""

@@ -1,0 +1,49 @@
+"""`surgeon plan`: the gain and the cost to expect of a model on this machine, from one layer of its shape."""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from surgeon.compiler.cli.command import Command
+from surgeon.compiler.cli.values import add_json, density, positive
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a GGUF file, or a name that Transformers can resolve; only its config is read",
+    )
+    parser.add_argument("--length", type=positive, default=2048, metavar="TOKENS", help="default: 2048")
+    parser.add_argument(
+        "--density", type=density, default=0.25, help="visible share of the block pairs to plan for; default: 0.25"
+    )
+    parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
+    add_json(parser)
+
+
+def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    import torch
+
+    from surgeon.compiler.learn.learn import blocks_of
+    from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.plan.estimate import plan_of
+    from surgeon.compiler.plan.layer import read_outline
+    from surgeon.compiler.plan.measure import measure_layer
+    from surgeon.compiler.plan.text import plan_lines
+    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
+
+    grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
+    quiet_unless_watched()
+    outline = read_outline(arguments.model)
+    with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+        plan = plan_of(outline, grid, measure_layer(outline.config, grid, Path(scratch), progress))
+    if arguments.json:
+        return (json.dumps(dataclasses.asdict(plan)),)
+    return plan_lines(plan, torch.get_num_threads(), stdout_encoding())
+
+
+PLAN = Command("plan", "Show what a model can gain on this machine, before learning.", _add_arguments, _run)
