@@ -42,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
         plan = plan_of(outline, grid, measure_layer(outline.config, grid, Path(scratch), progress))
     if arguments.json:
-        return (json.dumps(dataclasses.asdict(plan)),)
+        return (json.dumps(dataclasses.asdict(plan) | {"threads": torch.get_num_threads()}),)
     return plan_lines(plan, torch.get_num_threads(), stdout_encoding())
 
 

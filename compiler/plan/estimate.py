@@ -17,7 +17,6 @@ from surgeon.runtime.evaluate.estimates import Estimate, middle
 TEXTS = 3
 """The texts that assessing, learning and piloting are planned for."""
 _SEQUENCES, _PASSKEYS, _ROUNDS = 4 * TEXTS, 2 * 5 * 2, 5  # a pilot's defaults
-_WORTH = 1.1
 _LEAST_SECONDS = 1e-6
 
 
@@ -68,11 +67,6 @@ class Plan:
     learn: Need
     pilot: Need
 
-    @property
-    def worthwhile(self) -> bool:
-        """True if the first token is to be expected noticeably sooner."""
-        return self.first_token.times.value >= _WORTH
-
 
 def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
     """The plan for a model, from the times of one of its layers."""
@@ -105,11 +99,11 @@ def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
         density=times.density,
         rounds=len(dense),
         first_token=first_token,
-        attention=Figure(middle(own), middle(ours), middle(_quotients(own, ours))),
+        attention=_figure(own, ours),
         decoded_token=_figure(steps["dense"], steps["patched"]),
         cache=Figure(*caches, Estimate(caches[0].value / caches[1].value, None)),
-        attention_share=middle(_quotients(own, dense)),
-        bound=middle(_quotients(dense, bare)),
+        attention_share=_quotient(own, dense),
+        bound=_quotient(dense, bare),
         # Attention grows with the square of the length, the rest with the length.
         even_length=round(length * middle(bare).value / middle(own).value),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
@@ -131,11 +125,13 @@ def _beyond(whole: list[float], rest: list[float]) -> list[float]:
 
 
 def _figure(dense: list[float], patched: list[float]) -> Figure:
-    return Figure(middle(dense), middle(patched), middle(_quotients(dense, patched)))
+    return Figure(middle(dense), middle(patched), _quotient(dense, patched))
 
 
-def _quotients(above: list[float], below: list[float]) -> list[float]:
-    return [one / other for one, other in zip(above, below, strict=True)]
+def _quotient(above: list[float], below: list[float]) -> Estimate:
+    """The quotient of the medians; its error is that over the rounds, in each of which both were measured in turn."""
+    error = middle([one / other for one, other in zip(above, below, strict=True)]).error
+    return Estimate(middle(above).value / middle(below).value, error)
 
 
 def _seconds(first_token: Figure) -> Callable[[str], float]:

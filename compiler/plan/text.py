@@ -7,6 +7,9 @@ from surgeon.compiler.system.stages import duration
 from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.evaluate.estimates import Estimate
 
+_GAINS = {1.2: "worth learning", 1.05: "a small gain"}
+"""The words for a speed-up of the first token, by the least one that deserves them."""
+
 
 def plan_lines(plan: Plan, threads: int, encoding: str) -> tuple[str, ...]:
     """Formats the plan, in ASCII if `encoding` has nothing more."""
@@ -57,9 +60,10 @@ def _needed(name: str, need: Need) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    gain = "worth learning" if plan.worthwhile else "little to gain"
+    times = plan.first_token.times.value
+    gain = next((words for least, words in _GAINS.items() if times >= least), "little to gain")
     sentence = (
-        f"{gain}: the first token {plan.first_token.times.value:.2f} times as fast; attention is "
+        f"{gain}: the first token {times:.2f} times as fast; attention is "
         f"{plan.attention_share.value:.0%} of it, so no pattern makes it more than {plan.bound.value:.2f} times as fast"
     )
     if plan.even_length <= plan.length:
