@@ -19,7 +19,7 @@ from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime.evaluate.pilot import twin
 from surgeon.runtime.loading import Package, load
-from surgeon.runtime.transformers.cache import SurgeonCache
+from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
 from surgeon.runtime.transformers.layers import find_attention
 from surgeon.runtime.transformers.patching import patch
 
@@ -140,10 +140,10 @@ class _Clock:
         """Reads tokens `[1, length]`, and returns the cache too."""
         self._marks.clear()
         started = time.perf_counter()
-        cache = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        output = self._model(input_ids=tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         whole = time.perf_counter() - started
         entered, left = self._marks
-        return Call(whole, left - entered), cache
+        return Call(whole, left - entered), output[CACHE_NAME]
 
 
 def _step(clock: _Clock, tokens: torch.Tensor, cache: Any) -> Call:
@@ -160,7 +160,7 @@ def _flusher() -> Callable[[int], object]:
 
 def _kept_bytes(patched: PreTrainedModel, package: Package, tokens: torch.Tensor) -> int:
     cache = SurgeonCache(package)
-    patched(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    patched(input_ids=tokens, **cache.argument, use_cache=True, logits_to_keep=1)
     return cache.kept_bytes()
 
 
