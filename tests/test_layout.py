@@ -44,6 +44,7 @@ ROOMS = (
     "compiler.pipeline",
     "compiler.learn.patterns",
     "compiler.learn.measure",
+    "compiler.forecast",
     "compiler.learn.budget",
     "compiler.learn.ultrametric",
     "compiler.learn",

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
+from surgeon.compiler.forecast.learning import Counts, assessing_stages, forecast, seconds_of_prompt
 from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
-from surgeon.compiler.learn.forecast import Counts, assessing_stages, forecast, seconds_of_prompt
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from surgeon.compiler.forecast.learning import Counts, descending_stages, forecast, learning_stages, seconds_of_prompt
 from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
-from surgeon.compiler.learn.forecast import Counts, descending_stages, forecast, learning_stages, seconds_of_prompt
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Runs

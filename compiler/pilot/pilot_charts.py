@@ -126,4 +126,4 @@ def _finish(axes: "Axes", across: str, extent: Extent | None) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(across)
     # Above the axes, where no line can run through it.
-    axes.get_figure(root=True).legend(loc="outside upper left", ncols=3, fontsize=7, frameon=False)
+    axes.figure.legend(loc="outside upper left", ncols=3, fontsize=7, frameon=False)

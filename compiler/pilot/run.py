@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.forecast import seconds_of_prompt
+from surgeon.compiler.forecast.learning import seconds_of_prompt
+from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
-from surgeon.compiler.pilot.forecast import pilot_forecast
 from surgeon.compiler.pipeline import compile_package
 from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from surgeon.compiler.learn.forecast import Counts, assessing_stages, learning_memory, learning_stages
+from surgeon.compiler.forecast.learning import Counts, assessing_stages, learning_memory, learning_stages
+from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.learn import Effort
 from surgeon.compiler.learn.patterns.pattern import Grid
-from surgeon.compiler.pilot.forecast import pilot_forecast
 from surgeon.compiler.plan.layer import Outline
 from surgeon.compiler.plan.measure import Call, LayerTimes
 from surgeon.compiler.system.stages import Forecast

@@ -8,13 +8,16 @@ import pytest
 from command_line import fails
 from models import tiny_config
 from surgeon.compiler.cli.main import main
+from surgeon.compiler.plan import measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = ["--length", "128", "--block", "16", "--density", "0.5"]
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("_PROMPT_SECONDS", "_STEP_SECONDS", "_LARGER_THAN_A_CACHE"):
+        monkeypatch.setattr(measure, name, 0)  # three rounds, with nothing to evict
     tiny_config().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

@@ -6,13 +6,16 @@ import pytest
 
 from models import tiny_config
 from surgeon.compiler.learn.patterns.pattern import Grid
+from surgeon.compiler.plan import measure
 from surgeon.compiler.plan.measure import Call, in_turn, measure_layer
 from surgeon.runtime.errors import TopologyError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_layer_is_timed_dense_patched_and_without_attention(tmp_path: Path) -> None:
+def test_a_layer_is_timed_dense_patched_and_without_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_PROMPT_SECONDS", "_STEP_SECONDS", "_LARGER_THAN_A_CACHE"):
+        monkeypatch.setattr(measure, name, 0)  # three rounds, with nothing to evict
     found = measure_layer(tiny_config(), Grid(16, 8, 1, 0.5), tmp_path)
     assert found.prompts.keys() == {"dense", "patched", "bare"}
     assert found.steps.keys() == {"dense", "patched"}
