@@ -82,7 +82,7 @@ def learning_memory(config: PreTrainedConfig, parameters: int, length: int) -> f
         layers = config.num_hidden_layers
         kept = kept // layers + layers * length * config.hidden_size * 4
     logits = min(LOGITS_CHUNK, length) * config.get_text_config().vocab_size * 4
-    return 4 * parameters + _BASE_BYTES + kept + _LOGITS_ALIVE * logits
+    return float(4 * parameters + _BASE_BYTES + kept + _LOGITS_ALIVE * logits)
 
 
 def seconds_of_prompt(model: PreTrainedModel, tokens: torch.Tensor) -> float:

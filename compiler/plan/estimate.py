@@ -78,7 +78,6 @@ def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
     dense, patched, bare = (prompts[name] for name in ("dense", "patched", "bare"))
     own, ours = _beyond(dense, bare), _beyond(patched, bare)
     first_token = _figure(dense, patched)
-    caches = [Estimate(float(layers * size), None) for size in (times.dense_cache_bytes, times.kept_cache_bytes)]
     prompt = first_token.dense.value
     effort = Effort()
     counts = Counts(
@@ -101,7 +100,7 @@ def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
         first_token=first_token,
         attention=_figure(own, ours),
         decoded_token=_figure(steps["dense"], steps["patched"]),
-        cache=Figure(*caches, Estimate(caches[0].value / caches[1].value, None)),
+        cache=_figure([layers * float(times.dense_cache_bytes)], [layers * float(times.kept_cache_bytes)]),
         attention_share=_quotient(own, dense),
         bound=_quotient(dense, bare),
         # Attention grows with the square of the length, the rest with the length.

@@ -54,4 +54,5 @@ def one_layer(config: PreTrainedConfig) -> PreTrainedModel:
     if types := getattr(shorter, "layer_types", None):
         shorter.layer_types = types[:1]
     model: PreTrainedModel = AutoModelForCausalLM.from_config(shorter, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model

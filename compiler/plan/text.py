@@ -1,11 +1,10 @@
 """A plan as lines for people: the gain, the cost, and a verdict."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from surgeon.compiler.plan.estimate import Figure, Need, Plan
 from surgeon.compiler.system.stages import duration
 from surgeon.compiler.system.terminal import can_show
-from surgeon.runtime.evaluate.estimates import Estimate
 
 _GAINS = {1.2: "worth learning", 1.05: "a small gain"}
 """The words for a speed-up of the first token, by the least one that deserves them."""
@@ -32,20 +31,13 @@ def _gain(plan: Plan) -> Iterator[str]:
     yield f"{'':<26}{'dense':>10}{'patched':>10}   times dense"
     yield _row("first token, s", plan.first_token, "{:.3f}")
     yield _row("  of it attention, s", plan.attention, "{:.3f}")
-    per_second = Figure(
-        *(Estimate(1 / each.value, None) for each in (plan.decoded_token.dense, plan.decoded_token.patched)),
-        plan.decoded_token.times,
-    )
-    yield _row("decoding, tokens/s", per_second, "{:.1f}")
-    megabytes = Figure(
-        *(Estimate(each.value / 1e6, None) for each in (plan.cache.dense, plan.cache.patched)), plan.cache.times
-    )
-    yield _row("cache kept, MB", megabytes, "{:.1f}")
+    yield _row("decoding, tokens/s", plan.decoded_token, "{:.1f}", lambda seconds: 1 / seconds)
+    yield _row("cache kept, MB", plan.cache, "{:.1f}", lambda size: size / 1e6)
 
 
-def _row(name: str, figure: Figure, pattern: str) -> str:
+def _row(name: str, figure: Figure, pattern: str, shown: Callable[[float], float] = float) -> str:
     error = "" if figure.times.error is None else f" ± {figure.times.error:.2f}"
-    values = (pattern.format(each.value) for each in (figure.dense, figure.patched))
+    values = (pattern.format(shown(each.value)) for each in (figure.dense, figure.patched))
     return f"{name:<26}{''.join(f'{value:>10}' for value in values)}   {figure.times.value:.2f}{error}"
 
 
