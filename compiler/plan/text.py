@@ -28,7 +28,7 @@ def _head(plan: Plan, threads: int) -> Iterator[str]:
 
 
 def _gain(plan: Plan) -> Iterator[str]:
-    yield f"{'':<26}{'dense':>10}{'patched':>10}   times dense"
+    yield f"{'':<26}{'dense':>10}{'patched':>10}   gain, times"
     yield _row("first token, s", plan.first_token, "{:.3f}")
     yield _row("  of it attention, s", plan.attention, "{:.3f}")
     yield _row("decoding, tokens/s", plan.decoded_token, "{:.1f}", lambda seconds: 1 / seconds)

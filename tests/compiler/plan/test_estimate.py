@@ -103,7 +103,7 @@ def test_the_table_is_aligned_and_plain_where_the_encoding_is() -> None:
     assert "".join(lines).isascii()
     assert lines[0] == "a model: llama, 10 layers, 1 million parameters; fp32, 1 CPU thread"
     gain, cost = (lines.index(""), lines.index("", lines.index("") + 1))
-    assert lines[gain + 1] == f"{'':<26}{'dense':>10}{'patched':>10}   times dense"
+    assert lines[gain + 1] == f"{'':<26}{'dense':>10}{'patched':>10}   gain, times"
     assert lines[gain + 2].startswith(f"{'first token, s':<26}{'8.600':>10}{'5.600':>10}   1.54 +- ")
     assert lines[cost + 1 : cost + 3] == (
         f"{'with 3 texts, about':<26}{'time':>10}{'memory':>10}",
