@@ -22,6 +22,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", type=density, default=0.25, help="visible share of the block pairs to plan for; default: 0.25"
     )
     parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
+    parser.add_argument(
+        "--recall",
+        choices=("dense", "pattern"),
+        default="dense",
+        help="what the rows that ask read, as in patch: everything, or the pattern; default: dense",
+    )
     add_json(parser)
 
 
@@ -40,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     quiet_unless_watched()
     outline = read_outline(arguments.model)
     with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
-        plan = plan_of(outline, grid, measure_layer(outline.config, grid, Path(scratch), progress))
+        times = measure_layer(outline.config, grid, arguments.recall, Path(scratch), progress)
+    plan = plan_of(outline, grid, times)
     if arguments.json:
         return (json.dumps(dataclasses.asdict(plan) | {"threads": torch.get_num_threads()}),)
     return plan_lines(plan, torch.get_num_threads(), stdout_encoding())

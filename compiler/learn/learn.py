@@ -18,7 +18,7 @@ from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
-from surgeon.compiler.learn.patterns.windows import uniform_windows, window_floor
+from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.stages import Forecast, expect
@@ -28,6 +28,9 @@ from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.transformers.fingerprint import fingerprint
 
+ANSWERS = "answers"
+TEXT = "text"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -36,6 +39,11 @@ class Request:
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
     `cuts`, heads may also get clusters, which are tied to their length and cannot be scaled. `settings` are for the
     method "ultrametric", whose heads have clusters as well.
+
+    `purpose` is "answers" or "text". For answers, as under dense recall, what counts is the effect of a prompt's
+    pattern on the tokens that follow it, while the prompt's end and these tokens see everything; for text, its effect
+    on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
+    default.
     """
 
     density: float
@@ -47,6 +55,19 @@ class Request:
     measured_length: int | None = None
     cuts: bool = False
     settings: Settings = field(default_factory=Settings)
+    purpose: str | None = None
+
+    def grid(self, blocks: int) -> Grid:
+        """The grid for sequences of so many blocks.
+
+        Raises:
+            TopologyError: the method does not learn for the purpose.
+        """
+        budget = self.method == "budget"
+        if self.purpose == ANSWERS and not budget:
+            raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
+        make = Grid.for_answers if budget and self.purpose != TEXT else Grid
+        return make(self.block_size, blocks, self.sink, self.density)
 
 
 @dataclass(frozen=True)
@@ -97,14 +118,14 @@ def learn(
     shape = model_shape(model)
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
-        grid = Grid(request.block_size, blocks, request.sink, request.density)
+        grid = request.grid(blocks)
         equal = Pattern(uniform_windows(*size, blocks, request.sink, request.density))
         topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
     effort = effort or Effort()
-    window_floor(measured, request.sink, request.density)  # refuses a density out of reach before the work
-    grid = Grid(request.block_size, measured, request.sink, request.density)
+    uniform_windows(*size, measured, request.sink, request.density)  # refuses a density out of reach before the work
+    grid = request.grid(measured)
     sequences = divide(
         texts,
         measured * request.block_size,
@@ -137,6 +158,7 @@ def learn(
         topology,
         {
             "seed": request.seed,
+            "for": ANSWERS if grid.asking else TEXT,
             "density": round(mean_density(topology), 5),
             "measured_length": measured * request.block_size,
             "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts],

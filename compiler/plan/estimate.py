@@ -53,6 +53,7 @@ class Plan:
     length: int
     block_size: int
     density: float
+    recall: str
     rounds: int
     first_token: Figure
     attention: Figure
@@ -96,6 +97,7 @@ def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
         length=length,
         block_size=grid.block_size,
         density=times.density,
+        recall=times.recall,
         rounds=len(dense),
         first_token=first_token,
         attention=_figure(own, ours),

@@ -22,6 +22,7 @@ from surgeon.runtime.loading import Package, load
 from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
 from surgeon.runtime.transformers.layers import find_attention
 from surgeon.runtime.transformers.patching import patch
+from surgeon.runtime.transformers.recall import PATTERN
 
 _NO_ATTENTION = "surgeon_no_attention"
 _PROMPT_SECONDS, _STEP_SECONDS = 20.0, 6.0  # what timing prompts and steps may take
@@ -46,20 +47,24 @@ class LayerTimes:
     """The measurements of one layer.
 
     `prompts` are of the models "dense", "patched" and "bare", which has no attention, `steps` of the first two: one
-    token after a prompt. `density` is that of the compiled windows; the caches are those of one layer after a prompt.
+    token after a prompt. `density` is that of the compiled windows, `recall` that of the patched model; the caches are
+    those of one layer after a prompt.
     """
 
     prompts: Calls
     steps: Calls
     density: float
+    recall: str
     dense_cache_bytes: int
     kept_cache_bytes: int
 
 
-def measure_layer(config: PreTrainedConfig, grid: Grid, scratch: Path, progress: Progress | None = None) -> LayerTimes:
+def measure_layer(
+    config: PreTrainedConfig, grid: Grid, recall: str, scratch: Path, progress: Progress | None = None
+) -> LayerTimes:
     """Times a layer of random weights on sequences as long as the grid, on the CPU in fp32.
 
-    `scratch` is an empty folder for the package of equal windows.
+    `recall` is that of `patch`; `scratch` is an empty folder for the package of equal windows.
 
     Raises:
         TopologyError: the density is out of reach.
@@ -72,7 +77,7 @@ def measure_layer(config: PreTrainedConfig, grid: Grid, scratch: Path, progress:
     topology = pattern_topology(shape, grid, windows, {"method": "window"})
     package = load(compile_package(topology, scratch / "kernels", dtypes=("fp32",), progress=progress))
     patched, bare = twin(dense), twin(dense)
-    patch(patched, package)
+    patch(patched, package, recall=recall)
     AttentionInterface.register(_NO_ATTENTION, _no_attention)
     bare.config._attn_implementation = _NO_ATTENTION
     models = {"dense": dense, "patched": patched, "bare": bare}
@@ -96,12 +101,14 @@ def measure_layer(config: PreTrainedConfig, grid: Grid, scratch: Path, progress:
             _flusher(),
         )
         (layer,) = caches["dense"].layers
+        whole = int(layer.keys.nbytes + layer.values.nbytes)
         return LayerTimes(
             prompts=prompts,
             steps=steps,
             density=mean_density(topology),
-            dense_cache_bytes=int(layer.keys.nbytes + layer.values.nbytes),
-            kept_cache_bytes=_kept_bytes(patched, package, tokens),
+            recall=recall,
+            dense_cache_bytes=whole,
+            kept_cache_bytes=_kept_bytes(patched, package, tokens) if recall == PATTERN else whole,
         )
 
 

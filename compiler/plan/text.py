@@ -22,7 +22,7 @@ def _head(plan: Plan, threads: int) -> Iterator[str]:
         f"fp32, {threads} CPU thread{'s' * (threads != 1)}"
     )
     yield (
-        f"{plan.length:,} tokens, {plan.density:.1%} of the blocks of {plan.block_size}: "
+        f"{plan.length:,} tokens, {plan.density:.1%} of the blocks of {plan.block_size}, recall {plan.recall}: "
         f"one layer of random weights, timed {plan.rounds} times, for all layers"
     )
 

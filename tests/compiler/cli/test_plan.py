@@ -37,6 +37,8 @@ def test_its_json_has_the_figures_with_their_errors(model: Path, capsys: pytest.
     assert found["first_token"]["times"].keys() == {"value", "error"}
     assert found["learn"].keys() == {"seconds", "memory_bytes"}
     assert (found["layers"], found["length"], found["threads"]) == (3, 128, 1)
+    assert found["recall"] == "dense"
+    assert found["cache"]["times"]["value"] == 1, "rows that ask read everything, so that nothing is dropped"
 
 
 def test_bad_input_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ def times(dense: list[float], patched: list[float], bare: list[float]) -> LayerT
 
     prompts = {name: calls(each, 0.5) for name, each in (("dense", dense), ("patched", patched), ("bare", bare))}
     steps = {"dense": calls([0.02] * 3, 0.1), "patched": calls([0.01] * 3, 0.1)}
-    return LayerTimes(prompts, steps, density=0.249, dense_cache_bytes=1000, kept_cache_bytes=250)
+    return LayerTimes(prompts, steps, density=0.249, recall="dense", dense_cache_bytes=1000, kept_cache_bytes=250)
 
 
 def plan(dense: list[float], patched: list[float], bare: list[float], layers: int = 10) -> Plan:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_layer_is_timed_dense_patched_and_without_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_PROMPT_SECONDS", "_STEP_SECONDS", "_LARGER_THAN_A_CACHE"):
         monkeypatch.setattr(measure, name, 0)  # three rounds, with nothing to evict
-    found = measure_layer(tiny_config(), Grid(16, 8, 1, 0.5), tmp_path)
+    found = measure_layer(tiny_config(), Grid(16, 8, 1, 0.5), "pattern", tmp_path)
     assert found.prompts.keys() == {"dense", "patched", "bare"}
     assert found.steps.keys() == {"dense", "patched"}
     for calls in (*found.prompts.values(), *found.steps.values()):
@@ -29,7 +29,7 @@ def test_a_layer_is_timed_dense_patched_and_without_attention(tmp_path: Path, mo
 
 def test_a_density_out_of_reach_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="--density: expected at least"):
-        measure_layer(tiny_config(), Grid(16, 8, 1, 0.1), tmp_path)
+        measure_layer(tiny_config(), Grid(16, 8, 1, 0.1), "dense", tmp_path)
 
 
 def test_calls_take_turns_and_each_is_prepared() -> None:
