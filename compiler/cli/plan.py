@@ -34,20 +34,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
     import torch
 
-    from surgeon.compiler.learn.learn import blocks_of
     from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.learn.patterns.reach import blocks_of
     from surgeon.compiler.plan.estimate import plan_of
-    from surgeon.compiler.plan.layer import read_outline
+    from surgeon.compiler.plan.layer import read_planned
     from surgeon.compiler.plan.measure import measure_layer
     from surgeon.compiler.plan.text import plan_lines
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
 
     grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
     quiet_unless_watched()
-    outline = read_outline(arguments.model)
+    planned = read_planned(arguments.model)
     with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
-        times = measure_layer(outline.config, grid, arguments.recall, Path(scratch), progress)
-    plan = plan_of(outline, grid, times)
+        times = measure_layer(planned.config, grid, arguments.recall, Path(scratch), progress)
+    plan = plan_of(planned, grid, times)
     if arguments.json:
         return (json.dumps(dataclasses.asdict(plan) | {"threads": torch.get_num_threads()}),)
     return plan_lines(plan, torch.get_num_threads(), stdout_encoding())

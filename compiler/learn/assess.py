@@ -71,19 +71,27 @@ def assess(
     shape = model_shape(model)
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     equal = uniform_windows(*size, grid.blocks, grid.sink, grid.density)
-    length = grid.block_size * grid.blocks
-    divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
+    sequences = divided(texts, grid, seed)
     with frozen(model):
         runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
-        expect(progress, partial(_forecast, model, divided))
-        each = runs.assess(divided.calibrate, seed)
-        measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
+        expect(progress, partial(_forecast, model, sequences))
+        each = runs.assess(sequences.calibrate, seed)
+        measured = runs.validate(Pattern(equal), sequences.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
 
 
-def _forecast(model: PreTrainedModel, divided: Sequences) -> Forecast:
-    counts = Counts(len(divided.calibrate), len(divided.validate), ())
-    prompt = divided.validate[0]
+def divided(texts: Sequence[TokenText], grid: Grid, seed: int) -> Sequences:
+    """The sequences that an assessment reads of texts: one of each to measure on, and one to scale by.
+
+    Raises:
+        ModelError: a text holds too few.
+    """
+    return divide(texts, grid.block_size * grid.blocks, calibrate=1, validate=1, refine=(), seed=seed)
+
+
+def _forecast(model: PreTrainedModel, sequences: Sequences) -> Forecast:
+    counts = Counts(len(sequences.calibrate), len(sequences.validate), ())
+    prompt = sequences.validate[0]
     return forecast(assessing_stages(counts, seconds_of_prompt(model, prompt)), model, prompt.shape[1])
 
 

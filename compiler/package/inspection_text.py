@@ -42,8 +42,10 @@ def _topology_lines(report: TopologyReport) -> Iterator[str]:
 def _package_lines(report: PackageReport) -> Iterator[str]:
     manifest = report.manifest
     yield f"package    {report.path}, {len(manifest.files)} files and the manifest, {report.size:,} bytes"
-    for target in manifest.targets:
-        kernels = [kernel for kernel in manifest.kernels if kernel.target == target]
+    by_target: dict[str, list[KernelEntry]] = {target: [] for target in manifest.targets}
+    for kernel in manifest.kernels:
+        by_target[kernel.target].append(kernel)
+    for target, kernels in by_target.items():
         yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
 
 

@@ -9,7 +9,7 @@ from surgeon.compiler.forecast.learning import Counts, assessing_stages, learnin
 from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.learn import Effort
 from surgeon.compiler.learn.patterns.pattern import Grid
-from surgeon.compiler.plan.layer import Outline
+from surgeon.compiler.plan.layer import PlannedModel
 from surgeon.compiler.plan.measure import Call, LayerTimes
 from surgeon.compiler.system.stages import Forecast
 from surgeon.runtime.evaluate.estimates import Estimate, middle
@@ -69,9 +69,9 @@ class Plan:
     pilot: Need
 
 
-def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
+def plan_of(planned: PlannedModel, grid: Grid, times: LayerTimes) -> Plan:
     """The plan for a model, from the times of one of its layers."""
-    config: PreTrainedConfig = outline.config
+    config: PreTrainedConfig = planned.config
     layers = config.num_hidden_layers
     prompts = {name: _whole_model(calls, layers) for name, calls in times.prompts.items()}
     steps = {name: _whole_model(calls, layers) for name, calls in times.steps.items()}
@@ -85,15 +85,15 @@ def plan_of(outline: Outline, grid: Grid, times: LayerTimes) -> Plan:
         TEXTS * effort.calibrate, TEXTS * effort.validate, tuple(TEXTS * number for number in effort.refine)
     )
     once = Counts(TEXTS, TEXTS, ())
-    memory = learning_memory(config, outline.parameters, length)
+    memory = learning_memory(config, planned.parameters, length)
     pilot = pilot_forecast(
-        config, outline.parameters, _seconds(first_token), ("patched", "window"), _SEQUENCES, _PASSKEYS, _ROUNDS
+        config, planned.parameters, _seconds(first_token), ("patched", "window"), _SEQUENCES, _PASSKEYS, _ROUNDS
     )
     return Plan(
-        model=outline.name,
+        model=planned.name,
         model_type=config.model_type,
         layers=layers,
-        parameters=outline.parameters,
+        parameters=planned.parameters,
         length=length,
         block_size=grid.block_size,
         density=times.density,

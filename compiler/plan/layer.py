@@ -3,47 +3,32 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from surgeon.compiler.learn.measure.before_weights import read_without_weights
 from surgeon.compiler.learn.measure.checkpoint import check_decoder
-from surgeon.runtime.errors import ModelError, short_repr
-from surgeon.runtime.installation import required
 
 
 @dataclass(frozen=True)
-class Outline:
-    """A model without its weights: its config, and the number of its parameters."""
+class PlannedModel:
+    """A model to plan for: its name, its config, and the number of its parameters."""
 
     name: str
     config: PreTrainedConfig
     parameters: int
 
 
-def read_outline(name: str) -> Outline:
+def read_planned(name: str) -> PlannedModel:
     """Reads a model's config; `name` is a folder, a GGUF file, or a name that Transformers can resolve.
 
     Raises:
         ModelError: it cannot be read, or is not a decoder that a topology can describe.
     """
-    where: str | Path = name
-    options: dict[str, Any] = {}
-    if Path(name).suffix.lower() == ".gguf":
-        required("gguf", ModelError, name)
-        where, options = Path(name).parent, {"gguf_file": Path(name).name}
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):  # all of the model's modules, and none of its memory
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a stranger's file: whatever Transformers raises, it is the file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            name, "the config of a causal language model", short_repr(reason, 200), "check the path or the name"
-        ) from None
+    model = read_without_weights(name)
     check_decoder(model)
-    return Outline(Path(name).absolute().name, config, model.num_parameters())
+    return PlannedModel(Path(name).absolute().name, model.config, model.num_parameters())
 
 
 def one_layer(config: PreTrainedConfig) -> PreTrainedModel:

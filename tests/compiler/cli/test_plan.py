@@ -44,4 +44,4 @@ def test_its_json_has_the_figures_with_their_errors(model: Path, capsys: pytest.
 def test_bad_input_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "a multiple of the block" in fails(capsys, 2, "plan", model, "--length", "100")
     assert "--density: expected at least" in fails(capsys, 2, "plan", model, *SHAPE, "--density", "0.05")
-    assert "expected the config of a causal language model" in fails(capsys, 2, "plan", tmp_path)
+    assert "expected a causal language model" in fails(capsys, 2, "plan", tmp_path)

@@ -5,7 +5,7 @@ import pytest
 from models import tiny_config
 from surgeon.compiler.learn.patterns.pattern import Grid
 from surgeon.compiler.plan.estimate import Plan, plan_of
-from surgeon.compiler.plan.layer import Outline
+from surgeon.compiler.plan.layer import PlannedModel
 from surgeon.compiler.plan.measure import Call, LayerTimes
 from surgeon.compiler.plan.text import plan_lines
 
@@ -25,7 +25,7 @@ def times(dense: list[float], patched: list[float], bare: list[float]) -> LayerT
 
 def plan(dense: list[float], patched: list[float], bare: list[float], layers: int = 10) -> Plan:
     config = tiny_config(num_hidden_layers=layers, max_position_embeddings=4096)
-    return plan_of(Outline("a model", config, 1_000_000), GRID, times(dense, patched, bare))
+    return plan_of(PlannedModel("a model", config, 1_000_000), GRID, times(dense, patched, bare))
 
 
 def test_a_layer_counts_as_often_as_the_model_has_it_and_the_rest_once() -> None:
@@ -71,8 +71,8 @@ def test_the_needs_grow_with_the_prompt_the_layers_and_the_parameters() -> None:
         one.learn.seconds / one.first_token.dense.value
     )
     assert slower.pilot.seconds > one.pilot.seconds
-    larger = plan_of(Outline("a model", tiny_config(), 2_000_000), GRID, times([0.8], [0.5], [0.4]))
-    smaller = plan_of(Outline("a model", tiny_config(), 1_000_000), GRID, times([0.8], [0.5], [0.4]))
+    larger = plan_of(PlannedModel("a model", tiny_config(), 2_000_000), GRID, times([0.8], [0.5], [0.4]))
+    smaller = plan_of(PlannedModel("a model", tiny_config(), 1_000_000), GRID, times([0.8], [0.5], [0.4]))
     for name in ("assess", "learn", "pilot"):
         assert getattr(larger, name).memory_bytes - getattr(smaller, name).memory_bytes == pytest.approx(4e6)
 

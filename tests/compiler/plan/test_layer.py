@@ -7,16 +7,16 @@ import pytest
 
 from gguf_file import TOKENS, write_gguf
 from models import tiny_config, tiny_llama
-from surgeon.compiler.plan.layer import one_layer, read_outline
+from surgeon.compiler.plan.layer import one_layer, read_planned
 from surgeon.runtime.errors import ModelError
 
 
 def test_the_config_is_enough(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path / "a model")
-    outline = read_outline(str(tmp_path / "a model"))
-    assert outline.name == "a model"
-    assert outline.parameters == tiny_llama().num_parameters()
-    assert outline.config.num_hidden_layers == 3
+    planned = read_planned(str(tmp_path / "a model"))
+    assert planned.name == "a model"
+    assert planned.parameters == tiny_llama().num_parameters()
+    assert planned.config.num_hidden_layers == 3
 
 
 def test_a_layer_is_as_large_as_the_models() -> None:
@@ -36,18 +36,18 @@ def test_a_layer_is_as_large_as_the_models() -> None:
 def test_a_gguf_file(tmp_path: Path, name: str) -> None:
     model = tiny_llama(tiny_config(vocab_size=len(TOKENS), num_hidden_layers=2))
     write_gguf(model, tmp_path / name)
-    outline = read_outline(str(tmp_path / name))
-    assert outline.config.num_hidden_layers == 2
-    assert outline.parameters == model.num_parameters()
+    planned = read_planned(str(tmp_path / name))
+    assert planned.config.num_hidden_layers == 2
+    assert planned.parameters == model.num_parameters()
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "expected the config of a causal language model"),
-        ("{", "expected the config of a causal language model"),
+        (None, "expected a causal language model"),
+        ("{", "expected a causal language model"),
         (json.dumps({"model_type": "bert"}), "expected"),
-        (json.dumps({"model_type": "llama", "hidden_size": "wide"}), "expected the config of a causal language model"),
+        (json.dumps({"model_type": "llama", "hidden_size": "wide"}), "expected a causal language model"),
         (json.dumps({"model_type": "mistral", "sliding_window": 512}), "config.sliding_window: expected full causal"),
     ],
 )
@@ -55,4 +55,4 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, config: str | None, m
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelError, match=message):
-        read_outline(str(tmp_path))
+        read_planned(str(tmp_path))
