@@ -32,17 +32,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.learn.patterns.reach import blocks_of, check_reachable
+
+    blocks = blocks_of(arguments.length, arguments.block)
+    check_reachable(blocks, 1, arguments.density)
+
     import torch
 
     from surgeon.compiler.learn.patterns.pattern import Grid
-    from surgeon.compiler.learn.patterns.reach import blocks_of
     from surgeon.compiler.plan.estimate import plan_of
     from surgeon.compiler.plan.layer import read_planned
     from surgeon.compiler.plan.measure import measure_layer
     from surgeon.compiler.plan.text import plan_lines
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
 
-    grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
+    grid = Grid(arguments.block, blocks, 1, arguments.density)
     quiet_unless_watched()
     planned = read_planned(arguments.model)
     with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:

@@ -30,7 +30,7 @@ def test_it_writes_a_topology_and_says_what_it_reached(
     assert main(command(folder, tmp_path / "t.json")) == 0
     printed = capsys.readouterr()
     assert "t.json: budget, " in printed.out
-    assert "KL divergence from the dense model on validation text: " in printed.out
+    assert "KL divergence from the dense model on validation text, of the tokens after a prompt: " in printed.out
     topology = read_topology(tmp_path / "t.json")
     assert (topology.num_blocks, topology.block_size, topology.model.num_hidden_layers) == (8, 16, 3)
     assert [text["name"] for text in topology.provenance["texts"]] == ["a.txt", "b.txt"]
