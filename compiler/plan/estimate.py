@@ -77,8 +77,8 @@ def plan_of(planned: PlannedModel, grid: Grid, times: LayerTimes) -> Plan:
     steps = {name: _whole_model(calls, layers) for name, calls in times.steps.items()}
     length = grid.blocks * grid.block_size
     dense, patched, bare = (prompts[name] for name in ("dense", "patched", "bare"))
-    own, ours = _beyond(dense, bare), _beyond(patched, bare)
-    first_token = _figure(dense, patched)
+    first_token, rest = _figure(dense, patched), middle(bare)
+    own, ours = _beyond(first_token.dense, rest), _beyond(first_token.patched, rest)
     prompt = first_token.dense.value
     effort = Effort()
     counts = Counts(
@@ -100,13 +100,13 @@ def plan_of(planned: PlannedModel, grid: Grid, times: LayerTimes) -> Plan:
         recall=times.recall,
         rounds=len(dense),
         first_token=first_token,
-        attention=_figure(own, ours),
+        attention=Figure(own, ours, Estimate(own.value / ours.value, None)),
         decoded_token=_figure(steps["dense"], steps["patched"]),
         cache=_figure([layers * float(times.dense_cache_bytes)], [layers * float(times.kept_cache_bytes)]),
-        attention_share=_quotient(own, dense),
+        attention_share=Estimate(own.value / first_token.dense.value, None),
         bound=_quotient(dense, bare),
         # Attention grows with the square of the length, the rest with the length.
-        even_length=round(length * middle(bare).value / middle(own).value),
+        even_length=round(length * rest.value / own.value),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         texts=TEXTS,
         assess=_need(Forecast(assessing_stages(once, prompt), memory)),
@@ -120,9 +120,9 @@ def _whole_model(calls: tuple[Call, ...], layers: int) -> list[float]:
     return [call.whole + (layers - 1) * call.layer for call in calls]
 
 
-def _beyond(whole: list[float], rest: list[float]) -> list[float]:
-    """The seconds that the whole takes beyond the rest in each round, more than none."""
-    return [max(one - other, _LEAST_SECONDS) for one, other in zip(whole, rest, strict=True)]
+def _beyond(whole: Estimate, rest: Estimate) -> Estimate:
+    """The seconds of the whole beyond the rest, more than none; of two medians, which noise disturbs least."""
+    return Estimate(max(whole.value - rest.value, _LEAST_SECONDS), None)
 
 
 def _figure(dense: list[float], patched: list[float]) -> Figure:

@@ -9,6 +9,8 @@ from surgeon.compiler.system.terminal import can_show
 _GAINS = {1.2: "worth learning", 1.05: "a small gain"}
 """The words for a speed-up of the first token, by the least one that deserves them."""
 
+_NOISE = 0.1  # of a speed-up; beyond this standard error the words would be guessed
+
 
 def plan_lines(plan: Plan, threads: int, encoding: str) -> tuple[str, ...]:
     """Formats the plan, in ASCII if `encoding` has nothing more."""
@@ -54,6 +56,8 @@ def _needed(name: str, need: Need) -> str:
 def _verdict(plan: Plan) -> str:
     times = plan.first_token.times.value
     gain = next((words for least, words in _GAINS.items() if times >= least), "little to gain")
+    if (plan.first_token.times.error or 0.0) > _NOISE:
+        gain = "too noisy to tell, so ask again when the machine has nothing else to do"
     sentence = (
         f"{gain}: the first token {times:.2f} times as fast; attention is "
         f"{plan.attention_share.value:.0%} of it, so no pattern makes it more than {plan.bound.value:.2f} times as fast"

@@ -58,6 +58,7 @@ def test_a_figure_is_the_quotient_of_medians_with_the_error_of_the_rounds() -> N
 
 def test_noise_that_makes_a_layer_without_attention_slower_ends_in_no_gain() -> None:
     found = plan([0.8] * 3, [0.81] * 3, [0.82] * 3)
+    assert found.attention.patched.value < 1e-5
     assert found.attention_share.value == pytest.approx(0, abs=1e-6)
     assert found.bound.value < 1.01
     assert plan_lines(found, 2, "utf-8")[-1].startswith("little to gain: the first token 0.99 times as fast")
@@ -96,6 +97,11 @@ def test_the_verdict_says_when_the_context_is_too_short_and_when_attention_is_ha
     last = plan_lines(plan([0.8] * 3, [0.75] * 3, [0.7] * 3), 2, "utf-8")[-1]
     assert last.endswith("tokens, beyond the model's context of 4,096, attention is half")
     assert plan_lines(plan([0.8] * 3, [0.2] * 3, [0.1] * 3), 2, "utf-8")[-1].endswith("times as fast")
+
+
+def test_noise_is_named_instead_of_a_gain() -> None:
+    last = plan_lines(plan([0.8, 1.6, 1.0], [0.9, 0.5, 0.5], [0.4] * 3), 2, "utf-8")[-1]
+    assert last.startswith("too noisy to tell, so ask again when the machine has nothing else to do: the first token ")
 
 
 def test_the_table_is_aligned_and_plain_where_the_encoding_is() -> None:
