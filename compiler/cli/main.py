@@ -18,12 +18,13 @@ from surgeon.compiler.cli.export import EXPORT
 from surgeon.compiler.cli.inspect import INSPECT
 from surgeon.compiler.cli.learn import LEARN
 from surgeon.compiler.cli.pilot import PILOT
+from surgeon.compiler.cli.plan import PLAN
 from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
 from surgeon.runtime.errors import BuildError, SurgeonError, reason_of, remedy_for
 
-COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
+COMMANDS = (COMPILE, INSPECT, PLAN, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
 DONE = 0
 FAILED = 1
