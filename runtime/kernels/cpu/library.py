@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import tempfile
+import threading
 from ctypes import c_char_p, c_int32
 
 import torch
@@ -201,19 +202,20 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
 
 
 _opened: dict[bytes, ctypes.CDLL] = {}
+_opening = threading.Lock()
 
 
 def _open(data: bytes, where: str) -> ctypes.CDLL:
     """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool."""
     digest = hashlib.sha256(data).digest()
-    if digest not in _opened:
-        try:
-            _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
-        except OSError as error:
-            raise PackageError(
-                where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
-            ) from None
-    return _opened[digest]
+    with _opening:
+        if digest not in _opened:
+            try:
+                _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
+            except OSError as error:
+                remedy = "compile the package on a machine of this kind"
+                raise PackageError(where, "a library for this machine", str(error)[:200], remedy) from None
+        return _opened[digest]
 
 
 def _open_memory(data: bytes) -> ctypes.CDLL:
