@@ -16,7 +16,6 @@ from pathlib import Path
 
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.system.jinja import render_template
-from surgeon.runtime.errors import PackageError
 from surgeon.runtime.installation import DISTRIBUTION
 from surgeon.runtime.package.reader import MANIFEST, PackageFiles, read_package
 from surgeon.runtime.package.target import Target

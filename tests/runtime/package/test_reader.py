@@ -300,8 +300,8 @@ def test_a_package_that_is_removed_while_it_is_read(package: Path, monkeypatch: 
 
 
 def test_no_folder_stays_open(package: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     read_package(package)
     (package / "cpu" / "unlisted").write_text("")
     refused(package, "expected only files that the manifest lists")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -74,7 +74,9 @@ def test_the_kernels_of_the_manifest(tmp_path: Path) -> None:
     assert exported == {
         "surgeon_abi_version",
         "surgeon_attention_000",
+        "surgeon_attention_000_digest",
         "surgeon_attention_001",
+        "surgeon_attention_001_digest",
         "surgeon_call_bytes",
         "surgeon_supports",
         "surgeon_variant",
