@@ -16,7 +16,7 @@ from types import MappingProxyType
 from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
-from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
+from surgeon.runtime.package.schedule import UNBOUNDED, PackagedSchedule, read_schedules
 from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
 from surgeon.runtime.package.topology_facts import check_topology
 
@@ -40,6 +40,11 @@ class PackageFiles:
     manifest: Manifest
     manifest_bytes: bytes
     files: Mapping[str, bytes]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of blocks that may be requested, `UNBOUNDED` unless the topology refuses others."""
+        return self.manifest.num_blocks if self.manifest.beyond == "error" else UNBOUNDED
 
     @cached_property
     def schedules(self) -> Mapping[int, PackagedSchedule]:

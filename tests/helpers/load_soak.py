@@ -51,9 +51,12 @@ def load_beside_compiles(folder: Path, times: int) -> LoadsFound:
         files.append(file)
     out, log = compile_package(read_topology(files[0]), folder / "kernels", dtypes=("fp32",)), folder / "compiles"
     found, before = LoadsFound(), ""
-    with log.open("w") as output, subprocess.Popen(
-        [sys.executable, "-c", COMPILES, str(out), *map(str, files)], stdout=output, env=os.environ
-    ) as compiles:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILES, str(out), *map(str, files)], stdout=output, env=os.environ
+        ) as compiles,
+    ):
         try:
             while not log.stat().st_size:
                 assert compiles.poll() is None, "the compiles ended before the first was done"

@@ -46,7 +46,7 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
     `jobs` is the number of compilers that run at once; `progress` is called as (what, done, total).
 
     Raises:
-        BuildError: no C++ compiler is found, or it fails.
+        BuildError: no C++ compiler is found, it fails or takes longer than the time limit, or makes no such library.
     """
     compiler = find_compiler(os.environ.get("CXX"))
     report = progress or (lambda _what, _done, _total: None)
@@ -106,7 +106,7 @@ def find_compiler(wanted: str | None) -> Compiler:
     """Returns the C++ compiler to use: `wanted`, or the first of g++, clang++ and c++ on PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or it does not answer.
     """
     for candidate in (wanted,) if wanted else ("g++", "clang++", "c++"):
         command = shutil.which(candidate)

@@ -12,7 +12,6 @@ from surgeon.runtime.kernels.cpu.rates import processor_features, processor_leve
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.kernel_digest import kernel_digest
 from surgeon.runtime.package.reader import PackageFiles
-from surgeon.runtime.package.schedule import UNBOUNDED
 
 _LOG = logging.getLogger("surgeon")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,5 +104,5 @@ def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:
         num_key_value_heads=manifest.model.num_key_value_heads,
         head_dim=manifest.model.head_dim,
         block_size=manifest.block_size,
-        num_rows=manifest.num_blocks if manifest.beyond == "error" else UNBOUNDED,
+        num_rows=files.num_rows,
     )
