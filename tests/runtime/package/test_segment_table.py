@@ -85,7 +85,7 @@ OWN = [0, 1, 3, 1]
         ([[0, 1, 1, 1]], 0, 0),  # empty from row 1 on
         ([[0, 1, 6, 1]], 0, 0),
         ([[0, 1, -1, 1]], 0, 0),
-        ([[0, 1, 0, 1], OWN], 0, 0),  # after the own block in row 0, so out of order
+        ([[0, 1, 0, 1], OWN], 0, 1),  # after the own block in row 0, so out of order
         ([[0, 1, 3, 1], [0, 1, 3, 1]], 0, 1),
         ([[0, 1, 2, 1], OWN], 0, 1),
         ([[0, 1, 2, 3], OWN], 1, 0),  # shared, so before the row's own

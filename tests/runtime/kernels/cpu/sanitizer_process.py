@@ -1,6 +1,6 @@
-"""Calls the kernels of a package in every way, in exactly as much memory as they may touch; `test_sanitizers.py` runs it.
+"""Calls the kernels of a package in every way, in exactly as much memory as they may touch.
 
-Takes the package's folder, and prints the number of calls, each compared with the oracle.
+`test_sanitizers.py` runs it. Takes the package's folder, and prints the number of calls, each compared with the oracle.
 """
 
 import sys
