@@ -36,7 +36,7 @@ def still_running(compiler: str, limit: float | None) -> BuildError:
     """The error for a compiler that was ended because its time was over."""
     return BuildError(
         compiler,
-        f"an end within {limit:g} s",
+        f"an end within {limit or 0:g} s",
         "a compiler that was still running and has been ended",
         f"see if it hangs, or set {TIME_LIMIT} to more seconds, or to 0 for no limit",
     )

@@ -1,6 +1,7 @@
 """SIGTERM and SIGHUP as an exception, so that running compilers end and scratch folders go, as at an interrupt."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,14 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Raises Terminated in the main thread at the first such signal, where nobody else handles or ignores it."""
+    """Raises Terminated in the main thread at the first such signal, where nobody else handles or ignores it.
+
+    Processes that a launcher started together end at once, as it expects: one may wait for others in a call that no
+    exception leaves.
+    """
     ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
-    if not ours or threading.current_thread() is not threading.main_thread():
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not ours or not alone or threading.current_thread() is not threading.main_thread():
         yield
         return
 

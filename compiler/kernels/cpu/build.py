@@ -112,6 +112,7 @@ def find_compiler(wanted: str | None) -> Compiler:
         command = shutil.which(candidate)
         if command is None:
             continue
+        command = str(Path(command).absolute())  # it runs in other folders
         with Compilers() as compilers:
             result = compilers.run([command, "--version"], Path.cwd(), command, {})
         if result.returncode == 0 and result.stdout:
