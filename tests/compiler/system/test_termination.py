@@ -11,12 +11,16 @@ from surgeon.compiler.system.termination import Terminated, terminable
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_exception_and_a_second_one_waits_for_the_clean_up(number: signal.Signals) -> None:
     cleaned = []
-    with pytest.raises(Terminated, match=number.name) as caught, terminable():
+
+    def work() -> None:
         try:
             signal.raise_signal(number)
         finally:
             signal.raise_signal(signal.SIGTERM)
             cleaned.append(number)
+
+    with pytest.raises(Terminated, match=number.name) as caught, terminable():
+        work()
     assert caught.value.signal == number
     assert cleaned == [number]
     assert signal.getsignal(number) == signal.SIG_DFL
