@@ -13,7 +13,6 @@ from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime import Package, load
 from surgeon.runtime.operands import Operands
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CALLS = [  # queries, keys, positions of the first query in each sequence, first valid keys
     (130, 130, [0], [0]),
     (65, 65, [0, 0], [0, 33]),
@@ -32,7 +31,7 @@ def main(folder: Path) -> int:
     topology, count = read_topology(folder / "topology.json"), 0
     for variant in load(folder).cpu_variants:
         package = load(folder, cpu_variant=variant)
-        for dtype in DTYPES:
+        for dtype in package.dtypes_on("cpu"):
             for number, (queries, keys, position, leftpad) in enumerate(CALLS):
                 generator = torch.Generator().manual_seed(number)
                 shape = package.manifest.model

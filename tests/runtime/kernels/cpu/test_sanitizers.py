@@ -64,7 +64,7 @@ def test_no_call_touches_what_it_must_not(
         block_size=16,
         num_blocks=9,
     )
-    folder = compile_package(topology, tmp_path / "kernels")
+    folder = compile_package(topology, tmp_path / "kernels", dtypes=["fp32", "bf16"])
     script = Path(__file__).with_name("sanitizer_process.py")
     result = subprocess.run(
         [sys.executable, str(script), str(folder)],
@@ -75,4 +75,4 @@ def test_no_call_touches_what_it_must_not(
         check=False,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    assert int(result.stdout.split()[0]) > 300
+    assert int(result.stdout.split()[0]) > 200
