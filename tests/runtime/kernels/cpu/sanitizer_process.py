@@ -38,7 +38,7 @@ def main(folder: Path) -> int:
                 batch, kv_heads, size = len(position), shape.num_key_value_heads, shape.head_dim
                 q = torch.randn(batch, shape.num_attention_heads, queries, size, generator=generator).to(dtype)
                 k, v = torch.randn(2, batch, kv_heads, keys, size, generator=generator).to(dtype)
-                places = Operands(q, k.clone(), v.clone(), torch.tensor(position), torch.tensor(leftpad), size**-0.5)
+                places = Operands(q, k.clone(), v.clone(), *map(_int64, (position, leftpad)), size**-0.5)
                 for layer in range(shape.num_hidden_layers):
                     found = package.kernels.run(layer, places)
                     with_lse, lse = package.attention_with_lse(layer, *places[:3], None, *places[3:5])
@@ -68,6 +68,10 @@ def main(folder: Path) -> int:
                         assert reference.relative_error(rotated, expected) < reference.TOLERANCE[dtype]
                         count += 1
     return count
+
+
+def _int64(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _paged(package: Package, layer: int, operands: Operands) -> torch.Tensor:
