@@ -74,7 +74,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         dense.eval().to(device)
     _check_length(dense, length)
     patched = twin(dense)
-    patch(patched, package)
+    patch(patched, package, recall="pattern")
     texts = [read_text(path, tokenizer) for path in request.texts]
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
@@ -118,7 +118,7 @@ def _window_candidate(
     made = partial(compile_package, baseline, scratch / "window", targets=chosen, dtypes=(dtype,), progress=progress)
     model = twin(dense)
     compiled = load(processes_of(dense).first(made))
-    patch(model, compiled)
+    patch(model, compiled, recall="pattern")
     return Candidate("window", model, compiled, density_at(baseline, length))
 
 
