@@ -185,6 +185,8 @@ def test_the_file_holds_all_and_nothing_else_is_read(
         ("{", "pilot: line 1 column 2: expected JSON"),
         ("[]", "pilot: expected an object"),
         (broken({"version": 2}), "pilot: version: expected 1, got 2"),
+        (broken({"version": 2, "surgeon": "9.1"}), "pilot: version: expected 1, got 2, as surgeon '9.1' writes it"),
+        (broken({"surgeon": 2}), "pilot: surgeon: expected a value of type str, got 2"),
         (broken({"more": 1}), "pilot: expected the keys"),
         (broken({"length": "96"}), "pilot: length: expected a value of type int"),
         (broken({"seconds": math.nan}), "pilot: seconds: expected a finite number, got nan"),
