@@ -1,0 +1,30 @@
+"""The rules of the formats that may change: the checkers take them from here, and from nowhere in the compiler.
+
+Source: DESIGN of topology.json version 1 and of the package; compiler/README.md; topology.schema.json.
+"""
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_BLOCKS = 16_384
+MAX_LAYERS = 512
+MAX_HEADS = 512
+MAX_TREES = MAX_LAYERS * MAX_HEADS
+MAX_DEPTH = 64
+MAX_ARITY = 1024
+MAX_HEAD_DIM = 1024
+MAX_BLOCK_SIZE = 1024
+MAX_DIGITS = 4300
+"""Of a whole number, as in Python."""
+MAX_PROVENANCE_LEVELS = 64
+"""Of lists and objects inside one another in the provenance."""
+
+TREELESS_HEADS = False
+"""True if a head may have a sink and a window and neither dendrogram nor cut."""
+
+PARTS = frozenset(("topology", "schedule", "tables", "launch"))
+"""The parts of a package that can be changed so that all hashes agree."""
+
+BOUND_BY_DIGEST: frozenset[str] = frozenset()
+"""The parts of which compiled kernels carry a digest: a change of meaning there is refused.
+
+The others are covered by the package's identity alone: they may change within their bounds, and are then only counted.
+"""
