@@ -20,8 +20,13 @@ LENGTH = 70
 Behaviour = Mapping[str, str]
 
 
-def behaviour(package: Package, shape: ModelShape, layers: tuple[int, ...], gpus: tuple[str, ...]) -> Behaviour:
-    """The results of a loaded package, by what they are of, for calls that fit the original's shape and layers."""
+def behaviour(
+    package: Package, shape: ModelShape, layers: tuple[int, ...], gpus: tuple[str, ...], gradients: bool
+) -> Behaviour:
+    """The results of a loaded package, by what they are of, for calls that fit the original's shape and layers.
+
+    Gradients take as long as all the rest, and depend on the schedules alone.
+    """
     manifest = package.manifest
     found = {
         "model": repr(manifest.model),
@@ -44,7 +49,8 @@ def behaviour(package: Package, shape: ModelShape, layers: tuple[int, ...], gpus
         found[f"liveness {layer}"] = _digest(*rows)
     for layer in layers:
         found[f"explain {layer}"] = package.explain(layer, LENGTH)
-        found[f"gradients {layer}"] = _gradients(package, layer, shape)
+        if gradients:
+            found[f"gradients {layer}"] = _gradients(package, layer, shape)
     for target in gpus:
         found |= gpu_recorder.behaviour(package._files, target, layers, torch.bfloat16, shape)
     return found

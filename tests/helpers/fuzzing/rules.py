@@ -12,8 +12,6 @@ MAX_DEPTH = 64
 MAX_ARITY = 1024
 MAX_HEAD_DIM = 1024
 MAX_BLOCK_SIZE = 1024
-MAX_DIGITS = 4300
-"""Of a whole number, as in Python."""
 MAX_PROVENANCE_LEVELS = 64
 """Of lists and objects inside one another in the provenance."""
 

@@ -26,7 +26,7 @@ from surgeon.runtime.errors import TopologyError
 
 LEARNED = sorted((Path(__file__).parents[3] / "benchmarks/topologies").glob("*.json"))
 _SCHEMA = Path(read.__file__).with_name("topology.schema.json")
-_ONE_PLACE = 25
+_LEARNED_ONE_IN = 50
 """Cases that take one of the learned topologies are one in so many: they are large."""
 
 Json = dict[str, Any]
@@ -43,8 +43,8 @@ def make(rng: random.Random) -> Case:
     """Makes a case."""
     if rng.randrange(2000) == 0:
         return Case(_at_a_limit(rng), valid=False)
-    large = rng.randrange(_ONE_PLACE) == 0
-    document = copy.deepcopy(_learned(rng.randrange(len(LEARNED)))) if large else valid_document(rng)
+    large = rng.randrange(_LEARNED_ONE_IN) == 0
+    document = _learned(rng.randrange(len(LEARNED))) if large else valid_document(rng)
     for _ in range(rng.choice((0, 0, 1, 2))):
         rng.choice(KEEPING)(document, rng)
     if rng.random() < 0.15:
@@ -78,7 +78,7 @@ def judge(case: Case, rng: random.Random, file: Path) -> Verdict:
         return Verdict("refused", "wrong refusal of a change that keeps it valid" if case.valid else "")
     if isinstance(expected, str):
         return Verdict("accepted", f"wrong acceptance: {expected}")
-    if expected.document["num_blocks"] > 40 or rng.random() < 0.75:
+    if expected.document["num_blocks"] > 40 or rng.random() < 0.85:
         return Verdict("accepted", "")
     return Verdict("accepted, compared", _difference(expected, topology, rng))
 
@@ -86,7 +86,7 @@ def judge(case: Case, rng: random.Random, file: Path) -> Verdict:
 def _difference(expected: Valid, topology: Topology, rng: random.Random) -> str:
     """The first difference between an accepted topology and the definition, or nothing."""
     document = expected.document
-    if not _validator().is_valid(document):
+    if rng.random() < 0.3 and not _validator().is_valid(document):
         return "accepted against the schema"
     blocks, beyond = document["num_blocks"], document.get("beyond", "window")
     length = blocks if beyond == "error" else blocks + rng.randrange(6)
@@ -112,10 +112,14 @@ def _validator() -> Any:
     return jsonschema.Draft202012Validator(json.loads(_SCHEMA.read_text("utf-8")))
 
 
-@functools.cache
 def _learned(index: int) -> Json:
-    found: Json = json.loads(LEARNED[index].read_text("utf-8"))
+    found: Json = json.loads(_text(index))
     return found
+
+
+@functools.cache
+def _text(index: int) -> str:
+    return LEARNED[index].read_text("utf-8")
 
 
 # Valid documents
