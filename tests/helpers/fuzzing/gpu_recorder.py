@@ -1,6 +1,7 @@
-"""A driver for the fuzzer that loads any code that names the symbol, and records what would be launched."""
+"""A driver for the fuzzer that takes code for its own processors with the right symbol, and records its launches."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,18 +23,26 @@ def pretend_a_gpu() -> None:
     torch.Tensor.cuda = lambda tensor, _device: tensor  # type: ignore
 
 
+MACHINES = {"cuda": 190, "hip": 224}
+"""The machine in the head of an ELF file."""
+
+
 class Recorder:
     """A driver; `launches` are those of all its functions, as the code, its numbers, its grid and its arguments."""
 
     name = "recorder"
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        self._machine = MACHINES[backend]
         self.launches: list[tuple[Any, ...]] = []
 
     def load(
         self, image: bytes, where: str, symbol: str, types: Sequence[str], device: int, threads: int, shared_bytes: int
     ) -> Function:
-        if not symbol or symbol.encode("utf-8", "surrogatepass") not in image:
+        name = re.escape(symbol.encode("utf-8", "surrogatepass"))
+        if int.from_bytes(image[18:20], "little") != self._machine:
+            raise no_code(where, "code for another machine")
+        if not symbol or not re.search(rb"[\0.]" + name + rb"\0", image):
             raise no_code(f"{where}: {symbol!r:.80}", "no such symbol")
         return _Function(self, (hashlib.sha256(image).hexdigest(), symbol, tuple(types)), (threads, shared_bytes))
 
@@ -48,7 +57,7 @@ class _Function:
 
 def kernels(files: PackageFiles, target: str) -> tuple[GpuKernels, Recorder]:
     """A package's kernels for a target, loaded into a recorder."""
-    driver = Recorder()
+    driver = Recorder(target.partition(":")[0])
     return GpuKernels(files, Target.parse(target), 0, PROCESSORS, True, driver), driver
 
 

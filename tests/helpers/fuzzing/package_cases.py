@@ -116,7 +116,7 @@ def _alone(folder: Path, base: Base) -> Behaviour:
     pid = os.fork()
     if not pid:
         try:
-            _, does = _done(_copy(folder, base), base, gradients=True)
+            _, does = _done(copied(folder, base), base, gradients=True)
             with os.fdopen(write, "wb") as file:
                 file.write(json.dumps(does).encode())
             os._exit(0)
@@ -130,13 +130,13 @@ def _alone(folder: Path, base: Base) -> Behaviour:
     return found
 
 
-def _copy(folder: Path, base: Base) -> Path:
+def copied(folder: Path, base: Base) -> Path:
     """This process's own copy of a package."""
-    copied = folder / f"{os.getpid()}-{id(base)}"
+    own = folder / f"{os.getpid()}-{id(base)}"
     for path, data in base.files.items():
-        (copied / path).parent.mkdir(parents=True, exist_ok=True)
-        (copied / path).write_bytes(data)
-    return copied
+        (own / path).parent.mkdir(parents=True, exist_ok=True)
+        (own / path).write_bytes(data)
+    return own
 
 
 _copies: dict[tuple[int, int], Path] = {}
@@ -185,9 +185,13 @@ def judge(case: Case, folder: Path) -> Verdict:
         return Verdict(f"accepted, the same ({case.part})", "")
     if refused:
         return Verdict("refused at a call", "")
-    parts = set(case.part.split(" and ")) | ({"launch"} if all(name.endswith(" launch") for name in other) else set())
-    if parts & (rules.PARTS - rules.BOUND_BY_DIGEST):
-        return Verdict(f"accepted within bounds ({case.part})", "")
+    parts = set(case.part.split(" and "))
+    if all(name.endswith(" launch") for name in other):
+        parts.add("launch")
+    if _served(json.loads(case.files[MANIFEST])) != _served(case.base.manifest):
+        parts.add("layers")
+    if free := parts & (rules.PARTS - rules.BOUND_BY_DIGEST):
+        return Verdict(f"accepted within bounds ({min(free)})", "")
     return Verdict("accepted", f"wrong acceptance, {case.part}: other {', '.join(other)}"[:300])
 
 
@@ -205,6 +209,11 @@ def _done(folder: Path, base: Base, gradients: bool) -> tuple[str, Behaviour]:
         return "", behaviour(package, base.shape, base.layers, base.gpus, gradients)
     except SurgeonError as error:
         return str(error), {}
+
+
+def _served(manifest: Json) -> set[tuple[Any, ...]]:
+    """The layers that each kernel serves."""
+    return {(kernel["target"], kernel["phase"], kernel["symbol"], *sorted(kernel["layers"])) for kernel in manifest["kernels"]}
 
 
 def _table_fault(case: Case) -> str:
@@ -467,7 +476,7 @@ ARRAYS: tuple[Change, ...] = (*[_one_number] * 10, *[_rows] * 4, _form, _of_anot
 def _run(shared: Shared, rng: random.Random) -> Verdict:
     case = make(shared, rng)
     key = os.getpid(), id(case.base)
-    folder = _copies.get(key) or _copies.setdefault(key, _copy(shared.folder, case.base))
+    folder = _copies.get(key) or _copies.setdefault(key, copied(shared.folder, case.base))
     for path, data in case.files.items():
         (folder / path).write_bytes(data)
     try:

@@ -18,8 +18,11 @@ MAX_PROVENANCE_LEVELS = 64
 TREELESS_HEADS = False
 """True if a head may have a sink and a window and neither dendrogram nor cut."""
 
-PARTS = frozenset(("topology", "schedule", "tables", "launch"))
-"""The parts of a package that can be changed so that all hashes agree."""
+PARTS = frozenset(("topology", "schedule", "tables", "launch", "layers"))
+"""The parts of a package that can be changed so that all hashes agree.
+
+`launch` are threads, bytes and rows of GPU kernels; `layers` says which layers a kernel serves.
+"""
 
 BOUND_BY_DIGEST: frozenset[str] = frozenset()
 """The parts of which compiled kernels carry a digest: a change of meaning there is refused.
