@@ -1,5 +1,6 @@
 """A small part of the fuzzer's cases, and faults planted to see that it finds each kind of them."""
 
+import faulthandler
 import json
 import os
 import random
@@ -60,10 +61,10 @@ def of(shared: package_cases.Shared) -> Kind:
 
 
 def test_packages(shared: package_cases.Shared) -> None:
-    progress = run(of(shared), 500)
+    progress = run(of(shared), 400)
     assert progress.faults == {}
-    assert found(progress, "accepted") >= 50
-    assert found(progress, "refused") >= 200
+    assert found(progress, "accepted") >= 40
+    assert found(progress, "refused") >= 150
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -100,6 +101,7 @@ def planted(outcomes: dict[int, Callable[[], Any]]) -> Kind:
 
 
 def overflow() -> None:
+    faulthandler.disable()  # pytest's, which would print where
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -124,7 +126,7 @@ def test_a_case_without_an_end_or_without_measure_is_found(monkeypatch: pytest.M
         while True:
             pass
 
-    progress = run(planted({2: forever, 4: lambda: bytearray(cases.EXTRA_BYTES)}), 6)
+    progress = run(planted({2: forever, 4: lambda: bytearray(2 * cases.EXTRA_BYTES)}), 6)
     assert progress.faults[2] == "crash: SIGXCPU"
     assert progress.faults[4].startswith("traceback: MemoryError")
 
@@ -170,7 +172,7 @@ def accepting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("integers", ("wrong acceptance", "traceback")),
         ("keys", ("traceback: KeyError", "wrong acceptance: keys")),
-        ("trees", ("wrong acceptance: a falling height", "wrong acceptance: a count")),
+        ("trees", ("wrong acceptance: a falling height", "wrong acceptance: nodes of a merge")),
         ("heights", ("the schedule is not what the definition says",)),
         ("duplicates", ("wrong acceptance: a key twice", "traceback: JSONDecodeError")),
         ("refusals", ("wrong refusal of a valid topology",)),
@@ -179,7 +181,7 @@ def accepting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_reader_with_a_fault_is_found_out(name: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     accepting(name, monkeypatch)
-    faults = run(topology_cases.KIND, 700).faults.values()
+    faults = run(topology_cases.KIND, 500).faults.values()
     for word in words:
         assert any(word in fault for fault in faults), Counter(faults)
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 PIECE = 400
 """Cases that one process takes before the next is forked."""
-CPU_SECONDS = 20
+CPU_SECONDS = 20.0
 """The most that a case may take; a piece is killed after ten times as many."""
-EXTRA_BYTES = 6 * 2**30
+EXTRA_BYTES = 2 * 2**30
 """Address space that a process may take beyond what it began with."""
 _NUMBER = struct.Struct("q")
 
@@ -122,6 +122,7 @@ class _Worker:
     def __init__(self, kind: Kind, shared: Any, seed: int, first: int, end: int) -> None:
         self.first, self.end = first, end
         self._at = mmap.mmap(-1, _NUMBER.size)
+        self._at[:] = _NUMBER.pack(first)
         self._data = b""
         self.results, write = os.pipe()
         self._pid = os.fork()
@@ -191,7 +192,7 @@ def _limit() -> None:
     with open("/proc/self/statm", encoding="ascii") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + EXTRA_BYTES, now + EXTRA_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (10 * CPU_SECONDS, 10 * CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (round(10 * CPU_SECONDS), round(10 * CPU_SECONDS) + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
