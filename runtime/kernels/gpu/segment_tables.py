@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.runtime.errors import short_repr
 from surgeon.runtime.package.interface import TABLE_LENGTH, TABLE_POINTERS
 from surgeon.runtime.package.manifest import KernelEntry
 from surgeon.runtime.package.reader import PackageFiles
-from surgeon.runtime.package.schedule import UNBOUNDED
-from surgeon.runtime.package.segment_table import FILE, SegmentTable, TableForm, read_table
+from surgeon.runtime.package.segment_table import FILE, SegmentTable, read_table
 from surgeon.runtime.package.tensors import Matrices
 
 
@@ -32,7 +30,6 @@ def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int
         return {}
     matrices = Matrices(files.files.get(FILE), f"{files.folder}/{FILE}")
     model = files.manifest.model
-    num_blocks = files.manifest.num_blocks if files.manifest.beyond == "error" else UNBOUNDED
     schedules = {layer: entry.schedule for entry in entries if entry.phase == "prefill" for layer in entry.layers}
     found: dict[str, LoadedTable] = {}
     tables = {}
@@ -40,10 +37,8 @@ def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int
         for layer in entry.layers if entry.table else ():
             name = f"{schedules.get(layer, '')}.{entry.table}"
             if name not in found:
-                form = TableForm.of(entry.table, model.num_attention_heads, model.num_key_value_heads, num_blocks)
-                if form is None or (entry.phase == "decode") != (entry.table == "decode"):
-                    raise matrices.fault(name, f"a table for the phase {entry.phase}", short_repr(entry.table))
-                found[name] = _loaded(read_table(matrices, name, form), device)
+                patterns = model.num_key_value_heads if entry.phase == "decode" else model.num_attention_heads
+                found[name] = _loaded(read_table(matrices, name, patterns), device)
             tables[entry.phase, layer] = found[name]
     return tables
 

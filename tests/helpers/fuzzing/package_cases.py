@@ -219,9 +219,8 @@ def _served(manifest: Json) -> set[tuple[Any, ...]]:
 def _table_fault(case: Case) -> str:
     tables = safetensors.numpy.load(case.files[TABLES])
     names = {f"{kernel['schedule']}.decode" for kernel in case.base.manifest["kernels"] if kernel["schedule"]}
-    group = case.base.shape.num_attention_heads // case.base.shape.num_key_value_heads
     present = tuple(sorted(name for name in names if f"{name}.rows" in tables))
-    return out_of_bounds(tables, present, case.base.shape.num_key_value_heads, group)
+    return out_of_bounds(tables, present, case.base.shape.num_key_value_heads)
 
 
 # Changes to the manifest

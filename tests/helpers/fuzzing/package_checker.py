@@ -85,7 +85,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 _ROWS_BEYOND = (1, 2, 1000, 2**20)
 
 
-def out_of_bounds(tables: Arrays, names: tuple[str, ...], patterns: int, readers: int) -> str:
+def out_of_bounds(tables: Arrays, names: tuple[str, ...], patterns: int) -> str:
     """The first number of decoding tables with which a kernel would read keys that are not there, or nothing.
 
     In row r, a segment's blocks begin ≤ j < end must be some of 0..r, and the last segment must end with block r.
@@ -101,12 +101,10 @@ def out_of_bounds(tables: Arrays, names: tuple[str, ...], patterns: int, readers
                 if not 0 <= first <= middle <= end <= len(segments) or first == end:
                     return f"{name}: row {row} has no plan"
                 before = 0
-                for begin, stop, follow, seen in segments[first:end].tolist():
+                for begin, stop, follow, _readers in segments[first:end].tolist():
                     begin, stop = begin + row * (follow & 1), stop + row * (follow >> 1 & 1)
                     if follow not in range(4) or not 0 <= begin < stop <= row + 1:
                         return f"{name}: row {row} reads blocks {begin} to {stop}"
-                    if not 0 < seen < 2**readers:
-                        return f"{name}: row {row} has readers {seen:b}"
                     if begin < before:
                         return f"{name}: row {row} has segments out of order"
                     before = stop

@@ -15,7 +15,7 @@ MAX_BLOCK_SIZE = 1024
 MAX_PROVENANCE_LEVELS = 64
 """Of lists and objects inside one another in the provenance."""
 
-TREELESS_HEADS = False
+TREELESS_HEADS = True
 """True if a head may have a sink and a window and neither dendrogram nor cut."""
 
 PARTS = frozenset(("topology", "schedule", "tables", "launch", "layers"))
@@ -24,7 +24,7 @@ PARTS = frozenset(("topology", "schedule", "tables", "launch", "layers"))
 `launch` are threads, bytes and rows of GPU kernels; `layers` says which layers a kernel serves.
 """
 
-BOUND_BY_DIGEST: frozenset[str] = frozenset()
+BOUND_BY_DIGEST = frozenset(("topology", "schedule", "layers"))
 """The parts of which compiled kernels carry a digest: a change of meaning there is refused.
 
 The others are covered by the package's identity alone: they may change within their bounds, and are then only counted.
