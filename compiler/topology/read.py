@@ -3,7 +3,6 @@
 Source: topology.json version 1 (`topology.schema.json` beside this file holds the same format for editors).
 """
 
-import math
 import os
 import re
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.provenance import check_provenance
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
 from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
@@ -21,7 +21,6 @@ MAX_BLOCKS = 16_384
 MAX_LAYERS = 512
 MAX_HEADS = 512
 MAX_DEPTH = 64
-MAX_PROVENANCE_LEVELS = 64
 BLOCK_SIZES = range(16, 1025, 16)
 _FAULT = Fault(TopologyError)
 
@@ -75,7 +74,7 @@ def parse_topology(text: str) -> Topology:
             _layer(layer, f"layers[{i}]", model.num_attention_heads, len(trees)) for i, layer in enumerate(layers)
         ),
         beyond=beyond,
-        provenance=_provenance(root.get("provenance", {})),
+        provenance=check_provenance(_mapping(root.get("provenance", {}), "provenance")),
     )
 
 
@@ -174,32 +173,6 @@ def _head(value: object, where: str, num_trees: int) -> Head:
         sink=_integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS),
         window=_integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS),
     )
-
-
-def _provenance(value: object) -> Mapping[str, Any]:
-    """Checks that what is free otherwise can be written again: as JSON, as UTF-8, and by writers that recurse."""
-    found = _mapping(value, "provenance")
-    level: list[tuple[str, object]] = [("provenance", found)]
-    for _ in range(MAX_PROVENANCE_LEVELS):
-        level = [item for place, inner in level for item in _items(inner, place)]
-        for place, inner in level:
-            if isinstance(inner, float) and not math.isfinite(inner):
-                raise TopologyError(place, "a finite number", repr(inner), "write it as text, or leave it out")
-            if isinstance(inner, str) and not inner.isascii() and any("\ud800" <= letter <= "\udfff" for letter in inner):
-                raise TopologyError(place, "whole letters", short_repr(inner), "remove the half of a surrogate pair")
-    if any(isinstance(inner, list | dict) for _, inner in level):
-        raise TopologyError("provenance", f"at most {MAX_PROVENANCE_LEVELS} levels", "more", "flatten it")
-    return found
-
-
-def _items(value: object, where: str) -> list[tuple[str, object]]:
-    """The entries of a list, or the keys and entries of an object, each with its place."""
-    if isinstance(value, list):
-        return [(f"{where}[{index}]", item) for index, item in enumerate(value)]
-    if isinstance(value, dict):
-        inner = [(f"{where}.{short_repr(key)}", item) for key, item in value.items()]
-        return inner + [(f"a key of {where}", key) for key in value]
-    return []
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
