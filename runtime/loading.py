@@ -35,7 +35,8 @@ def load(
     identity that the package must have: the SHA-256 of its manifest, which `surgeon compile` and `inspect` print.
 
     Raises:
-        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names.
+        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names; or its parts are not
+            from one compile.
         TargetError: the package holds no kernels for this machine or this device.
     """
     files = read_package(folder)
@@ -43,6 +44,7 @@ def load(
         raise PackageError(
             str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"
         )
+    _ = files.schedules  # so that another topology's are refused before any kernel is loaded
     if device is None:
         device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
     package = Package(files, LayerKernels(files, strict, cpu_variant))

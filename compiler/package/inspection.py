@@ -188,7 +188,7 @@ def _inspect_package(folder: Path) -> PackageReport:
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: making them again would take most of the time.
     summary = summary_of(topology, packaged_layers(package))
-    size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
+    size = len(package.manifest_bytes) + sum(file.size for file in package.manifest.files)
     schedules = {layer: schedule.heads for layer, schedule in package.schedules.items()}
     level = processor_level(processor_features())
     variants = {PurePosixPath(name).stem for name in package.files if name.startswith("cpu/") and name.endswith(".cpp")}

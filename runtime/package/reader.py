@@ -3,6 +3,7 @@
 Source: package format version 1: a folder with manifest.json, which lists every other file with its size and SHA-256.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
-from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
+from surgeon.runtime.package.schedule import UNBOUNDED, PackagedSchedule, read_schedules
 from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
 from surgeon.runtime.package.topology_facts import check_topology
 
@@ -24,19 +25,26 @@ MAX_FILES = 100_000
 MAX_FILE_BYTES = 2**30
 MAX_PACKAGE_BYTES = 4 * 2**30
 _AGAIN = "compile the package again"
+_TRIES = 100  # of a folder that compiles keep replacing
 
 
 @dataclass(frozen=True)
 class PackageFiles:
     """A package whose files are in memory, each with the size and hash that the manifest lists.
 
-    `files` maps paths with forward slashes to bytes; `id` is the SHA-256 of manifest.json.
+    `files` maps paths with forward slashes to bytes; `manifest_bytes` is manifest.json, `id` its SHA-256.
     """
 
     folder: Path
     id: str
     manifest: Manifest
+    manifest_bytes: bytes
     files: Mapping[str, bytes]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of blocks that may be requested, `UNBOUNDED` unless the topology refuses others."""
+        return self.manifest.num_blocks if self.manifest.beyond == "error" else UNBOUNDED
 
     @cached_property
     def schedules(self) -> Mapping[int, PackagedSchedule]:
@@ -55,25 +63,59 @@ def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
         PackageError: a file is missing, unlisted, a link, too large, outside the folder or unlike its manifest entry.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise PackageError(str(root), "a package folder", "a file" if root.exists() else "nothing", "check the path")
-    if not (root / MANIFEST).exists():
+    for _ in range(_TRIES):
+        with _opened(root) as place:
+            try:
+                return _read_package(root, place)
+            except (PackageError, OSError):
+                # A compile that replaces the package removes the old files, which a reader may still be reading.
+                if _stands_at(root, place):
+                    raise
+    raise PackageError(str(root), "a package that stays for as long as reading takes", "others each time", "try later")
+
+
+@contextlib.contextmanager
+def _opened(root: Path) -> Iterator[int]:
+    """Opens a folder, whose files are then those of one package even if another one takes its name."""
+    try:
+        place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise PackageError(str(root), "a package folder", "nothing", "check the path") from None
+    except NotADirectoryError:
+        raise PackageError(str(root), "a package folder", "a file", "check the path") from None
+    except (OSError, ValueError) as error:  # a name may hold a null character
+        raise PackageError(str(root), "a package folder", str(error), "check the path") from None
+    try:
+        yield place
+    finally:
+        os.close(place)
+
+
+def _stands_at(root: Path, place: int) -> bool:
+    try:
+        return os.path.samestat(root.stat(), os.fstat(place))
+    except OSError:
+        return False
+
+
+def _read_package(root: Path, place: int) -> PackageFiles:
+    if not os.access(MANIFEST, os.F_OK, dir_fd=place):
         raise PackageError(
             str(root), f"a package with {MANIFEST}", "a folder without it", "check the path or " + _AGAIN
         )
-    text = _read(root, MANIFEST, MAX_MANIFEST_BYTES)
+    text = _read(root, place, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.from_json(text.decode("utf-8"))
     except UnicodeDecodeError:
         raise PackageError(f"{root}/{MANIFEST}", "UTF-8 text", "other bytes", _AGAIN) from None
-    _check_listing(root, manifest)
-    files = {entry.path: _read_listed(root, entry) for entry in manifest.files}
+    _check_listing(root, place, manifest)
+    files = {entry.path: _read_listed(root, place, entry) for entry in manifest.files}
     _check_kernels(root, manifest)
     check_topology(files[TOPOLOGY], manifest, str(root))
-    return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, MappingProxyType(files))
+    return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, text, MappingProxyType(files))
 
 
-def _check_listing(root: Path, manifest: Manifest) -> None:
+def _check_listing(root: Path, place: int, manifest: Manifest) -> None:
     listed = [entry.path for entry in manifest.files]
     if len(listed) > MAX_FILES or len(set(listed)) != len(listed):
         raise PackageError(f"{root}: files", f"at most {MAX_FILES} files, each once", str(len(listed)), _AGAIN)
@@ -93,27 +135,32 @@ def _check_listing(root: Path, manifest: Manifest) -> None:
             raise PackageError(f"{root}/{entry.path}", f"at most {MAX_FILE_BYTES} bytes", str(entry.size), _AGAIN)
     if sum(entry.size for entry in manifest.files) > MAX_PACKAGE_BYTES:
         raise PackageError(str(root), f"at most {MAX_PACKAGE_BYTES} bytes in all", "more", _AGAIN)
-    for found in _walk(root, ""):
-        if found != MANIFEST and found not in set(listed):
+    known = {MANIFEST, *listed}
+    for found in _walk(root, place, ""):
+        if found not in known:
             raise PackageError(
                 f"{root}/{found}", "only files that the manifest lists", "an unlisted file", "remove it or " + _AGAIN
             )
 
 
-def _walk(root: Path, below: str) -> Iterator[str]:
-    with os.scandir(root / below) as entries:
+def _walk(root: Path, place: int, below: str) -> Iterator[str]:
+    with os.scandir(place) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}" if below else entry.name
             if entry.is_symlink():
                 raise PackageError(f"{root}/{path}", "a file or folder", "a symbolic link", "do not use this package")
             if entry.is_dir(follow_symlinks=False):
-                yield from _walk(root, path)
+                inner = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+                try:
+                    yield from _walk(root, inner, path)
+                finally:
+                    os.close(inner)
             else:
                 yield path
 
 
-def _read_listed(root: Path, entry: FileEntry) -> bytes:
-    data = _read(root, entry.path, entry.size)
+def _read_listed(root: Path, place: int, entry: FileEntry) -> bytes:
+    data = _read(root, place, entry.path, entry.size)
     if len(data) != entry.size:
         raise PackageError(f"{root}/{entry.path}", f"{entry.size} bytes", f"{len(data)} bytes", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
@@ -124,11 +171,11 @@ def _read_listed(root: Path, entry: FileEntry) -> bytes:
     return data
 
 
-def _read(root: Path, path: str, limit: int) -> bytes:
-    """Reads the bytes of a regular file, at most `limit`."""
+def _read(root: Path, place: int, path: str, limit: int) -> bytes:
+    """Reads the bytes of a regular file, at most `limit`; `path` counts from the open folder `place`."""
     where = f"{root}/{path}"
     try:
-        descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
     except OSError as error:
         raise PackageError(where, "a readable file", error.strerror or str(error), _AGAIN) from None
     with os.fdopen(descriptor, "rb") as file:
