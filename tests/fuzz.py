@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="how many cases of each kind")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, default=Path(".cache/fuzz.json"), help="where it stands, kept for the next run")
+    parser.add_argument(
+        "--state", type=Path, default=Path(".cache/fuzz.json"), help="where it stands, kept for the next run"
+    )
     parser.add_argument("--show", metavar="KIND:CASE", help="run one case again and show it")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
@@ -57,7 +59,9 @@ def run(name: str, options: argparse.Namespace) -> int:
     seconds = time.monotonic() - begun
     print(f"{name}: cases {first} to {progress.next - 1} in {seconds:.0f} s; all {progress.next}: ", end="")
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(progress.outcomes.items())), end="")
-    print(f"; {progress.cpu_seconds * 1000 / max(1, progress.next):.2f} ms of CPU a case; {len(progress.faults)} faults")
+    print(
+        f"; {progress.cpu_seconds * 1000 / max(1, progress.next):.2f} ms of CPU a case; {len(progress.faults)} faults"
+    )
     for case, fault in list(progress.faults.items())[:20]:
         print(f"  {name}:{case}: {fault}")
     return int(bool(progress.faults))

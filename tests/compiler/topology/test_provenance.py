@@ -48,7 +48,10 @@ def test_it_is_read_and_written_again(provenance: dict[str, Any]) -> None:
         ('{"kl": -Infinity}', "provenance.'kl': expected a finite number, got -inf; "),
         ('{"a": "x\\ud800"}', r"provenance.'a': expected whole letters, got 'x\ud800'; remove the half of a surrogate"),
         ('{"\\udc00": 1}', r"a key of provenance: expected whole letters, got '\udc00'; "),
-        (json.dumps({"a": nested(MAX_LEVELS, in_lists=True)}), "provenance: expected at most 64 levels, got more; make"),
+        (
+            json.dumps({"a": nested(MAX_LEVELS, in_lists=True)}),
+            "provenance: expected at most 64 levels, got more; make",
+        ),
         (json.dumps(nested(900, in_lists=False)), "provenance: expected at most 64 levels, got more; make it flatter"),
     ],
     ids=["NaN", "beyond all doubles", "infinity", "half a pair", "half a pair in a key", "deep lists", "deep objects"],

@@ -185,12 +185,13 @@ def run_case(kind: Kind, shared: Any, seed: int, case: int) -> Verdict:
         return kind.run(shared, numbers(seed, kind.name, case))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return Verdict("traceback", f"traceback: {type(error).__name__}: {error!s:.150} ({Path(last.filename).name}:{last.lineno})")
+        return Verdict(
+            "traceback", f"traceback: {type(error).__name__}: {error!s:.150} ({Path(last.filename).name}:{last.lineno})"
+        )
 
 
 def _limit() -> None:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + EXTRA_BYTES, now + EXTRA_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (round(10 * CPU_SECONDS), round(10 * CPU_SECONDS) + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -204,7 +205,12 @@ def stored(file: Path, seed: int, kind: str) -> Progress:
     found = _read(file, seed)["kinds"].get(kind)
     if not found:
         return Progress()
-    return Progress(found["next"], Counter(found["outcomes"]), {int(n): text for n, text in found["faults"].items()}, found["cpu_seconds"])
+    return Progress(
+        found["next"],
+        Counter(found["outcomes"]),
+        {int(n): text for n, text in found["faults"].items()},
+        found["cpu_seconds"],
+    )
 
 
 def store(file: Path, seed: int, kind: str, progress: Progress) -> None:

@@ -61,10 +61,13 @@ def kernels(files: PackageFiles, target: str) -> tuple[GpuKernels, Recorder]:
     return GpuKernels(files, Target.parse(target), 0, PROCESSORS, True, driver), driver
 
 
-def behaviour(files: PackageFiles, target: str, layers: Sequence[int], dtype: torch.dtype, shape: Any) -> dict[str, str]:
+def behaviour(
+    files: PackageFiles, target: str, layers: Sequence[int], dtype: torch.dtype, shape: Any
+) -> dict[str, str]:
     """What the launcher would do with a package's kernels: `code` with what arguments, and `launch` with what sizes.
 
-    The contents of tables stand in the arguments in place of their addresses.
+    The contents of tables stand in the arguments in place of their addresses. Where prefill kernels also take single
+    queries, since there are no others, nothing is said of these.
     """
     loaded, driver = kernels(files, target)
     tables = {
@@ -72,16 +75,22 @@ def behaviour(files: PackageFiles, target: str, layers: Sequence[int], dtype: to
         for table in loaded._tables.values()
         for address, part in zip(table.arguments.values(), table.parts, strict=False)
     }
+    found = {}
     for layer in layers:
-        for q_length, k_length in ((200, 200), (1, 700)):
+        for call, q_length, k_length in (("prefill", 200, 200), ("one query", 1, 700)):
             q = torch.zeros((1, q_length, shape.num_attention_heads, shape.head_dim), dtype=dtype).transpose(1, 2)
             k = torch.zeros((1, shape.num_key_value_heads, k_length, shape.head_dim), dtype=dtype)
+            driver.launches.clear()
             loaded.attend(layer, operands_of(q, k, k, None, None, None))
-    code = [
-        (*launched, *(_value(kind, value, tables) for kind, value in zip(launched[2], values, strict=True)))
-        for launched, _, _, values in driver.launches
-    ]
-    return {f"{target} code": repr(code), f"{target} launch": repr([launch[1:3] for launch in driver.launches])}
+            if q_length == 1 and not all((phase, layer, dtype) in loaded._kernels for phase in ("decode", "combine")):
+                continue
+            code = [
+                (*launched, *(_value(kind, value, tables) for kind, value in zip(launched[2], values, strict=True)))
+                for launched, _, _, values in driver.launches
+            ]
+            found[f"{target} {call} {layer} code"] = repr(code)
+            found[f"{target} {call} {layer} launch"] = repr([launch[1:3] for launch in driver.launches])
+    return found
 
 
 def _value(kind: str, value: int | float, tables: dict[int, str]) -> object:

@@ -215,13 +215,31 @@ def _cut(data: bytes, rng: random.Random) -> bytes:
 
 def _encoding(data: bytes, rng: random.Random) -> bytes:
     text = data.decode("utf-8", "replace")
-    return text.encode(rng.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-7", "cp500")), "replace")
+    return text.encode(
+        rng.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-7", "cp500")), "replace"
+    )
 
 
 def _around(data: bytes, rng: random.Random) -> bytes:
     extra = rng.choice(
-        (b" ", b"\n", b"\r\n\t", b"\0", b"\x0b", b"\xc2\xa0", b"\xef\xbb\xbf", b"{}", b"x", b"//", b",", b";", b"\xff")
-        + (b"\xed\xa0\x80", b"\xc0\x80", b"\x1a", b"null", b"]", b"}", data[:200])
+        [
+            *(
+                b" ",
+                b"\n",
+                b"\r\n\t",
+                b"\0",
+                b"\x0b",
+                b"\xc2\xa0",
+                b"\xef\xbb\xbf",
+                b"{}",
+                b"x",
+                b"//",
+                b",",
+                b";",
+                b"\xff",
+            ),
+            *(b"\xed\xa0\x80", b"\xc0\x80", b"\x1a", b"null", b"]", b"}", data[:200]),
+        ]
     )
     return rng.choice((extra + data, data + extra))
 
@@ -230,7 +248,21 @@ def _inside(data: bytes, rng: random.Random) -> bytes:
     """Puts something between two tokens or into a string."""
     spots = [at for at in range(len(data)) if data[at] in b'{}[],:"']
     at = rng.choice(spots) if spots else 0
-    new = (b" ", b"\n", b"\t", b"\r", b"\x0c", b"/**/", b"#", b",", b"\\u0000", b"\\", b"\xed\xa0\x80", b"\xc3\xa9", b"\0")
+    new = (
+        b" ",
+        b"\n",
+        b"\t",
+        b"\r",
+        b"\x0c",
+        b"/**/",
+        b"#",
+        b",",
+        b"\\u0000",
+        b"\\",
+        b"\xed\xa0\x80",
+        b"\xc3\xa9",
+        b"\0",
+    )
     return data[: at + 1] + rng.choice(new) + data[at + 1 :]
 
 

@@ -3,15 +3,17 @@
 It also says, from the format's description alone, if the numbers of tables and schedules are within their bounds.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
 from fuzzing import gpu_recorder
+from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
 
@@ -21,7 +23,7 @@ Behaviour = Mapping[str, str]
 
 
 def behaviour(
-    package: Package, shape: ModelShape, layers: tuple[int, ...], gpus: tuple[str, ...], gradients: bool
+    package: Package, shape: ModelShape, layers: Sequence[int], gpus: Sequence[str], gradients: bool
 ) -> Behaviour:
     """The results of a loaded package, by what they are of, for calls that fit the original's shape and layers.
 
@@ -32,7 +34,6 @@ def behaviour(
         "model": repr(manifest.model),
         "blocks": repr((manifest.block_size, manifest.num_blocks, manifest.beyond)),
         "layers": repr(manifest.layers),
-        "targets": repr(manifest.targets),
         "dtypes": repr(package.dtypes_on("cpu")),
     }
     for dtype in package.dtypes_on("cpu"):
@@ -52,7 +53,8 @@ def behaviour(
         if gradients:
             found[f"gradients {layer}"] = _gradients(package, layer, shape)
     for target in gpus:
-        found |= gpu_recorder.behaviour(package._files, target, layers, torch.bfloat16, shape)
+        with contextlib.suppress(SurgeonError):  # a GPU's kernels are judged alone: they may be refused and others not
+            found |= gpu_recorder.behaviour(package._files, target, layers, torch.bfloat16, shape)
     return found
 
 

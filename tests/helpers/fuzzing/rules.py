@@ -3,6 +3,9 @@
 Source: DESIGN of topology.json version 1 and of the package; compiler/README.md; topology.schema.json.
 """
 
+import json
+from pathlib import Path
+
 MAX_FILE_BYTES = 64 * 2**20
 MAX_BLOCKS = 16_384
 MAX_LAYERS = 512
@@ -15,13 +18,14 @@ MAX_BLOCK_SIZE = 1024
 MAX_PROVENANCE_LEVELS = 64
 """Of lists and objects inside one another in the provenance."""
 
-TREELESS_HEADS = True
-"""True if a head may have a sink and a window and neither dendrogram nor cut."""
+_SCHEMA = Path(__file__).parents[3] / "compiler/topology/topology.schema.json"
+TREELESS_HEADS = "window_head" in json.loads(_SCHEMA.read_text("utf-8"))["$defs"]
+"""True if a head may have a sink and a window and neither dendrogram nor cut: the schema has a name for such heads."""
 
-PARTS = frozenset(("topology", "schedule", "tables", "launch", "layers"))
+PARTS = frozenset(("topology", "schedule", "layers", "tables", "launch"))
 """The parts of a package that can be changed so that all hashes agree.
 
-`launch` are threads, bytes and rows of GPU kernels; `layers` says which layers a kernel serves.
+`layers` says which layers a kernel serves; `launch` are threads, bytes and rows of GPU kernels.
 """
 
 BOUND_BY_DIGEST = frozenset(("topology", "schedule", "layers"))

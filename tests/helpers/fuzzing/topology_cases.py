@@ -16,7 +16,7 @@ import numpy as np
 from fuzzing import json_mutations, rules
 from fuzzing.cases import Kind, Verdict
 from fuzzing.json_mutations import Raw
-from fuzzing.topology_checker import Invalid, Valid, check
+from fuzzing.topology_checker import InvalidError, Valid, check
 from schedules import block_mask
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology import read
@@ -65,7 +65,7 @@ def judge(case: Case, rng: random.Random, file: Path) -> Verdict:
     expected: Valid | str
     try:
         expected = check(case.data)
-    except Invalid as reason:
+    except InvalidError as reason:
         expected = str(reason)
     try:
         topology = read.read_topology(file)
@@ -163,7 +163,10 @@ def valid_document(rng: random.Random) -> Json:
 def _head(rng: random.Random, trees: list[Json], blocks: int) -> Json:
     if not trees or rng.random() < 0.2:
         return {"dense": True}
-    near = {"sink": rng.choice((0, 0, 1, 2, blocks, blocks + 2)), "window": rng.choice((1, 1, 2, 3, blocks, blocks + 3))}
+    near = {
+        "sink": rng.choice((0, 0, 1, 2, blocks, blocks + 2)),
+        "window": rng.choice((1, 1, 2, 3, blocks, blocks + 3)),
+    }
     if rules.TREELESS_HEADS and rng.random() < 0.3:
         return near
     tree = rng.randrange(len(trees))
@@ -196,7 +199,11 @@ def _valid_text(document: Json, rng: random.Random) -> bytes:
         separators=rng.choice((None, (",", ":"), (" ,\r\n", " : "))),
     )
     if rng.random() < 0.3:
-        text = text.replace("format", "f\\u006frmat", 1).replace("window", "\\u0077indow").replace("heads", "head\\u0073", 1)
+        text = (
+            text.replace("format", "f\\u006frmat", 1)
+            .replace("window", "\\u0077indow")
+            .replace("heads", "head\\u0073", 1)
+        )
     return (rng.choice(("", " ", "\n\r\t")) + text + rng.choice(("", "\n", " \t\r\n"))).encode()
 
 
@@ -298,8 +305,19 @@ def _rows_turned(document: Json, rng: random.Random) -> None:
 def _number_of_a_merge(document: Json, rng: random.Random) -> None:
     if rows := rng.choice(_linkages(document) or [[]]):
         row, column = rng.choice(rows), rng.randrange(4)
-        others = [-1, 0, row[column] + 1, row[column] - 1, row[column] + 0.5, len(rows), 2 * len(rows), rng.choice(rows)[column]]
-        row[column] = rng.choice([*others, Raw("NaN"), Raw("1e999"), -row[column], 10**400, True, None, str(row[column])])
+        others = [
+            -1,
+            0,
+            row[column] + 1,
+            row[column] - 1,
+            row[column] + 0.5,
+            len(rows),
+            2 * len(rows),
+            rng.choice(rows)[column],
+        ]
+        row[column] = rng.choice(
+            [*others, Raw("NaN"), Raw("1e999"), -row[column], 10**400, True, None, str(row[column])]
+        )
 
 
 def _height_falls(document: Json, rng: random.Random) -> None:
@@ -315,7 +333,9 @@ def _a_digit(document: Json, rng: random.Random) -> None:
         path = rng.choice(tree["paths"])
         choice = rng.randrange(4)
         if path and choice == 0:
-            path[rng.randrange(len(path))] = rng.choice((tree["arity"], tree["arity"] - 1, -1, 1.0, True, None, 1023, 1024))
+            path[rng.randrange(len(path))] = rng.choice(
+                (tree["arity"], tree["arity"] - 1, -1, 1.0, True, None, 1023, 1024)
+            )
         elif path and choice == 1:
             path.pop()
         elif choice == 2:
@@ -335,7 +355,7 @@ def _a_count(document: Json, rng: random.Random) -> None:
 def _a_list(document: Json, rng: random.Random) -> None:
     lists = [document["layers"], document["dendrograms"]]
     lists += [layer["heads"] for layer in document["layers"] if layer]
-    lists += [rows for rows in _linkages(document)] + [tree["paths"] for tree in document["dendrograms"] if "paths" in tree]
+    lists += list(_linkages(document)) + [tree["paths"] for tree in document["dendrograms"] if "paths" in tree]
     found = rng.choice(lists)
     if found and rng.random() < 0.5:
         found.pop(rng.randrange(len(found)))
@@ -380,7 +400,9 @@ BREAKING: tuple[Callable[[Json, random.Random], None], ...] = (
 def _at_a_limit(rng: random.Random) -> bytes:
     """A document just within or just beyond a limit."""
     blocks = rng.choice((rules.MAX_BLOCKS, rules.MAX_BLOCKS + 1, 2000))
-    layers, heads = rng.choice(((rules.MAX_LAYERS, 1), (rules.MAX_LAYERS + 1, 1), (1, rules.MAX_HEADS), (1, rules.MAX_HEADS + 1)))
+    layers, heads = rng.choice(
+        ((rules.MAX_LAYERS, 1), (rules.MAX_LAYERS + 1, 1), (1, rules.MAX_HEADS), (1, rules.MAX_HEADS + 1))
+    )
     depth = rng.choice((0, 1, rules.MAX_DEPTH, rules.MAX_DEPTH + 1)) if blocks == 2000 else 0
     rows = [[0, 1, 0, 2]] + [[block, blocks + block - 2, block, block + 1] for block in range(2, blocks)]
     tree = rng.choice(({"paths": [[0] * depth] * blocks, "arity": rng.choice((2, 1024, 1025))}, {"linkage": rows}))

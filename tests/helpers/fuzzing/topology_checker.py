@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from fuzzing import rules
 
 
-class Invalid(Exception):
+class InvalidError(Exception):
     """The reason why a text is no topology."""
 
 
@@ -37,11 +37,13 @@ def check(data: bytes) -> Valid:
     """Reads a file's bytes.
 
     Raises:
-        Invalid: they are no topology.
+        InvalidError: they are no topology.
     """
     _require(len(data) <= rules.MAX_FILE_BYTES, "too large")
     root = _parse(data)
-    _keys(root, {"format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"}, "beyond provenance")
+    _keys(
+        root, {"format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"}, "beyond provenance"
+    )
     _require(root["format"] == "surgeon.topology", "format")
     _require(_is_int(root["version"]) and root["version"] == 1, "version")
     heads = _check_model(root["model"])
@@ -71,7 +73,7 @@ _LARGE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 
 def _parse(data: bytes) -> Any:
     def refuse(_: str) -> NoReturn:
-        raise Invalid("not JSON")
+        raise InvalidError("not JSON")
 
     def real(text: str) -> float:
         _require(abs(float(text)) < float("inf"), "a number beyond all doubles")
@@ -85,7 +87,7 @@ def _parse(data: bytes) -> Any:
     try:  # Python's own limit of digits is the format's
         return json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=parse_float)
     except (ValueError, RecursionError) as error:
-        raise Invalid(f"not JSON: {error}") from None
+        raise InvalidError(f"not JSON: {error}") from None
 
 
 def _check_model(model: Any) -> int:
@@ -167,7 +169,9 @@ def _check_head(head: Any, trees: int) -> None:
         return
     of_tree = {"dendrogram", "cut"}
     _keys(head, {"sink", "window"} | (set() if rules.TREELESS_HEADS and not of_tree & head.keys() else of_tree))
-    _require(_within(head["sink"], 0, rules.MAX_BLOCKS) and _within(head["window"], 1, rules.MAX_BLOCKS), "sink, window")
+    _require(
+        _within(head["sink"], 0, rules.MAX_BLOCKS) and _within(head["window"], 1, rules.MAX_BLOCKS), "sink, window"
+    )
     if "cut" in head:
         _require(_within(head["dendrogram"], 0, trees - 1), "dendrogram")
         _require(_is_number(head["cut"]) and 0 <= head["cut"] <= 1.7976931348623157e308, "cut")
@@ -188,7 +192,7 @@ def _check_free(provenance: Any) -> None:
 
 def _require(fits: bool, reason: str) -> None:
     if not fits:
-        raise Invalid(reason)
+        raise InvalidError(reason)
 
 
 def _keys(value: Any, required: set[str], optional: str = "") -> None:
