@@ -7,7 +7,7 @@ from typing import Any
 from surgeon.runtime.errors import TopologyError, short_repr
 
 MAX_LEVELS = 64
-"""Of lists and objects inside one another."""
+"""The most lists and objects inside one another."""
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -30,7 +30,7 @@ def check_provenance(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _entries(value: object, where: str) -> list[tuple[str, object]]:
-    """What a list or an object holds, keys too, each with its place."""
+    """The entries of a list or an object, keys too, each with its place."""
     if isinstance(value, list):
         return [(f"{where}[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, dict):

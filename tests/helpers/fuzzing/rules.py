@@ -16,7 +16,7 @@ MAX_ARITY = 1024
 MAX_HEAD_DIM = 1024
 MAX_BLOCK_SIZE = 1024
 MAX_PROVENANCE_LEVELS = 64
-"""Of lists and objects inside one another in the provenance."""
+"""The most lists and objects inside one another in a provenance."""
 
 _SCHEMA = Path(__file__).parents[3] / "compiler/topology/topology.schema.json"
 TREELESS_HEADS = "window_head" in json.loads(_SCHEMA.read_text("utf-8"))["$defs"]
