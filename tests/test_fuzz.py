@@ -41,7 +41,7 @@ def run(kind: Kind, count: int, jobs: int = 1, seed: int = 0) -> Progress:
 
 
 def found(progress: Progress, *outcomes: str) -> int:
-    """How many cases came out in a way that begins like one of these."""
+    """The number of cases whose outcome begins like one of these."""
     return sum(count for outcome, count in progress.outcomes.items() if outcome.startswith(outcomes))
 
 

@@ -48,7 +48,7 @@ class Kind(NamedTuple):
 
 @dataclass
 class Progress:
-    """What has been done of a kind: all cases before `next`, what came of them, and the faults by case."""
+    """The work done on a kind: all cases before `next`, what came of them, and the faults by case."""
 
     next: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -163,7 +163,7 @@ class _Worker:
         return not data
 
     def finish(self) -> "Progress | tuple[int, str]":
-        """What the process found, or the case in which it ended before its time, and how."""
+        """The finds of the process, or the case in which it ended before its time, and how."""
         os.close(self.results)
         status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         at: int = _NUMBER.unpack(self._at[:])[0]

@@ -112,7 +112,7 @@ def _base(folder: Path, topology: Topology, targets: list[str], dtypes: list[str
 
 
 def _alone(folder: Path, base: Base) -> Behaviour:
-    """What the package does, found out in a process of its own, so that this one starts no threads."""
+    """The behaviour of a package, found out in a process of its own, so that this one starts no threads."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -203,7 +203,7 @@ def judge(case: Case, folder: Path) -> Verdict:
 
 
 def _done(folder: Path, base: Base, gradients: bool) -> tuple[str, Behaviour]:
-    """What the package in a folder does; first the error of a call that it refuses.
+    """The behaviour of the package in a folder; first the error of a call that it refuses.
 
     Raises:
         SurgeonError: it is refused when it is loaded.
