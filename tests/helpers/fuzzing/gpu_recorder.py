@@ -64,7 +64,7 @@ def kernels(files: PackageFiles, target: str) -> tuple[GpuKernels, Recorder]:
 def behaviour(
     files: PackageFiles, target: str, layers: Sequence[int], dtype: torch.dtype, shape: Any
 ) -> dict[str, str]:
-    """The launches that would be made with a package's kernels: `code` with what arguments, and `launch` with what sizes.
+    """The launches of a package's kernels: `code` with what arguments, and `launch` with what sizes.
 
     The contents of tables stand in the arguments in place of their addresses. Where prefill kernels also take single
     queries, since there are no others, nothing is said of these.
