@@ -84,7 +84,7 @@ class Compilers:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=os.environ | {"TMPDIR": str(folder)} | environment,
+                env={**os.environ, "TMPDIR": str(folder), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -40,8 +40,9 @@ class ThreadsFound:
 
 def mixed_calls(package: Package) -> dict[str, Call]:
     """Calls by name: generation with each kind of cache and several lengths, and attention of single layers."""
-    model = tiny_llama()
-    patch(model, package)
+    model, recalling = tiny_llama(), tiny_llama()
+    patch(model, package, recall="pattern")  # under which a cache drops blocks
+    patch(recalling, package, recall="dense", dense_rows=20)
     caches: dict[str, Callable[[], dict[str, Any]]] = {
         "dynamic": lambda: {"past_key_values": DynamicCache()},
         "static": lambda: {"past_key_values": StaticCache(model.config, max_cache_len=160)},
@@ -55,6 +56,7 @@ def mixed_calls(package: Package) -> dict[str, Call]:
             ids = tokens(1, length, seed=length)
             calls[f"{name} cache, {length} tokens"] = partial(_generated, model, ids, torch.ones_like(ids), cache)
         calls[f"{name} cache, padded"] = partial(_generated, model, *padded((50, 33, 3)), cache)
+        calls[f"{name} cache, recall"] = partial(_generated, recalling, tokens(1, 90), torch.ones(1, 90).long(), cache)
     for layer, (queries, keys) in enumerate(((1, 130), (17, 64), (90, 90))):
         generator = torch.Generator().manual_seed(layer)
         q = torch.randn(2, 4, queries, 32, generator=generator)

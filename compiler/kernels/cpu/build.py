@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from surgeon.compiler.kernels.cpu.check import check_library
 from surgeon.compiler.specs.artifacts import Binary, CpuSource
+from surgeon.compiler.system.atomic_files import naming
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.compilers import Compilers
 from surgeon.compiler.system.terminal import Progress
@@ -141,7 +142,8 @@ def _run(
     where = f"{compiler.version}: {inputs[0]}"
     with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
         for name, content in files.items():
-            (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            with naming(Path(folder) / name):
+                (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
         mode = () if "-shared" in flags else ("-c",)
         command = [compiler.command, *flags, *mode, *inputs, "-o", "out"]
         result = compilers.run(command, Path(folder), where, {"LC_ALL": "C"})

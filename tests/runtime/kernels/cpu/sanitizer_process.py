@@ -3,6 +3,7 @@
 `test_sanitizers.py` runs it. Takes the package's folder, and prints the number of calls, each compared with the oracle.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime import Package, load
 from surgeon.runtime.operands import Operands
 
-CALLS = [  # queries, keys, positions of the first query in each sequence, first valid keys
+CALLS: list[
+    tuple[int, int, list[int], list[int]]
+] = [  # queries, keys, positions of the first query in each sequence, first valid keys
     (130, 130, [0], [0]),
     (65, 65, [0, 0], [0, 33]),
     (40, 200, [160, 150], [0, 100]),
@@ -25,58 +28,65 @@ CALLS = [  # queries, keys, positions of the first query in each sequence, first
     (0, 0, [0], [0]),
     (5, 9, [], []),
 ]
+DENSE_ROWS = (0, 20)
 
 
 def main(folder: Path) -> int:
     topology, count = read_topology(folder / "topology.json"), 0
     for variant in load(folder).cpu_variants:
         package = load(folder, cpu_variant=variant)
-        for dtype in package.dtypes_on("cpu"):
-            for number, (queries, keys, position, leftpad) in enumerate(CALLS):
-                generator = torch.Generator().manual_seed(number)
-                shape = package.manifest.model
-                batch, kv_heads, size = len(position), shape.num_key_value_heads, shape.head_dim
-                q = torch.randn(batch, shape.num_attention_heads, queries, size, generator=generator).to(dtype)
-                k, v = torch.randn(2, batch, kv_heads, keys, size, generator=generator).to(dtype)
-                places = Operands(q, k.clone(), v.clone(), *map(_int64, (position, leftpad)), size**-0.5)
-                for layer in range(shape.num_hidden_layers):
-                    found = package.kernels.run(layer, places)
-                    with_lse, lse = package.attention_with_lse(layer, *places[:3], None, *places[3:5])
-                    assert torch.equal(found.isfinite(), torch.ones_like(found, dtype=torch.bool))
-                    count += 2
-                    if not found.numel():
-                        continue
-                    expected, expected_lse = reference.attention(topology, layer, q, k, v, position, leftpad)
-                    for one in (found, with_lse):
-                        assert reference.relative_error(one, expected) < reference.TOLERANCE[dtype], (
-                            variant,
-                            dtype,
-                            number,
-                        )
-                    seen = expected_lse.isfinite()
-                    assert torch.allclose(lse[seen].double(), expected_lse[seen], atol=1e-2)
-                    assert (
-                        reference.relative_error(_paged(package, layer, places), expected) < reference.TOLERANCE[dtype]
-                    )
-                    count += 1
-                    if queries == keys and not any(position):
-                        cos, sin = (
-                            torch.ones(batch, keys, size, dtype=dtype),
-                            torch.zeros(batch, keys, size, dtype=dtype),
-                        )
-                        rotated = package.kernels.run_rotary(layer, places, cos, sin)
-                        assert reference.relative_error(rotated, expected) < reference.TOLERANCE[dtype]
-                        count += 1
+        for dtype, case, dense_rows, layer in itertools.product(package.dtypes_on("cpu"), CALLS, DENSE_ROWS, (0, 1)):
+            queries, keys, position, leftpad = case
+            operands = _operands(package, dtype, *case, dense_rows)
+            found = _called(package, layer, operands, whole=queries == keys and not any(position))
+            count += len(found)
+            if operands.q.numel():
+                numbers = position, leftpad, None, dense_rows
+                expected, _ = reference.attention(topology, layer, *operands[:3], *numbers)
+                errors = [reference.relative_error(out, expected) for out in found]
+                assert max(errors) < reference.TOLERANCE[dtype], (variant, dtype, case, dense_rows, errors)
     return count
 
 
-def _int64(numbers: list[int]) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
+def _operands(
+    package: Package,
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    position: list[int],
+    leftpad: list[int],
+    dense_rows: int,
+) -> Operands:
+    generator, shape, batch = torch.Generator().manual_seed(queries), package.manifest.model, len(position)
+    q, k, v = (  # each in memory of its own
+        torch.randn(batch, heads, length, shape.head_dim, generator=generator).to(dtype)
+        for heads, length in (
+            (shape.num_attention_heads, queries),
+            (shape.num_key_value_heads, keys),
+            (shape.num_key_value_heads, keys),
+        )
+    )
+    places = (torch.tensor(numbers, dtype=torch.int64) for numbers in (position, leftpad))
+    return Operands(q, k, v, *places, shape.head_dim**-0.5, dense_rows)
+
+
+def _called(package: Package, layer: int, operands: Operands, whole: bool) -> list[torch.Tensor]:
+    """The outputs of every kind of call; keys of `whole` sequences are also rotated, by no angle."""
+    q, kernels = operands.q, package.kernels
+    lse = torch.empty(q.shape[:3])
+    found = [kernels.run(layer, operands), kernels.run(layer, operands, lse)]
+    if q.numel():
+        found.append(_paged(package, layer, operands))
+    if q.numel() and whole:
+        cos, sin = (make(q.shape[0], *q.shape[2:], dtype=q.dtype) for make in (torch.ones, torch.zeros))
+        found.append(kernels.run_rotary(layer, operands, cos, sin))
+    assert not lse.isnan().any()
+    return found
 
 
 def _paged(package: Package, layer: int, operands: Operands) -> torch.Tensor:
     """The same call over pools of blocks, which count from each sequence's first valid key."""
-    q, k, v, position, leftpad, scale = operands
+    q, k, v, position, leftpad, scale, *rest = operands
     assert position is not None
     assert leftpad is not None
     (batch, kv_heads, keys, size), block = k.shape, package.manifest.block_size
@@ -87,7 +97,7 @@ def _paged(package: Package, layer: int, operands: Operands) -> torch.Tensor:
         for pool, whole in zip(pools, (k, v), strict=True):
             shifted = torch.nn.functional.pad(whole[sequence, :, first:], (0, 0, 0, blocks * block - keys + first))
             pool[table[sequence].flatten().long()] = shifted.reshape(kv_heads * blocks, block, size)
-    pooled = Operands(q, pools[0].clone(), pools[1].clone(), position, leftpad, scale)
+    pooled = Operands(q, pools[0].clone(), pools[1].clone(), position, leftpad, scale, *rest)
     return package.kernels.run_paged(layer, pooled, table)
 
 
