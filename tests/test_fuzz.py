@@ -202,9 +202,9 @@ def test_a_reader_with_a_fault_is_found_out(name: str, words: tuple[str, ...], m
         ("plans", (0, 2), 0, "row 0 has no plan"),
         ("plans", (0, 2), 99, "row 0 has no plan"),
         ("segments", (0, 0), -(10**6), "row 0 reads blocks -1000000 to"),
-        ("segments", (0, 1), 2**31 - 1, "row 0 reads blocks 0 to 2147483648"),
+        ("segments", (0, 1), 2**31 - 1, "row 0 reads blocks 0 to 2147483647"),
         ("segments", (0, 2), 4, "reads blocks"),
-        ("segments", (2, 0), 0, "has segments out of order"),
+        ("segments", (2, 0), -1, "row 1 has segments out of order"),
         ("segments", (2, 1), -1, "reads blocks"),
     ],
 )

@@ -99,7 +99,8 @@ def out_of_bounds(tables: Arrays, names: tuple[str, ...], patterns: int) -> str:
         for pattern in rows.tolist():
             last = len(pattern) - 1
             for row in (*range(len(pattern)), *(last + beyond for beyond in _ROWS_BEYOND)):
-                first, middle, end = plans[pattern[min(row, last)]].tolist()
+                plan = pattern[min(row, last)]
+                first, middle, end = plans[plan].tolist() if 0 <= plan < len(plans) else (0, 0, 0)
                 if not 0 <= first <= middle <= end <= len(segments) or first == end:
                     return f"{name}: row {row} has no plan"
                 before = 0
