@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from surgeon.compiler.schedule.liveness import liveness_table
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.runtime.package.kernel_digest import kernel_digest
@@ -57,6 +58,8 @@ class CpuSpec(KernelSpec):
             self.topology_sha256,
             self.layers,
             self.schedule.heads,
+            dtypes=self.dtypes,
+            last_readers=liveness_table(self.schedule),
             num_key_value_heads=self.schedule.num_key_value_heads,
             head_dim=self.head_dim,
             block_size=self.schedule.block_size,

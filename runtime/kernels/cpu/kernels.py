@@ -105,10 +105,13 @@ class CpuKernels:
 def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:
     """The digest of the kernel that the package needs for layers that share one."""
     manifest = files.manifest
+    schedule = files.schedules[layers[0]]
     return kernel_digest(
         manifest.topology_sha256,
         layers,
-        files.schedules[layers[0]].heads,
+        schedule.heads,
+        dtypes={kernel.dtype for kernel in manifest.kernels if kernel.target == "cpu"},
+        last_readers=schedule.last_readers,
         num_key_value_heads=manifest.model.num_key_value_heads,
         head_dim=manifest.model.head_dim,
         block_size=manifest.block_size,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -111,20 +112,38 @@ def test_changed_schedules(package: Path) -> None:
     refused(package, r"attention\.so: surgeon_attention_001: expected a kernel")
 
 
+def test_changed_last_readers(package: Path) -> None:
+    tensors = safetensors.numpy.load_file(package / SCHEDULES)
+    tensors["attention_001.last_readers"][0, 0] -= 1  # a cache would drop a block that is read again
+    (package / SCHEDULES).write_bytes(safetensors.numpy.save(tensors))
+    rewrite(package, lambda _root: None)
+    refused(package, r"attention\.so: surgeon_attention_001: expected a kernel")
+
+
+def test_a_dtype_that_the_library_was_not_compiled_for(package: Path) -> None:
+    rewrite(package, lambda root: root["kernels"].extend([kernel | {"dtype": "bf16"} for kernel in root["kernels"]]))
+    refused(package, r"attention\.so: surgeon_attention_00\d: expected a kernel")
+
+
 def test_everything_that_a_kernel_is_made_for_is_in_its_digest() -> None:
     one, other = (HeadSchedule((), (Piece(0, 9, 0, 0, begin, True),)) for begin in (0, -1))
     usual: dict[str, Any] = {
         "topology_sha256": "a",
         "layers": (0, 1),
         "heads": (one, other),
+        "dtypes": {"fp32", "bf16"},
+        "last_readers": np.array([[1, 2]]),
         "num_key_value_heads": 1,
         "head_dim": 32,
         "block_size": 64,
         "num_rows": 9,
     }
     changes: dict[str, Any] = {"topology_sha256": "b", "layers": (0, 2), "heads": (other, one)}
+    changes |= {"dtypes": {"fp32"}, "last_readers": np.array([[1, 3]])}
     changes |= dict.fromkeys(("num_key_value_heads", "head_dim", "block_size", "num_rows"), 2)
     digests = {kernel_digest(**usual | {name: value}) for name, value in changes.items()} | {kernel_digest(**usual)}
     assert len(digests) == 1 + len(changes)
     copied = HeadSchedule((), (Piece(0, 9, 0, 0, 0, True),))
-    assert kernel_digest(**usual) == kernel_digest(**usual | {"heads": (copied, other)})
+    same: dict[str, Any] = {"heads": (copied, other), "dtypes": ["bf16", "fp32"]}
+    same |= {"last_readers": usual["last_readers"].astype(np.int32)}
+    assert kernel_digest(**usual) == kernel_digest(**usual | same)
