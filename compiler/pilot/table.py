@@ -152,7 +152,7 @@ _ASKED = {"end": "asked at the end", "later": "asked later"}
 _OWN = {
     "density": _Figure("visible pairs of blocks", lambda _, column: f"{column.density:.1%}"),
     "continuation_perplexity": _Figure("continuation: perplexity", _continuation, by_density=False),
-    "retrieval": None,  # a figure for each task
+    "scores": None,  # a figure for each task
     "perplexity": _Figure("prompt: perplexity", lambda _, column: _shown(column.perplexity, "{:.3f}"), False),
     "first_token": _Figure("first token, s", lambda _, column: _shown(column.first_token, "{:.3f}"), False),
     "decode": _Figure("decoding, tokens/s", lambda _, column: _shown(column.decode, "{:.1f}"), False),

@@ -65,9 +65,9 @@ class AgainstDense:
     continuation_agreement: Estimate | None = field(
         metadata=_shown("continuation: same first token", 1.0, "{:.2%}", "continuation_perplexity")
     )
-    retrieval: Estimate | None = field(metadata=_shown("retrieval, times dense", 1.0, "{:.2f}", "retrieval"))
+    retrieval: Estimate | None = field(metadata=_shown("retrieval, times dense", 1.0, "{:.2f}", "scores"))
     worst_retrieval: Estimate | None = field(
-        metadata=_shown("retrieval, times dense, worst task", 1.0, "{:.2f}", "retrieval", limit=_RETRIEVAL)
+        metadata=_shown("retrieval, times dense, worst task", 1.0, "{:.2f}", "scores", limit=_RETRIEVAL)
     )
     worst_task: str | None
     perplexity_ratio: Estimate = field(metadata=_shown("prompt: perplexity, times dense", 1.0, "{:.4f}", "perplexity"))
