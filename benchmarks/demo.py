@@ -146,7 +146,7 @@ def compare(
 @contextmanager
 def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
     """Patches the model for the duration of a `with` statement: one model with the same weights has both attentions."""
-    patch(model, package)
+    patch(model, package, recall="pattern")
     try:
         yield
     finally:
@@ -227,7 +227,7 @@ def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         expected = model(input_ids=tokens).logits
     with patched(model, package):
         through_patch = model(input_ids=tokens).logits
-    through_trace = trace(model, package)(tokens)
+    through_trace = trace(model, package, recall="pattern")(tokens)
     size = expected.abs().max()
     console.print(f"\nTrees against explicit masks, {TREE_TOKENS:,} tokens: largest difference of the logits")
     for name, logits in (("patched", through_patch), ("traced", through_trace)):

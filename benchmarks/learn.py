@@ -186,7 +186,7 @@ def under(topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.
     """Compares the dense model with the one on a topology's compiled kernels, for each text."""
     out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
     patched = model("patched")
-    patch(patched, load(out, strict=True))
+    patch(patched, load(out, strict=True), recall="pattern")
     try:
         return [compare(model("dense"), patched, sequences) for _, sequences in texts]
     finally:

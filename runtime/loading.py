@@ -171,6 +171,8 @@ class Package:
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
         *,
+        dense_rows: int = 0,
+        tokens_ahead: int = 0,
         first_key: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Block-sparse causal attention of one layer: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` to `[B,Sq,Hq,D]`.
@@ -180,11 +182,17 @@ class Package:
         sequence (left padding, default 0); blocks are counted from it, and queries before it give zeros. The result is
         contiguous.
 
+        With `dense_rows` of at least 1, a row of blocks that ends after the last query's own key minus that many tokens
+        reads every block: so do the last rows of a prompt, and decoding. `tokens_ahead` are the prompt's tokens that
+        later calls bring: the rows are counted from their end.
+
         Raises:
             PatchError: shapes, dtypes or devices do not fit the package.
             TopologyError: a position is outside k, or beyond what the topology covers.
         """
-        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)))
+        leftpad = _leftpad(cache_leftpad, first_key)
+        operands = operands_of(q, k, v, scale, position, leftpad, dense_rows, tokens_ahead)
+        return attention(self.kernels, layer, operands)
 
     def attention_with_lse(
         self,
@@ -196,11 +204,15 @@ class Package:
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
         *,
+        dense_rows: int = 0,
+        tokens_ahead: int = 0,
         first_key: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
-        arguments = (*operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)), self.id, layer)
-        return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
+        leftpad = _leftpad(cache_leftpad, first_key)
+        operands = operands_of(q, k, v, scale, position, leftpad, dense_rows, tokens_ahead)
+        results = torch.ops.surgeon.attention_with_lse(*operands, self.id, layer)
+        return cast(tuple[torch.Tensor, torch.Tensor], results)
 
 
 def _leftpad(

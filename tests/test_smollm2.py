@@ -87,12 +87,12 @@ def both_ways_in(
     model: LlamaForCausalLM, package: Package, ids: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The model's logits on the package's kernels, through `patch` and through `trace`."""
-    patch(model, package)
+    patch(model, package, recall="pattern")
     try:
         patched = model(input_ids=ids, attention_mask=mask).logits
     finally:
         unpatch(model)
-    return {"patch": patched, "trace": trace(model, package)(ids, mask)}
+    return {"patch": patched, "trace": trace(model, package, recall="pattern")(ids, mask)}
 
 
 def padded(story: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ def test_generation_on_a_collapsed_topology_is_the_models_own(
         return tokens[:, ids.shape[1] :]
 
     expected = generated()
-    patch(model, package(dense_topology(**SHAPE)))
+    patch(model, package(dense_topology(**SHAPE)), recall="pattern")
     try:
         found = generated()
     finally:
@@ -166,8 +166,8 @@ def test_weights_are_shared_and_unchanged(
 ) -> None:
     before = fingerprint(model)
     kernels = package(read_topology(TOPOLOGIES / "smollm2-135m-trees.json"))
-    graph = trace(model, kernels)
-    patch(model, kernels)
+    graph = trace(model, kernels, recall="pattern")
+    patch(model, kernels, recall="pattern")
     try:
         assert fingerprint(model) == before
         model(story[None, :100])

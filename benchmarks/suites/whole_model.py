@@ -99,7 +99,7 @@ def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrained
     dense, patched = load_model(folder), load_model(folder)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
     package = load(out, strict=True, cpu_variant=variant)
-    patch(patched, package)
+    patch(patched, package, recall="pattern")
     return dense, patched, package
 
 

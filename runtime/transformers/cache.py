@@ -18,7 +18,9 @@ from surgeon.runtime.transformers.paged_layer import PagedLayer
 class SurgeonCache(Cache):
     """A cache for a model patched with the package, on the CPU; pass it to `generate` as `past_key_values`.
 
-    A patched model computes with it, bit for bit, what it computes with a DynamicCache. Layers that no kernel runs are
+    It drops something only if the model was patched with `recall="pattern"`; under "dense", rows that ask read
+    everything, so that it keeps everything, and says so once. A patched model computes with it, bit for bit, what it
+    computes with a DynamicCache. Layers that no kernel runs are
     kept as a DynamicCache keeps them; the model's `config` is needed if some layers are not full attention. Once blocks
     are dropped, the cache cannot be cropped back to a row that reads them, unless `activate_past_recording` was called
     first, as assisted generation does.

@@ -40,6 +40,12 @@ class DenseRows:
         return cls(manifest, schedules, tokens, variant, level, rates_of(variant, level))
 
     @property
+    def most_tokens(self) -> int:
+        """The tokens that a call may see densely where the caller asks for it; what lies beyond is refused."""
+        manifest = self.manifest
+        return manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else 2**62
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The storage types of the package's CPU kernels."""
         return tuple(dict.fromkeys(kernel.dtype for kernel in self.manifest.kernels if kernel.target == "cpu"))

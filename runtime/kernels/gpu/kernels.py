@@ -125,7 +125,7 @@ class GpuKernels:
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
-        q, k, v, position, cache_leftpad, scale = operands
+        q, k, v, position, cache_leftpad, scale, *_ = operands
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
         self._check_lengths(q_length, k_length, position, cache_leftpad)

@@ -20,7 +20,7 @@ def model(compiled: dict[str, Compiled], one_thread: None) -> Iterator[LlamaForC
     torch.compiler.reset()
     counters.clear()
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     with torch.no_grad():
         yield model
     torch.compiler.reset()

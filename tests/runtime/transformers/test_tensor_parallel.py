@@ -62,7 +62,7 @@ def test_a_part_of_a_paged_cache(compiled: dict[str, Compiled]) -> None:
     block_table = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 1, 4)
     part = package.part(range(1, 2))
     position = torch.tensor([58, 58])
-    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, block_table, position, None, 32**-0.5, part.id, 1)
+    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, block_table, position, None, 32**-0.5, 0, 0, part.id, 1)
     torch.testing.assert_close(found, package.attention(1, q, k, v)[:, :, 2:], atol=1e-6, rtol=0)
 
 
@@ -118,7 +118,7 @@ def test_two_processes_answer_as_one(
     found: list[dict[str, Any]], compiled: dict[str, Compiled], one_thread: None
 ) -> None:
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     ids, mask = padded((70, 41, 5))
     prompt, prompt_mask = padded((50, 33, 3))
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_gathered_projection_gives_every_process_all_heads(
     found: list[dict[str, Any]], tmp_path: Path, one_thread: None
 ) -> None:
     model, (ids, mask) = fused_model(), padded((70, 41, 5))
-    patch(model, load(compile_package(fused_topology(), tmp_path / "package", dtypes=("fp32",))))
+    patch(model, load(compile_package(fused_topology(), tmp_path / "package", dtypes=("fp32",))), recall="pattern")
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
     for process in found:

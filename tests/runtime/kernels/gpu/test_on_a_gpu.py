@@ -143,7 +143,7 @@ def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topolog
 @torch.no_grad()
 def test_a_captured_step_of_a_patched_model_with_padding(tmp_path: Path) -> None:
     model = tiny_llama().to("cuda", torch.bfloat16)
-    patch(model, compiled(sparse_topology(), tmp_path))
+    patch(model, compiled(sparse_topology(), tmp_path), recall="pattern")
     ids, mask = (tensor.cuda() for tensor in padded([5, 8]))
     step = {"input_ids": ids[:, -1:], "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
 
