@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -16,9 +17,10 @@ def letters() -> PreTrainedTokenizerFast:
     """A tokenizer of single characters that puts a special token before every text."""
     characters = sorted({*map(chr, range(32, 127)), "\n"})
     known = {"<s>": 0} | {character: index + 1 for index, character in enumerate(characters)}
-    single = Tokenizer(WordLevel({**known, "?unknown": 0}, unk_token="?unknown"))
+    single = Tokenizer(WordLevel({**known, "?unknown": len(known)}, unk_token="?unknown"))
     single.pre_tokenizer = Split("", "isolated")
     single.decoder = Fuse()
+    single.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=single, unk_token="?unknown", bos_token="<s>")
 
 

@@ -91,7 +91,7 @@ class _Encoder:
         found = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if not found:
             remedy = "use the model's own tokenizer, or --tasks 0"
-            raise ModelError(type(self._tokenizer).__name__, f"tokens for {text.strip()!r}", "none", remedy)
+            raise ModelError(type(self._tokenizer).__name__, f"tokens for {text!r}", "none", remedy)
         return found
 
     def question(self, query: Query) -> Question:

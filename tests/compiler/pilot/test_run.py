@@ -21,7 +21,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, package: Path, out: Path, *more: str) -> list[str]:
     text = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
-    size = ["--length", "96", "--sequences", "2", "--passkeys", "1", "--rounds", "1", "--out", str(out)]
+    size = ["--length", "96", "--sequences", "2", "--tasks", "0", "--rounds", "1", "--out", str(out)]
     return ["pilot", str(folder / "model"), str(package), *text, *size, *more]
 
 
