@@ -93,7 +93,7 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
     wanted = _terms(pilot)
     tried = {_patched(pilot).topology_sha256}
     for where, other in beside:
-        for name, found in _terms(other).items():
+        for name, found in _terms(other, where).items():
             if found != wanted[name]:
                 remedy = "run surgeon pilot on the same model and texts, in the same way, on the same machine"
                 raise PilotError(f"{where}: {name}", f"{wanted[name]}, as in the first pilot", found, remedy)
@@ -103,7 +103,7 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
         tried.add(sha256)
 
 
-def _terms(pilot: Pilot) -> dict[str, str]:
+def _terms(pilot: Pilot, where: str = "pilot") -> dict[str, str]:
     """The conditions that pilots must have in common, in words."""
     tasks = Counter(f"{each.task} in {each.length} tokens" for each in pilot.questions)
     return {
@@ -111,7 +111,7 @@ def _terms(pilot: Pilot) -> dict[str, str]:
         "length": f"{pilot.length} tokens",
         "texts": ", ".join(f"{text.sequences} sequences of {text.sha256}" for text in pilot.texts),
         "tasks": ", ".join(f"{count} of {task}" for task, count in tasks.items()) or "none",
-        "recall": _recall(pilot),
+        "recall": _recall(_patched(pilot, where)),
         "machine": _machine(pilot),
     }
 
@@ -124,8 +124,7 @@ def _machine(pilot: Pilot) -> str:
     )
 
 
-def _recall(pilot: Pilot) -> str:
-    patched = _patched(pilot)
+def _recall(patched: Column) -> str:
     return f"{patched.recall}, {patched.dense_rows} dense rows"
 
 
@@ -153,7 +152,7 @@ def _facts(pilots: Sequence[Pilot], topology: Topology, summary: TopologySummary
         Fact("package", pilot.package_id),
         *(Fact("text", f"{text.name}, {text.sequences} sequences, SHA-256 {text.sha256}") for text in pilot.texts),
         Fact("machine", _machine(pilot)),
-        Fact("recall", _recall(pilot)),
+        Fact("recall", _recall(_patched(pilot))),
         Fact("date", f"{pilot.machine.date}, {pilot.seconds:.0f} s"),
         *(Fact("beside", _run(other)) for other in beside),
     ]

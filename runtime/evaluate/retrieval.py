@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from surgeon.runtime.evaluate.answers import scores
 from surgeon.runtime.evaluate.estimates import Estimate, ratio
 from surgeon.runtime.evaluate.processes import Processes
-from surgeon.runtime.evaluate.tasks.answers import scores
 from surgeon.runtime.evaluate.tasks.prompts import Prompt
 
 KEPT = 0.5  # a task says something about a patched model only if the dense one scores this on average

@@ -30,7 +30,7 @@ def learning(folder: Path, out: Path, *more: str) -> list[str]:
 
 def piloting(folder: Path, package: Path, out: Path) -> list[str]:
     texts = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
-    size = ["--length", "96", "--sequences", "1", "--passkeys", "1", "--rounds", "1"]
+    size = ["--length", "96", "--sequences", "1", "--tasks", "0", "--max-ppl-ratio", "50", "--rounds", "1"]
     return ["pilot", str(folder / "model"), str(package), *texts, *size, "--out", str(out)]
 
 
@@ -39,7 +39,7 @@ def quality(pilot: Path) -> list[Any]:
     numbers = []
     for column in columns:
         beside = column.against_dense
-        numbers += [*column.losses, *(cell.log_probability for cell in column.passkeys)]
+        numbers += [*column.losses, *column.scores]
         numbers += [beside.divergence.value, beside.late_divergence.value, beside.agreement.value] if beside else []
     return numbers
 

@@ -8,7 +8,7 @@ import torch
 
 from models import VOCABULARY, tiny_llama, tokens
 from oracles import Oracle, filler, letters
-from surgeon.runtime.evaluate.tasks.answers import scores
+from surgeon.runtime.evaluate.answers import scores
 from surgeon.runtime.evaluate.tasks.plan import Query
 from surgeon.runtime.evaluate.tasks.prompts import Prompt, Question, make_prompts
 
