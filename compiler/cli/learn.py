@@ -34,6 +34,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
     )
     parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("answers", "text"),
+        help="answers: what follows a prompt and reads all of it, as patched models do by default; text: every token,"
+        ' as with recall="pattern"; default: answers, but text for ultrametric',
+    )
+    parser.add_argument(
         "--steps", type=positive, default=60, metavar="N", help="training steps of ultrametric; default: 60"
     )
     parser.add_argument(
@@ -76,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         seed=arguments.seed,
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
+        purpose=arguments.purpose,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     out: Path = arguments.out
@@ -109,10 +117,14 @@ def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> It
     lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks, {seconds:.0f} s"]
     if figures := topology.provenance.get("validation"):
         lines.append(
-            f"KL divergence from the dense model on validation text: {figures['divergence']:.4f} nats a token,"
-            f" equal windows {figures['equal_windows']:.4f}"
+            f"KL divergence from the dense model on validation text{_counted(topology)}: {figures['divergence']:.4f}"
+            f" nats a token, equal windows {figures['equal_windows']:.4f}"
         )
     return lines
+
+
+def _counted(topology: "Topology") -> str:
+    return ", of the tokens after a prompt" if topology.provenance.get("for") == "answers" else ""
 
 
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _add_arguments, _run)

@@ -26,6 +26,9 @@ from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.transformers.fingerprint import fingerprint
 
+ANSWERS = "answers"
+TEXT = "text"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,6 +37,11 @@ class Request:
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
     `cuts`, heads may also get clusters, which are tied to their length and cannot be scaled. `settings` are for the
     method "ultrametric", whose heads have clusters as well.
+
+    `purpose` is "answers" or "text". For answers, as under dense recall, what counts is the effect of a prompt's
+    pattern on the tokens that follow it, while the prompt's end and these tokens see everything; for text, its effect
+    on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
+    default.
     """
 
     density: float
@@ -45,6 +53,19 @@ class Request:
     measured_length: int | None = None
     cuts: bool = False
     settings: Settings = field(default_factory=Settings)
+    purpose: str | None = None
+
+    def grid(self, blocks: int) -> Grid:
+        """The grid for sequences of so many blocks.
+
+        Raises:
+            TopologyError: the method does not learn for the purpose.
+        """
+        budget = self.method == "budget"
+        if self.purpose == ANSWERS and not budget:
+            raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
+        make = Grid.for_answers if budget and self.purpose != TEXT else Grid
+        return make(self.block_size, blocks, self.sink, self.density)
 
 
 @dataclass(frozen=True)
@@ -95,13 +116,13 @@ def learn(
     shape = model_shape(model)
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
-        grid = Grid(request.block_size, blocks, request.sink, request.density)
+        grid = request.grid(blocks)
         equal = Pattern(uniform_windows(*size, blocks, request.sink, request.density))
         topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
     effort = effort or Effort()
-    grid = Grid(request.block_size, measured, request.sink, request.density)
+    grid = request.grid(measured)
     sequences = divide(
         texts,
         measured * request.block_size,
@@ -133,6 +154,7 @@ def learn(
         topology,
         {
             "seed": request.seed,
+            "for": ANSWERS if grid.asking else TEXT,
             "density": round(mean_density(topology), 5),
             "measured_length": measured * request.block_size,
             "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts],

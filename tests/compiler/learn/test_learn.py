@@ -62,6 +62,25 @@ def test_equal_seeds_give_equal_topologies() -> None:
     assert other.sha256 != first.sha256
 
 
+def test_for_answers_by_default_and_for_text_on_request() -> None:
+    """For answers, the last layer keeps least, since nothing reads what its rows of the prompt compute."""
+    answers, text = (
+        learn(tiny_llama(), texts(), dataclasses.replace(REQUEST, purpose=purpose), EFFORT)
+        for purpose in (None, "text")
+    )
+    assert (answers.provenance["for"], text.provenance["for"]) == ("answers", "text")
+    kept = [sum(head.window for head in layer if isinstance(head, SparseHead)) for layer in answers.layers]
+    assert kept[2] == 4 < kept[0]
+    assert answers.provenance["validation"]["divergence"] < text.provenance["validation"]["divergence"]
+
+
+@pytest.mark.parametrize("method", ["ultrametric", "window"])
+def test_other_methods_do_not_learn_for_answers(method: str) -> None:
+    request = dataclasses.replace(REQUEST, method=method, purpose="answers")
+    with pytest.raises(TopologyError, match=f"--for answers: expected --method budget, got --method {method}"):
+        learn(tiny_llama(), texts(), request, EFFORT)
+
+
 class Interrupting:
     """A progress that stops the run, as Ctrl-C does, when it is called for the nth time."""
 
