@@ -158,10 +158,11 @@ class Pilot:
                 type.
         """
         root = parse_root(text, {"format": _ROOT["format"]}, "pilot", FAULT)
-        if root.get("version") == 1:
-            root = upgraded(root, FAULT)
-        elif type(version := root.pop("version", None)) is not int or version != _ROOT["version"]:
+        version = root.pop("version", None)
+        if type(version) is not int or version not in (1, _ROOT["version"]):
             raise FAULT("pilot: version", "1 or 2", short_repr(version))
+        if version == 1:
+            root = upgraded(root, FAULT)
         pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
             raise FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")

@@ -123,7 +123,8 @@ def test_a_median_has_an_error_that_one_disturbed_round_leaves_alone() -> None:
     assert middle([2.0]).error is None
 
 
-def example(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pilot:
+@pytest.fixture(scope="module")
+def pilot(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pilot:
     columns = piloted(compiled["sparse"], sequences[:2])
     asked = tuple(AskedQuestion("several keys", 96, depth, "later", 0) for depth in (0.1, 0.9))
     return Pilot(
@@ -141,10 +142,7 @@ def example(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pil
     )
 
 
-def test_the_file_holds_all_and_nothing_else_is_read(
-    compiled: dict[str, Compiled], sequences: list[torch.Tensor]
-) -> None:
-    pilot = example(compiled, sequences)
+def test_the_file_holds_all_and_nothing_else_is_read(pilot: Pilot) -> None:
     assert Pilot.from_json(pilot.to_json()) == pilot
     whole = json.loads(pilot.to_json())
 
@@ -170,10 +168,7 @@ def test_the_file_holds_all_and_nothing_else_is_read(
             Pilot.from_json(text)
 
 
-def test_scores_are_averaged_over_the_questions_that_are_named(
-    compiled: dict[str, Compiled], sequences: list[torch.Tensor]
-) -> None:
-    pilot = example(compiled, sequences)
+def test_scores_are_averaged_over_the_questions_that_are_named(pilot: Pilot) -> None:
     column = pilot.column("patched")
     assert column is not None
     assert pilot.column("another") is None
@@ -235,8 +230,7 @@ def test_a_file_of_version_1_is_read_as_one_by_the_pattern() -> None:
         Pilot.from_json(json.dumps(root))
 
 
-def test_thresholds_and_changed_weights_decide(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
-    pilot = example(compiled, sequences)
+def test_thresholds_and_changed_weights_decide(pilot: Pilot) -> None:
     beside = pilot.columns[1].against_dense
     assert beside is not None
     assert beside.continuation_ratio is not None
