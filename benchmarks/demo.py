@@ -32,7 +32,7 @@ from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import perplexity
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096"}
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096"}
 """The topology that was learned or scaled for each length."""
 TOKENS_SCORED = 8192
 REPEATS = 3

@@ -18,7 +18,7 @@ from inputs.texts import SHIPPED, Text
 from models import masked_model
 from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
-from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch, weights_id
 from topologies import dense_topology, one_cluster_topology
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -104,6 +104,12 @@ def padded(story: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor,
         ids[row, longest - length :] = story[500 * row : 500 * row + length]
         mask[row, longest - length :] = 1
     return ids, mask
+
+
+def test_the_shipped_topologies_are_for_these_weights(model: LlamaForCausalLM) -> None:
+    files = sorted(TOPOLOGIES.glob("*.json"))
+    assert len(files) > 5
+    assert {read_topology(file).model.weights_sha256 for file in files} == {weights_id(model)}
 
 
 @pytest.mark.parametrize("collapsed", [dense_topology, one_cluster_topology])

@@ -16,6 +16,7 @@ from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
@@ -24,7 +25,7 @@ from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
-from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
 
 ANSWERS = "answers"
 TEXT = "text"
@@ -67,6 +68,12 @@ class Request:
         make = Grid.for_answers if budget and self.purpose != TEXT else Grid
         return make(self.block_size, blocks, self.sink, self.density)
 
+    @property
+    def measured_blocks(self) -> int:
+        """The number of blocks in the sequences that are learned on; raises a TopologyError as `learn`."""
+        clusters = self.cuts or self.method == "ultrametric"
+        return measured_blocks(self.length, self.measured_length, self.block_size, clusters)
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -101,11 +108,8 @@ def learn(
     """
     check_decoder(model)
     blocks = blocks_of(request.length, request.block_size)
-    measured = blocks_of(request.measured_length or request.length, request.block_size)
+    measured = request.measured_blocks
     started, started_cpu = time.perf_counter(), time.process_time()
-    if (request.cuts or request.method == "ultrametric") and blocks != measured:
-        lengths = f"{request.length} and {request.measured_length}"
-        raise TopologyError("clusters", "equal --length and --measured-length", lengths, "choose one length")
     weights = fingerprint(model)
     provenance: dict[str, Any] = {
         "method": request.method,
@@ -113,7 +117,7 @@ def learn(
         "weights_sha256": weights,
         "requested_density": request.density,
     }
-    shape = model_shape(model)
+    shape = dataclasses.replace(model_shape(model), weights_sha256=weights_id(model))
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
         grid = request.grid(blocks)
@@ -121,17 +125,8 @@ def learn(
         topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
-    effort = effort or Effort()
     grid = request.grid(measured)
-    sequences = divide(
-        texts,
-        measured * request.block_size,
-        effort.calibrate,
-        effort.validate,
-        effort.refine,
-        request.seed,
-        effort.cuts if request.cuts else 0,
-    )
+    sequences = divided(texts, request, effort)
     store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
@@ -171,17 +166,23 @@ def learn(
     )
 
 
-def blocks_of(length: int, block_size: int) -> int:
-    """The number of blocks in a sequence of `length` tokens.
+def divided(texts: Sequence[TokenText], request: Request, effort: Effort | None = None) -> Sequences:
+    """The sequences that a request reads of texts, by use.
 
     Raises:
-        TopologyError: the length is not a multiple of the block.
+        ModelError: a text holds too few of them.
+        TopologyError: as `learn`.
     """
-    if length < block_size or length % block_size:
-        raise TopologyError(
-            "--length", f"a multiple of the block, {block_size} tokens", str(length), "choose another length or block"
-        )
-    return length // block_size
+    effort = effort or Effort()
+    return divide(
+        texts,
+        request.measured_blocks * request.block_size,
+        effort.calibrate,
+        effort.validate,
+        effort.refine,
+        request.seed,
+        effort.cuts if request.cuts else 0,
+    )
 
 
 def _figures(learned: Learned) -> dict[str, Any]:

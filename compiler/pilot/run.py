@@ -11,7 +11,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
+from surgeon.compiler.learn.measure.before_weights import read_outline
+from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
@@ -23,8 +25,10 @@ from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 from surgeon.runtime.evaluate.tasks.prompts import fitting_lengths, make_prompts
+from surgeon.runtime.installation import version
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
+from surgeon.runtime.transformers.compatibility import check_config
 from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.patching import patch
 
@@ -75,15 +79,18 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
     dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
     length: int = request.length or topology.num_blocks * topology.block_size
-    dense, tokenizer = read_checkpoint(request.model, _DTYPES[dtype], request.device_map)
-    if request.device_map is None:
-        dense.eval().to(device)
-    _check_length(dense, length)
+    outline = read_outline(request.model, request.device_map)
+    tokenizer = outline.tokenizer
+    check_config(outline.model.config, package.manifest.model)
+    _check_length(outline.context, length)
     texts = [read_text(path, tokenizer) for path in request.texts]
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
     prompts = make_prompts(tokenizer, sequences, fitting_lengths(tokenizer, length), request.tasks)
     density = density_at(topology, length)
+    dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
+    if request.device_map is None:
+        dense.eval().to(device)
     candidates = [
         Candidate("dense", dense, None, 1.0),
         _patched("patched", dense, package, density, request.recall, request.dense_rows),
@@ -118,6 +125,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
             },
         ),
         seconds=round(time.perf_counter() - started, 1),
+        surgeon=version(),
     )
 
 
@@ -139,8 +147,7 @@ def _compiled(
     return load(processes.first(made))
 
 
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_length(most: int | None, length: int) -> None:
     if length < _LEAST or (most is not None and length > most):
         raise ModelError(
             "--length", f"{_LEAST} to {most} tokens, the model's context", str(length), "choose another --length"

@@ -12,12 +12,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from surgeon.runtime.errors import PilotError, short_repr
+from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
 from surgeon.runtime.evaluate.pilot_v1 import upgraded
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask, mean_score
-from surgeon.runtime.package.strict_json import Fault, parse_root, read_document, read_plain
+from surgeon.runtime.package.strict_json import Fault, parse_json, parse_root, read_document, read_plain
 
 MAX_PILOT_BYTES = 16 * 2**20
 
@@ -96,7 +96,8 @@ class Threshold:
 class Pilot:
     """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran.
 
-    `questions` are those of the kept tasks, which every column has a score for.
+    `questions` are those of the kept tasks, which every column has a score for. `surgeon` is the version that made it,
+    None in a file from before version 0.2.
     """
 
     model: str
@@ -110,6 +111,7 @@ class Pilot:
     columns: tuple[Column, ...]
     thresholds: tuple[Threshold, ...]
     seconds: float
+    surgeon: str | None = None
 
     @property
     def weights_unchanged(self) -> bool:
@@ -157,12 +159,11 @@ class Pilot:
             PilotError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        root = parse_root(text, {"format": _ROOT["format"]}, "pilot", FAULT)
-        version = root.pop("version", None)
-        if type(version) is not int or version not in (1, _ROOT["version"]):
-            raise FAULT("pilot: version", "1 or 2", short_repr(version))
-        if version == 1:
-            root = upgraded(root, FAULT)
+        whole = parse_json(text, "pilot", FAULT)
+        if isinstance(whole, dict) and whole.get("version") == 1 and type(whole["version"]) is int:
+            root = upgraded(parse_root(text, _ROOT | {"version": 1}, "pilot", FAULT), FAULT)
+        else:
+            root = parse_root(text, _ROOT, "pilot", FAULT)
         pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
             raise FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")

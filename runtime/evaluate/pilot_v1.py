@@ -45,7 +45,11 @@ def upgraded(root: dict[str, object], fault: Fault) -> dict[str, object]:
         for index, cell in enumerate(first)
         for _ in range(cell.tried)
     ]
-    return root | {"questions": questions, "dropped_tasks": [], "columns": [column for column, _ in read]}
+    return (
+        {"surgeon": None}
+        | root
+        | {"questions": questions, "dropped_tasks": [], "columns": [column for column, _ in read]}
+    )
 
 
 def _column(column: dict[str, object], index: int, fault: Fault) -> tuple[dict[str, object], tuple[_Cell, ...]]:

@@ -3,6 +3,7 @@
 Source: `transformers.cache_utils`, Cache.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.transformers.layers import FULL, layer_type
 from surgeon.runtime.transformers.paged_layer import PagedLayer
 
@@ -31,7 +32,8 @@ class SurgeonCache(Cache):
         PackageError: the package does not say when blocks may be dropped.
     """
 
-    def __init__(self, package: Package, config: PreTrainedConfig | None = None) -> None:
+    def __init__(self, package: Package | str | os.PathLike[str], config: PreTrainedConfig | None = None) -> None:
+        package = loaded(package)
         package.prepare("cpu")
         number = package.manifest.model.num_hidden_layers
         layers: list[Any] = DynamicCache(config=config).layers if config else [DynamicLayer() for _ in range(number)]

@@ -1,13 +1,14 @@
 """Puts compiled attention into a Transformers model and takes it out again."""
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.transformers.attention import Site, bind, is_bound, register, release
 from surgeon.runtime.transformers.compatibility import LeftLayer, check_fit
 from surgeon.runtime.transformers.config_view import close_view, open_view
@@ -36,7 +37,10 @@ class _Patch:
 
 
 def patch(
-    model: PreTrainedModel, package: Package, recall: str = DENSE, dense_rows: int = DENSE_ROWS
+    model: PreTrainedModel,
+    package: Package | str | os.PathLike[str],
+    recall: str = DENSE,
+    dense_rows: int = DENSE_ROWS,
 ) -> tuple[LeftLayer, ...]:
     """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
 
@@ -46,17 +50,22 @@ def patch(
     follows the topology, and a SurgeonCache drops what no later row reads: less memory and faster decoding, but the
     model forgets what lies outside the pattern.
 
-    Returns the layers that keep their own attention: those of another type, and those that the topology does not cover.
-    generate(), caches, chunked prefill and left padding work as before. Each process of a tensor-parallel model patches
-    its own part. Everything is checked first: after an error the model is unchanged. The model gets a view of its
-    config that names our attention: the config itself is not changed, so another model made from it keeps its
-    attention, and whatever is written to either while the model is patched persists after `unpatch`.
+    A package's folder is loaded. Returns the layers that keep their own attention: those of another type, and those
+    that the topology does not cover. generate(), caches, chunked prefill and left padding work as before. Each process
+    of a tensor-parallel model patches its own part. Everything is checked first: after an error the model is unchanged.
+    The model gets a view of its config that names our attention: the config itself is not changed, so another model
+    made from it keeps its attention, and whatever is written to either while the model is patched persists after
+    `unpatch`.
 
     Raises:
         PatchError: the package does not fit the model, the model or a part of it is already patched, or the recall is
             unknown.
+        PackageError, TargetError: as `load`, if the package is a folder.
     """
     asking = rows_that_ask(recall, dense_rows)
+    package = loaded(package)
+    if not isinstance(model, torch.nn.Module):
+        raise PatchError("model", "a PreTrainedModel of Transformers", f"a {type(model).__qualname__}", "pass a model")
     for name, module in model.named_modules():
         if hasattr(module, _ATTRIBUTE) or is_bound(module):
             raise PatchError(

@@ -1,6 +1,7 @@
 """Turns a frozen model into one graph in which every attention is a compiled kernel for its layer."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import cast
 
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import PatchError, short_repr
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.ops.input_checks import valid_keys
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.graph.fuse_rotary import fuse_rotary
@@ -33,7 +34,10 @@ class _Logits(torch.nn.Module):
 
 
 def trace(
-    model: PreTrainedModel, package: Package, recall: str = DENSE, dense_rows: int = DENSE_ROWS
+    model: PreTrainedModel,
+    package: Package | str | os.PathLike[str],
+    recall: str = DENSE,
+    dense_rows: int = DENSE_ROWS,
 ) -> torch.fx.GraphModule:
     """Traces the model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
 
@@ -47,6 +51,7 @@ def trace(
         PatchError: the package does not fit the model, torch.export cannot trace it, or one of its attention calls
             would not run on the kernels.
     """
+    package = loaded(package)
     if is_sharded(model):
         raise PatchError(
             type(model).__name__,

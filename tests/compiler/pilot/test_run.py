@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import surgeon.runtime
 from models import sparse_topology, tiny_config, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
@@ -57,6 +58,7 @@ def test_it_writes_its_file_prints_a_table_and_passes(
     assert abs(pilot.columns[1].density - pilot.columns[3].density) < 0.05
     assert pilot.weights_unchanged
     assert pilot.passed
+    assert pilot.surgeon == surgeon.runtime.__version__
 
 
 def test_a_missed_threshold_is_status_3(

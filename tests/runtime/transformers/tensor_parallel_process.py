@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from models import padded
-from surgeon.runtime import fingerprint, load, patch, trace, unpatch
+from surgeon.runtime import fingerprint, load, patch, trace, unpatch, weights_id
 from surgeon.runtime.errors import PatchError
 
 WHOLE_KEYS = {f"model.layers.*.self_attn.{name}": "replicate" for name in ("k_proj", "v_proj")}
@@ -38,6 +38,7 @@ def answers(folder: Path) -> dict[str, Any]:
         "heads": [module._surgeon_site.package.kv_heads for module in attentions(model)],
         "logits": model(ids, attention_mask=mask).logits,
         "fingerprint": fingerprint(model),
+        "weights_id": weights_id(model),
         "trace": refusal(lambda: trace(model, package, recall="pattern")),
     }
     for cache in (None, "static"):

@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from models import Compiled, attributes, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
 from surgeon.compiler import compile_package
-from surgeon.runtime import fingerprint, load, patch, unpatch
+from surgeon.runtime import Package, SurgeonCache, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime.errors import PackageError, PatchError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -198,3 +199,42 @@ def test_a_patched_model_keeps_its_package_loaded(model: LlamaForCausalLM, tmp_p
     load(folder)
     gc.collect()
     torch.testing.assert_close(logits(model, ids, mask), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_folder_is_loaded(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    folder = compiled["sparse"].package._files.folder
+    expected = patched_logits(model, compiled["sparse"].package)
+    torch.testing.assert_close(patched_logits(model, str(folder)), expected, atol=0, rtol=0)
+    torch.testing.assert_close(trace(model, folder, recall="pattern")(tokens(1, 70)), expected, atol=1e-4, rtol=1e-4)
+    patch(model, folder, recall="pattern")
+    try:
+        cache = SurgeonCache(folder)
+        found = model(tokens(1, 70), past_key_values=cache).logits
+    finally:
+        unpatch(model)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def patched_logits(model: LlamaForCausalLM, package: Package | str) -> torch.Tensor:
+    patch(model, package, recall="pattern")
+    try:
+        logits: torch.Tensor = model(tokens(1, 70)).logits
+    finally:
+        unpatch(model)
+    return logits
+
+
+@pytest.mark.parametrize("package", [None, 3, sparse_topology()])
+def test_what_is_no_package_is_refused(model: LlamaForCausalLM, package: Any) -> None:
+    for into in (patch, trace):
+        with pytest.raises(PatchError, match=r"package: expected a package or its folder, got a .*; pass surgeon"):
+            into(model, package)
+    with pytest.raises(PackageError, match="expected a package folder, got nothing"):
+        patch(model, "no/such/folder")
+
+
+def test_a_model_in_the_place_of_the_package_is_told(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    with pytest.raises(PatchError, match="expected a package or its folder, got a LlamaForCausalLM"):
+        patch(compiled["sparse"].package, model)  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="model: expected a PreTrainedModel of Transformers, got a str"):
+        patch("path/to/llama", compiled["sparse"].package)  # type: ignore[arg-type]

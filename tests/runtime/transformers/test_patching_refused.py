@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from gpu_standin import on_gpu
 from models import Compiled, attributes, tiny_config, tiny_llama, tokens
-from surgeon.runtime import Package, fingerprint, patch, unpatch
+from surgeon.runtime import Package, fingerprint, patch, unpatch, weights_id
 from surgeon.runtime.errors import PatchError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -50,13 +50,28 @@ def test_another_model_is_refused(
     assert attributes(model) == before
 
 
-def test_the_weights_it_was_learned_on_are_taken(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    package = with_shape(compiled["dense"].package, weights_sha256=fingerprint(model))
+@pytest.mark.parametrize(("identity", "factor"), [(weights_id, -1.0), (fingerprint, 1.001)])
+def test_the_weights_it_was_learned_on_are_taken(
+    model: LlamaForCausalLM, compiled: dict[str, Compiled], identity: Callable[[LlamaForCausalLM], str], factor: float
+) -> None:
+    package = with_shape(compiled["dense"].package, weights_sha256=identity(model))
     patch(model, package, recall="pattern")
     unpatch(model)
-    model.model.norm.weight[3] += 1e-3
+    with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
+        patch(tiny_llama(seed=5), package)
+    model.model.norm.weight[3] *= factor
     with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
         patch(model, package, recall="pattern")
+
+
+def test_the_weights_it_was_learned_on_are_taken_in_another_dtype_and_with_adapters(
+    model: LlamaForCausalLM, compiled: dict[str, Compiled]
+) -> None:
+    peft = pytest.importorskip("peft")
+    package = with_shape(compiled["dense"].package, weights_sha256=weights_id(model))
+    model.to(torch.bfloat16).float().add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    patch(model, package)
+    unpatch(model)
 
 
 def sliding(model: LlamaForCausalLM) -> None:

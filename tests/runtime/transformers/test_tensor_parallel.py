@@ -11,7 +11,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from models import SHAPE, Compiled, padded, sparse_topology, tiny_config, tiny_llama
 from processes import torchrun
 from surgeon.compiler import Topology, compile_package
-from surgeon.runtime import fingerprint, load, patch
+from surgeon.runtime import fingerprint, load, patch, weights_id
 from surgeon.runtime.errors import PatchError
 from topologies import dense_topology
 
@@ -99,7 +99,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, Compiled
     """The results of each of two processes; see tensor_parallel_process.py."""
     folder, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("found")
     tiny_llama().save_pretrained(folder / "model")
-    compile_package(compiled["sparse"].topology, folder / "package", dtypes=("fp32",))
+    sparse = compiled["sparse"].topology
+    known = dataclasses.replace(sparse.model, weights_sha256=weights_id(tiny_llama()))
+    compile_package(dataclasses.replace(sparse, model=known), folder / "package", dtypes=("fp32",))
     for name, heads, kv_heads in (("one-head", 4, 1), ("three-heads", 6, 3)):
         config = tiny_config(
             num_hidden_layers=1, hidden_size=96, num_attention_heads=heads, num_key_value_heads=kv_heads
@@ -129,6 +131,7 @@ def test_two_processes_answer_as_one(
             tokens = model.generate(prompt, attention_mask=prompt_mask, max_new_tokens=24, do_sample=False)
             assert torch.equal(process[f"generated {cache}"], tokens)
         assert process["fingerprint"] == fingerprint(model)
+        assert process["weights_id"] == weights_id(model)
         assert process["same again"]
 
 
