@@ -89,6 +89,7 @@ def test_bad_input_is_one_line_and_status_2(
     tiny_llama(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    capsys.readouterr()  # the progress of saving
     out = tmp_path / "pilot.json"
     whole = command(folder, package, out)
 
