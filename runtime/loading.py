@@ -16,6 +16,7 @@ from surgeon.runtime.operands import operands_of
 from surgeon.runtime.ops import input_checks  # noqa: F401 - loaded graphs contain its ops
 from surgeon.runtime.ops.attention import attention
 from surgeon.runtime.ops.registry import register
+from surgeon.runtime.ops.transforms import refuse_tangents
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import PackageFiles, read_package
 
@@ -257,6 +258,7 @@ class Package:
         """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
         leftpad = _leftpad(cache_leftpad, first_key)
         operands = operands_of(q, k, v, scale, position, leftpad, dense_rows, tokens_ahead)
+        refuse_tangents(*operands)
         results = torch.ops.surgeon.attention_with_lse(*operands, self.id, layer)
         return cast(tuple[torch.Tensor, torch.Tensor], results)
 

@@ -9,6 +9,7 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands
 from surgeon.runtime.ops.plain_inference import is_plain_inference
 from surgeon.runtime.ops.registry import Runner, find
+from surgeon.runtime.ops.transforms import refuse_tangents, transformable, untransformable, without_tangents
 
 # define/impl on a Library costs a fraction of the custom_op decorator's overhead per call.
 _LIBRARY = torch.library.Library("surgeon", "DEF")
@@ -40,6 +41,7 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
     """
     if is_plain_inference(operands.q, operands.k, operands.v):
         return package.run(layer, operands)
+    refuse_tangents(*operands)
     result: torch.Tensor = torch.ops.surgeon.attention(*operands, package.id, layer)
     return result
 
@@ -49,6 +51,7 @@ def attention_paged(package: Runner, layer: int, operands: Operands, block_table
     q, k, v, *rest = operands
     if is_plain_inference(q, k, v, block_table):
         return package.run_paged(layer, operands, block_table)
+    refuse_tangents(*operands)
     result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, block_table, *rest, package.id, layer)
     return result
 
@@ -132,11 +135,11 @@ def _under_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 for _key in ("CPU", "CUDA"):  # "CUDA" is also torch's key for HIP devices
-    _LIBRARY.impl("attention", _attention, _key)
-    _LIBRARY.impl("attention_with_lse", _attention_with_lse, _key)
-    _LIBRARY.impl("attention_backward", _attention_backward, _key)
-_LIBRARY.impl("attention_paged", _attention_paged, "CPU")
-_LIBRARY.impl("attention_rotary", _attention_rotary, "CPU")
+    _LIBRARY.impl("attention", without_tangents(_attention), _key)
+    _LIBRARY.impl("attention_with_lse", without_tangents(_attention_with_lse), _key)
+    _LIBRARY.impl("attention_backward", without_tangents(_attention_backward), _key)
+_LIBRARY.impl("attention_paged", without_tangents(_attention_paged), "CPU")
+_LIBRARY.impl("attention_rotary", without_tangents(_attention_rotary), "CPU")
 for _name, _fake in (
     ("attention", _fake_attention),
     ("attention_with_lse", _fake_attention_with_lse),
@@ -147,6 +150,7 @@ for _name, _fake in (
     torch.library.register_fake(f"surgeon::{_name}", _fake, lib=_LIBRARY)
 for _name in ("attention", "attention_with_lse"):
     torch.library.register_autograd(f"surgeon::{_name}", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+    transformable(_name, _save_for_backward, _backward)
     for _device in ("cpu", "cuda"):
         _op = getattr(torch.ops.surgeon, _name).default
         _LIBRARY.impl(_name, _under_autocast(_op, _device), f"Autocast{_device.upper()}")
@@ -156,4 +160,9 @@ for _name, _expected, _got in (
     ("attention_rotary", "a forward pass only", "a call of backward"),
     ("attention_backward", "first derivatives only", "a backward pass through a backward pass"),
 ):
-    torch.library.register_autograd(f"surgeon::{_name}", _no_backward(_expected, _got), lib=_LIBRARY)
+    _refuse = _no_backward(_expected, _got)
+    torch.library.register_autograd(f"surgeon::{_name}", _refuse, lib=_LIBRARY)
+    if _name == "attention_backward":
+        transformable(_name, lambda *_: None, _refuse)
+    else:
+        untransformable(_name)

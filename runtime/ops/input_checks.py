@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from surgeon.runtime.errors import PatchError, short_repr
+from surgeon.runtime.ops.transforms import batched
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
 _LIBRARY.define("cache_leftpad(Tensor attention_mask, Tensor position, SymInt length) -> Tensor")
@@ -174,3 +175,5 @@ _LIBRARY.impl("cache_slots", _cache_slots, "CompositeExplicitAutograd")
 torch.library.register_fake("surgeon::cache_leftpad", _fake_cache_leftpad, lib=_LIBRARY)
 torch.library.register_fake("surgeon::valid_keys", _fake_valid_keys, lib=_LIBRARY)
 torch.library.register_fake("surgeon::cache_slots", _fake_cache_slots, lib=_LIBRARY)
+for _name in ("cache_leftpad", "valid_keys"):
+    batched(_name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 
 def _hook(path: str) -> Callable[[], object] | None:
@@ -26,12 +27,26 @@ _HOOKS = tuple(
 )
 """Torch's tests for active modes, function transforms, tracer and profiler; private, so they are looked up once."""
 
+_IS_TRANSFORMED = _hook("_are_functorch_transforms_active")
+_TRACER = _hook("_get_tracing_state")
+
+
+def is_traced() -> bool:
+    """True while `torch.jit.trace` records."""
+    return _TRACER is not None and _TRACER() is not None
+
+
+def is_transformed() -> bool:
+    """True inside of a transform of `torch.func`, such as grad or vmap."""
+    return _IS_TRANSFORMED is not None and bool(_IS_TRANSFORMED())
+
 
 def is_plain_inference(*tensors: torch.Tensor) -> bool:
     """True if nothing that hooks into torch's dispatcher needs to see a call; False if torch cannot tell."""
     return not (
         torch.compiler.is_compiling()
         or tensors[0].is_meta
+        or forward_ad._current_level >= 0  # tensors may have tangents
         or torch.is_autocast_enabled(tensors[0].device.type)
         or any(hook is None or hook() for hook in _HOOKS)
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

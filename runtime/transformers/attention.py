@@ -119,7 +119,8 @@ def attention(
                 f"{name}={short_repr(extra, 40)}",
                 f"call the model without {name}, or unpatch it for such calls",
             )
-    position, cache_leftpad = masks.unpack(attention_mask, key.shape[2])
+    position, cache_leftpad = placed = masks.unpack(attention_mask, key.shape[2])
+    masks.check_positions(attention_mask, extras.get("position_ids"), query.shape[2], placed)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     ahead = recall.tokens_ahead(position, query.shape[2]) if site.dense_rows else 0
     rest = (position, cache_leftpad, scale, site.dense_rows, ahead)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surgeon.runtime.errors import PatchError, TargetError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.transformers.computed_dtype import computed_dtypes
 from surgeon.runtime.transformers.fingerprint import are_weights, weights_id
 from surgeon.runtime.transformers.layers import (
     FULL,
@@ -17,7 +18,13 @@ from surgeon.runtime.transformers.layers import (
     layer_type,
     own_attention,
 )
-from surgeon.runtime.transformers.offload import running_device
+from surgeon.runtime.transformers.offload import has_own_weights, running_device
+
+_OPTIONS = {
+    "cpu": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    "cuda": {torch.bfloat16: "bf16", torch.float16: "fp16"},
+}
+"""The values of --dtype, by device and dtype."""
 
 
 @dataclass(frozen=True)
@@ -203,24 +210,36 @@ def _check_site(name: str, module: torch.nn.Module, config: PreTrainedConfig, sh
 
 def _check_kernels(model: PreTrainedModel, package: Package, left: set[int]) -> None:
     for name, module in find_attention(model):
-        for path, weight in () if layer_of(module) in left else module.named_parameters():
-            device = running_device(module.get_submodule(path.rpartition(".")[0]))
-            if device.type not in ("cpu", "cuda"):
-                raise PatchError(
-                    name, "weights on the CPU or a GPU", str(device), 'call model.to("cpu"), or load the weights'
-                )
-            try:
-                dtypes = set(package.dtypes_on(device))
-            except TargetError as error:
-                raise PatchError(
-                    f"{name} on {device}", error.expected, error.got, f"move the model, or {error.remedy}"
-                ) from error
-            if not package.strict and torch.float32 in dtypes:
-                dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and logs that
-            if weight.dtype not in dtypes:
-                raise PatchError(
-                    name,
-                    f"weights in {' or '.join(sorted(str(dtype) for dtype in dtypes))}, as the package's kernels",
-                    str(weight.dtype),
-                    "load the model in that dtype, or compile the package with this one (--dtype)",
-                )
+        if layer_of(module) in left:
+            continue
+        devices = {running_device(part) for part in module.modules() if has_own_weights(part)}
+        for device, dtypes in [(device, _dtypes_on(device, name, package)) for device in devices]:
+            _check_dtypes(model, name, dtypes, device)
+
+
+def _dtypes_on(device: torch.device, name: str, package: Package) -> set[torch.dtype]:
+    """The dtypes that the package runs on the device of the attention module `name`."""
+    if device.type not in ("cpu", "cuda"):
+        raise PatchError(name, "weights on the CPU or a GPU", str(device), 'call model.to("cpu"), or load the weights')
+    try:
+        dtypes = set(package.dtypes_on(device))
+    except TargetError as error:
+        raise PatchError(
+            f"{name} on {device}", error.expected, error.got, f"move the model, or {error.remedy}"
+        ) from error
+    if not package.strict and torch.float32 in dtypes:
+        dtypes |= {torch.bfloat16, torch.float16}  # the package runs them in float32, and logs that
+    return dtypes
+
+
+def _check_dtypes(model: PreTrainedModel, name: str, dtypes: set[torch.dtype], device: torch.device) -> None:
+    for path, dtype in computed_dtypes(model, name):
+        if dtype not in dtypes:
+            option = _OPTIONS[device.type].get(dtype)
+            compiled = f", or compile the package with --dtype {option}" if option else ""
+            raise PatchError(
+                path,
+                f"queries, keys and values in {' or '.join(sorted(map(str, dtypes)))}, as the package's kernels",
+                str(dtype),
+                f"load the model in such a dtype{compiled}",
+            )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from surgeon.runtime.transformers.offload import fetched
@@ -30,7 +31,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     each of their names: `name dtype shape digest` and a line feed. dtype is PyTorch's name without "torch.", shape is
     the sizes joined by "x" (empty for a scalar), and digest is the SHA-256 of the elements' little-endian bytes in
     row-major order. Strides, device, requires_grad and buffers do not count. A traced model has the fingerprint of its
-    original, and so has one that is offloaded, or sharded over processes, each of which must call this.
+    original, and so has one that is offloaded, or sharded over processes, each of which must call this. A quantised
+    weight that is a tensor subclass counts by the tensors that it is made of.
 
     Raises:
         ModelError: a parameter is not in memory (the meta device).
@@ -117,5 +119,9 @@ def _has_packed_buffers(model: torch.nn.Module) -> bool:
 
 def _digest(tensor: torch.Tensor) -> str:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if is_traceable_wrapper_subclass(whole):
+        parts, _ = whole.__tensor_flatten__()
+        made_of = (f"{part} {_digest(getattr(whole, part))}\n" for part in parts)
+        return hashlib.sha256("".join(made_of).encode()).hexdigest()
     flat = whole.detach().to(device="cpu").contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

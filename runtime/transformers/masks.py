@@ -8,6 +8,8 @@ that it was made for. Every real mask there is bool or float.
 Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask passes.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.masking_utils import causal_mask_function
 
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops import input_checks
+from surgeon.runtime.ops.plain_inference import is_traced, is_transformed
 
 MaskFunction = Callable[..., torch.Tensor | None]
 """The type of the functions in Transformers' AttentionMaskInterface."""
@@ -51,6 +54,13 @@ def placement(
     Raises:
         PatchError: the model asks for anything other than plain causal attention over all keys so far.
     """
+    if is_traced():  # it would keep this call's sizes and positions as constants
+        raise PatchError(
+            "torch.jit.trace",
+            "a graph that holds for other inputs",
+            "a tracer of one call",
+            "use surgeon.runtime.trace(model, package), torch.export or torch.compile",
+        )
     if mask_function is not causal_mask_function:
         raise PatchError(
             "mask",
@@ -124,6 +134,51 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
     position, cache_leftpad = mask[..., 0].squeeze(1).unbind(dim=1)
     return position, cache_leftpad
+
+
+def check_positions(mask: object, position_ids: object, queries: int, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Refuses tokens that stand further on than their cache reaches, since others have taken keys out of it.
+
+    `position_ids` `[batch or 1, queries]` are the model's own, and may or may not count padding on the left; `pairs`
+    comes from `unpack`. Tokens that start a cache may stand anywhere. The check is made once for each placement, on a
+    GPU without waiting for it; in compiled and exported graphs it is left out.
+
+    Raises:
+        PatchError: the cache holds fewer keys than the positions say.
+    """
+    if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != queries:
+        return
+    if torch.compiler.is_compiling() or is_traced() or is_transformed():
+        return
+    if _LAST_CHECKED.placement is not None and _LAST_CHECKED.placement() is mask:
+        return
+    _LAST_CHECKED.placement = weakref.ref(mask)
+    position, cache_leftpad = pairs
+    last, end = position_ids[:, -1], position + queries
+    fits = (last < end - cache_leftpad) | (last == end - 1) | (position == 0) | (cache_leftpad >= end)
+    if fits.device.type != "cpu":
+        torch._assert_async(fits.all(), str(PatchError("position_ids", *_EVICTED)))
+    elif not bool(fits.all()):
+        row = int(fits.long().argmin())
+        expected = f"at most {int(end[row]) - 1}, since the cache holds {int(position[row])} keys"
+        given = int(last.expand(len(fits))[row])
+        raise PatchError(f"position_ids[{row}, -1]", expected, str(given), _EVICTED[2])
+
+
+_EVICTED = (
+    "positions that the cache reaches",
+    "later ones: keys were taken out of it",
+    "keep every key (a SurgeonCache drops those that are not read), or unpatch the model",
+)
+
+
+class _LastChecked(threading.local):
+    """The placement of this thread's last check, so that the other layers of its forward pass need none."""
+
+    placement: "weakref.ref[object] | None" = None
+
+
+_LAST_CHECKED = _LastChecked()
 
 
 def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:

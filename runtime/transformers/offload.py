@@ -5,6 +5,8 @@ Offloaded weights are on the meta device until accelerate's hooks fetch them, fo
 Source: accelerate's AlignDevicesHook, which each module of a model with a `device_map` has.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,9 +16,14 @@ from surgeon.runtime.errors import ModelError
 
 
 def running_device(module: torch.nn.Module) -> torch.device:
-    """The device on which a module with weights of its own computes."""
+    """The device on which a module with weights computes, which quantised layers may hold as buffers."""
     device = getattr(_hook(module), "execution_device", None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+    return next(_tensors(module)).device if device is None else torch.device(device)
+
+
+def has_own_weights(module: torch.nn.Module) -> bool:
+    """True if the module itself, not just a part of it, holds weights."""
+    return next(_tensors(module, recurse=False), None) is not None
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:
@@ -51,6 +58,10 @@ def weight_stores(model: torch.nn.Module) -> list[Any]:
     names = ("weights_map", "tied_params_map")
     stores = (getattr(_hook(module), name, None) for module in model.modules() for name in names)
     return [store for store in stores if store is not None]
+
+
+def _tensors(module: torch.nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
+    return chain(module.parameters(recurse), module.buffers(recurse))
 
 
 def _hook(module: torch.nn.Module) -> Any:

@@ -20,6 +20,10 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.ops import attention as ops
+from surgeon.runtime.ops.plain_inference import is_transformed
+
+_NO_GRAPH = "a SurgeonCache drops blocks as it goes: give a DynamicCache or a StaticCache for one graph"
+"""The reason for a break in the graph at each layer of a compiled model."""
 
 _LOG = logging.getLogger("surgeon")
 
@@ -90,14 +94,22 @@ class PagedLayer(CacheLayerMixin):
         self._rows: list[int] = []  # of each sequence's next token, when blocks were last dropped
         self._pool: BlockPool | None = None
 
+    @torch.compiler.disable(reason=_NO_GRAPH)  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[PagedStates, PagedStates]:
         """Wraps the new keys and values `[batch, KV heads, tokens, head_dim]`, for our attention function only.
 
         Raises:
-            PatchError: keys and values are not on the CPU.
+            PatchError: keys and values are not on the CPU, or a transform of torch.func is active.
         """
+        if is_transformed():  # what the transform wraps would outlive it in the pool
+            raise PatchError(
+                f"SurgeonCache: layer {self.layer}",
+                "a call outside of torch.func's transforms",
+                "one inside of grad or vmap",
+                "use a DynamicCache there, or none",
+            )
         if key_states.device.type != "cpu":
             raise PatchError(
                 f"SurgeonCache: layer {self.layer}",
@@ -111,6 +123,7 @@ class PagedLayer(CacheLayerMixin):
         states = PagedStates(self, key_states, value_states)
         return states, states
 
+    @torch.compiler.disable(reason=_NO_GRAPH)  # type: ignore[untyped-decorator]
     def attend(self, operands: Operands, package: Package) -> torch.Tensor:
         """Stores the new tokens, attends over them and the held blocks, and drops the blocks that no later row reads.
 

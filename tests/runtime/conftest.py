@@ -31,3 +31,10 @@ def no_gradients(one_thread: None) -> Iterator[None]:
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     return tiny_llama()
+
+
+@pytest.fixture
+def values() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random q, k and v of two sequences of 40 tokens."""
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 40, 32), torch.randn(2, 2, 40, 32), torch.randn(2, 2, 40, 32)

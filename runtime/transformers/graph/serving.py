@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops.input_checks import cache_slots
 from surgeon.runtime.transformers.attention import runs_kernel
+from surgeon.runtime.transformers.computed_dtype import computed_dtypes
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.layers import find_attention
 
@@ -106,10 +107,12 @@ def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     any_size = torch.export.Dim.DYNAMIC
     # Example sizes, such that no two inputs agree by chance.
     batch, new, kept, capacity = 2, 3, 4, 7
-    head_dim = cast(int, find_attention(model)[0][1].head_dim)
+    first, attention = find_attention(model)[0]
+    head_dim = cast(int, attention.head_dim)
+    *_, (_, dtype) = computed_dtypes(model, first)
     shape = (batch, config.num_key_value_heads, capacity, head_dim)
     keys, values = (
-        [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
+        [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(config.num_hidden_layers)]
         for _ in range(2)
     )
     integers = (torch.zeros(size, dtype=torch.int64, device=model.device) for size in ((batch, new), (batch,), (kept,)))

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
 from models import Compiled, padded, tiny_llama
-from surgeon.runtime import patch
+from surgeon.runtime import SurgeonCache, load, patch, unpatch
 
 TOLERANCE = 2e-5  # of fp32 logits whose largest are about 10
 
@@ -68,3 +68,42 @@ def test_decoding(model: LlamaForCausalLM, static: bool) -> None:
         seen = mask[:, begin:end].bool()
         torch.testing.assert_close(found[seen], expected[seen], atol=TOLERANCE, rtol=0)
     assert graphs() <= 3
+
+
+def decoded(run: Any, cache: Cache, ends: tuple[int, ...]) -> torch.Tensor:
+    """The logits of every token that is not padding, computed in parts that end at these tokens."""
+    ids, mask = padded((45, 30))
+    parts = [
+        run(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+        for begin, end in zip((0, *ends), ends, strict=False)
+    ]
+    return torch.cat(parts, dim=1)[mask[:, : ends[-1]].bool()]
+
+
+@pytest.mark.slow
+def test_under_autocast(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    """In one graph, which casts queries, keys and values as the model does without it."""
+    unpatch(model)
+    patch(model, load(compiled["sparse"].package._files.folder), recall="pattern")  # runs bf16, but in fp32 kernels
+    exact = decoded(model, DynamicCache(config=model.config), (38, 39))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = decoded(model, DynamicCache(config=model.config), (38, 39))
+        found = decoded(whole(model), DynamicCache(config=model.config), (38, 39))
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() > 100 * TOLERANCE
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    assert graphs() <= 2
+
+
+@pytest.mark.slow
+def test_a_surgeon_cache_breaks_the_graph_at_its_layers(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    """It gives the same logits, bit for bit, and whoever insists on one graph is told why there is none."""
+    package = compiled["sparse"].package
+    expected = decoded(model, SurgeonCache(package), (38, 39, 45))
+    with_breaks = torch.compile(model, backend="eager", dynamic=True)
+    assert torch.equal(decoded(with_breaks, SurgeonCache(package), (38, 39, 45)), expected)
+    assert all("a SurgeonCache drops blocks as it goes" in reason for reason in counters["graph_break"])
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="SurgeonCache drops blocks as it goes: give a DynamicCache"
+    ):
+        decoded(whole(model), SurgeonCache(package), (38,))

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from models import tiny_config, tiny_llama
 from surgeon.runtime import fingerprint
@@ -62,3 +63,15 @@ def test_weights_that_are_not_there_are_refused() -> None:
         model = torch.nn.Linear(2, 2)
     with pytest.raises(ModelError, match="bias: expected a parameter in memory, got one on the meta device; load"):
         fingerprint(model)
+
+
+def test_a_weight_made_of_several_tensors_counts_by_these() -> None:
+    """Torchao keeps its numbers and scales in such a tensor subclass, whose own memory cannot be read."""
+
+    def of(scale: float) -> str:
+        model = torch.nn.Linear(2, 2, bias=False)
+        weight = TwoTensor(torch.ones(2, 2), torch.full((2, 2), scale))
+        model.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return fingerprint(model)
+
+    assert of(0.5) == of(0.5) != of(0.25)

@@ -148,8 +148,11 @@ def meta(model: LlamaForCausalLM) -> None:
             missing_layer,
             r"expected one attention module for each of the layers \[0, 1, 2\], .*, got those of the layers \[0, 1\]",
         ),
-        (double, "expected weights in torch.float32, as the package's kernels, got torch.float64"),
-        (half, "expected weights in torch.float32, as the package's kernels, got torch.float16"),
+        (double, r"q_proj: expected queries, keys and values in torch.float32, as .* kernels, got torch.float64; load"),
+        (
+            half,
+            "q_proj: expected queries, keys and values in torch.float32, .*, got torch.float16; .* --dtype fp16",
+        ),
         (meta, "expected weights on the CPU or a GPU, got meta"),
     ],
 )
