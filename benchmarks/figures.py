@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgeon.compiler.pilot.table import passkeys
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
+from surgeon.runtime.evaluate.tasks.numbers import SINGLE
 
 RESULTS = Path(__file__).parent / "results"
 QUARTER = "smollm2-135m-25"
@@ -28,17 +28,17 @@ def first_figures() -> str:
         for row in _suite("model-first-token")["rows"]
     ]
     pilot = read_pilot(RESULTS / f"pilot-{QUARTER}.json")
-    dense, patched, _ = pilot.columns
+    dense, patched = (_column(pilot, name) for name in ("dense", "patched"))
     learned = _learned(QUARTER)
     means = [statistics.geometric_mean(text[name] for text in learned["texts"]) for name in _PERPLEXITIES]
-    hidden = f"numbers hidden in {_lengths(dense, 'or')} tokens and found, {_share(learned)}"
+    hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_share(learned)}"
     rows += [
         (
             f"perplexity at {learned['length']:,} tokens, mean of two unseen texts, {_share(learned)}",
             *(f"{mean:.2f}" for mean in means),
         ),
-        (hidden, passkeys(dense), passkeys(patched)),
-        (f"of these, in the first half of {pilot.length:,} tokens", _far_back(dense), _far_back(patched)),
+        (hidden, _found(pilot, dense), _found(pilot, patched)),
+        (f"of these, in the first half of {pilot.length:,} tokens", _far_back(pilot, dense), _far_back(pilot, patched)),
     ]
     layer, cache = _suite("prefill-peers")["rows"][0], _suite("model-cache")["rows"][0]
     rows += [
@@ -66,16 +66,17 @@ def choices() -> str:
     pilots = {file.stem.removeprefix("pilot-"): read_pilot(file) for file in RESULTS.glob("pilot-*.json")}
     speeds = {row["topology"]: row["times"] for row in _suite("model-first-token")["rows"]}
     caches = {row["topology"]: row["kept_cache_mb"] / row["full_cache_mb"] for row in _suite("model-cache")["rows"]}
-    dense = pilots[QUARTER].columns[0]
-    rows = [("any", "100%", "–", "1.000x", "100%", "1.00x", "100%", passkeys(dense), _far_back(dense))]
+    quarter, dense = pilots[QUARTER], _column(pilots[QUARTER], "dense")
+    hidden = (_found(quarter, dense), _far_back(quarter, dense))
+    rows = [("any", "100%", "–", "1.000x", "100%", "1.00x", "100%", *hidden)]
     for row in _windows():
         name = row["topology"]
         speed, kept, found, far = speeds.get(name), caches.get(name), "–", "–"
         if pilot := pilots.get(name):
-            patched = pilot.columns[1]
-            found, far = passkeys(patched), _far_back(patched)
+            patched = _column(pilot, "patched")
+            found, far = _found(pilot, patched), _far_back(pilot, patched)
             speed = patched.against_dense.first_token_speedup.value if patched.against_dense else None
-            kept = (patched.kept_cache_bytes or 0) / (pilot.columns[0].kept_cache_bytes or 1)
+            kept = (patched.kept_cache_bytes or 0) / (_column(pilot, "dense").kept_cache_bytes or 1)
         same = statistics.fmean(text["same_first"] for text in row["texts"])
         shape = (f"{row['length']:,}", f"{row['density']:.0%}", str(row["block_size"]))
         gained = (f"{speed:.2f}x" if speed else "–", f"{kept:.0%}" if kept else "–")
@@ -89,12 +90,12 @@ def choices() -> str:
 def far_back() -> str:
     """The loss of a fixed pattern, as a sentence."""
     pilots = _pilots()
-    dense = pilots[0].columns[0]
-    tried = sum(cell.tried for cell in _far(dense))
-    found = [f"{_found(pilot.columns[1])} with {pilot.columns[1].density:.0%}" for pilot in pilots]
+    dense, tried = _far(pilots[0], _column(pilots[0], "dense"))
+    patched = [(pilot, _column(pilot, "patched")) for pilot in pilots]
+    found = [f"{_far(pilot, column)[0]:.0f} with {column.density:.0%}" for pilot, column in patched]
     return (
         f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M found "
-        f"{_found(dense)} when it read all blocks, {', '.join(found[:-1])} and {found[-1]}.\n"
+        f"{dense:.0f} when it read all blocks, {', '.join(found[:-1])} and {found[-1]}.\n"
     )
 
 
@@ -165,11 +166,11 @@ def _everything() -> Iterator[tuple[str, str]]:
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of that of equal windows",
         )
     for pilot in _pilots():
-        dense, patched, window = pilot.columns
+        dense, patched, window = (_column(pilot, name) for name in ("dense", "patched", "window"))
         yield (
-            f"SmolLM2-135M, numbers hidden in {_lengths(dense, 'and')} tokens and found again, "
+            f"SmolLM2-135M, numbers hidden in {_lengths(pilot, 'and')} tokens and found again, "
             f"{patched.density:.0%} of the blocks",
-            f"{passkeys(patched)}, dense {passkeys(dense)}, equal windows {passkeys(window)}",
+            f"{_found(pilot, patched)}, dense {_found(pilot, dense)}, equal windows {_found(pilot, window)}",
         )
         quality = [column.against_dense.perplexity_ratio for column in (patched, window) if column.against_dense]
         ours, theirs = (f"{found.value:.3f}x" + (f" ± {found.error:.3f}" if found.error else "") for found in quality)
@@ -218,7 +219,7 @@ def _suite(name: str) -> Row:
 
 def _pilots() -> list[Pilot]:
     """The densest first."""
-    return sorted(map(read_pilot, RESULTS.glob("pilot-*.json")), key=lambda pilot: -pilot.columns[1].density)
+    return sorted(map(read_pilot, RESULTS.glob("pilot-*.json")), key=lambda pilot: -_column(pilot, "patched").density)
 
 
 def _learned(topology: str) -> Row:
@@ -234,9 +235,15 @@ def _share(row: Row) -> str:
     return f"{row['density']:.0%} of the blocks"
 
 
-def _lengths(column: Column, word: str) -> str:
+def _column(pilot: Pilot, name: str) -> Column:
+    column = pilot.column(name)
+    assert column is not None, f"a committed pilot has a column {name}"
+    return column
+
+
+def _lengths(pilot: Pilot, word: str) -> str:
     """The lengths of the prompts that numbers are hidden in."""
-    return f" {word} ".join(f"{length:,}" for length in sorted({cell.length for cell in column.passkeys}))
+    return f" {word} ".join(f"{length:,}" for length in sorted({each.length for each in pilot.questions}))
 
 
 def _processor(row: Row) -> str:
@@ -249,18 +256,29 @@ def _way(row: Row) -> str:
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
 
 
-def _far(column: Column) -> list[Any]:
-    """The numbers hidden in the first half of the longest prompts."""
-    longest = max(cell.length for cell in column.passkeys)
-    return [cell for cell in column.passkeys if cell.length == longest and cell.depth <= 0.5]
+def _hits(pilot: Pilot, column: Column, far: bool) -> tuple[float, int]:
+    """The single numbers that a model finds, of how many; `far` ones in the first half of the longest prompts only."""
+    longest = max(each.length for each in pilot.questions)
+    found = [
+        score
+        for each, score in zip(pilot.questions, column.scores, strict=True)
+        if each.task == SINGLE and (not far or (each.length == longest and (each.depth or 0) <= 0.5))
+    ]
+    return sum(found), len(found)
 
 
-def _found(column: Column) -> int:
-    return sum(cell.found for cell in _far(column))
+def _far(pilot: Pilot, column: Column) -> tuple[float, int]:
+    return _hits(pilot, column, far=True)
 
 
-def _far_back(column: Column) -> str:
-    return f"{_found(column)} of {sum(cell.tried for cell in _far(column))}"
+def _found(pilot: Pilot, column: Column) -> str:
+    found, hidden = _hits(pilot, column, far=False)
+    return f"{found:.0f} of {hidden}"
+
+
+def _far_back(pilot: Pilot, column: Column) -> str:
+    found, hidden = _far(pilot, column)
+    return f"{found:.0f} of {hidden}"
 
 
 def _range(rows: Sequence[Row], key: str, unit: str = "x") -> str:

@@ -31,6 +31,7 @@ ROOMS = (
     "runtime.transformers",
     "runtime.transformers.graph",
     "runtime.vllm",
+    "runtime.evaluate.tasks",
     "runtime.evaluate",
     "compiler.system",
     "compiler.topology",

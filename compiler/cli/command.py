@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """The lines for standard output; `passed` is false if a threshold that the user gave was missed."""
+    """The lines for standard output; `reason`, on one line, says which threshold was missed, if one was."""
 
     lines: Iterable[str]
-    passed: bool = True
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

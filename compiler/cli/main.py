@@ -125,7 +125,9 @@ def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         with terminable():
             outcome = _outcome(parser, argv)
-        status = _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
+        status = _show(outcome.lines)
+        if status == DONE and outcome.reason is not None:
+            return _report(outcome.reason, THRESHOLD_MISSED)
         if status != DONE:
             let_the_main_process_speak()
         return status

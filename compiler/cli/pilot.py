@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from surgeon.compiler.cli.command import Command, Outcome
-from surgeon.compiler.cli.values import add_json, add_model_and_text, natural, path, positive, ratio
+from surgeon.compiler.cli.values import add_json, add_model_and_text, natural, number, path, positive, ratio
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,19 +17,43 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=positive, default=4, metavar="N", help="sequences from each text, spread evenly; default: 4"
     )
     parser.add_argument(
-        "--passkeys",
+        "--tasks",
         type=natural,
         default=2,
         metavar="N",
-        help="numbers to hide and ask for at each of five depths and two lengths; default: 2",
+        help="rounds of retrieval tasks, at --length tokens and, if all fit, at half of them; default: 2",
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
     parser.add_argument(
-        "--max-ppl-ratio", type=ratio, metavar="X", help="exit with 3 if the ratio of perplexity to dense is above this"
+        "--recall",
+        choices=("dense", "pattern"),
+        default="dense",
+        help="what the rows that ask read: everything (the pattern is shown beside it) or the pattern; default: dense",
     )
     parser.add_argument(
-        "--min-speedup", type=ratio, metavar="X", help="exit with 3 if the speed-up of the first token is below this"
+        "--dense-rows", type=positive, default=128, metavar="ROWS", help="of recall dense; default: 128"
+    )
+    limits = parser.add_argument_group("limits of the patched model; beyond one, the exit status is 3")
+    limits.add_argument(
+        "--min-retrieval",
+        type=number,
+        default=0.9,
+        metavar="X",
+        help="least score beside dense on every task where dense scores half or more; default: 0.9",
+    )
+    limits.add_argument(
+        "--max-ppl-ratio",
+        type=ratio,
+        default=1.02,
+        metavar="X",
+        help="greatest perplexity of what follows a prompt, beside dense; default: 1.02",
+    )
+    limits.add_argument(
+        "--max-divergence", type=ratio, metavar="X", help="greatest KL from dense there, in nats a token; default: none"
+    )
+    limits.add_argument(
+        "--min-speedup", type=ratio, metavar="X", help="least speed-up of the first token; default: none"
     )
     add_json(parser)
 
@@ -48,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     read_package(arguments.package)
 
     from surgeon.compiler.pilot.run import PilotRequest, run
-    from surgeon.compiler.pilot.table import pilot_lines
+    from surgeon.compiler.pilot.table import pilot_lines, refusal
     from surgeon.compiler.system.atomic_files import write_file
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.stages import stage_display
@@ -62,10 +86,14 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         device_map=arguments.device_map,
         length=arguments.length,
         sequences=arguments.sequences,
-        passkeys=arguments.passkeys,
+        tasks=arguments.tasks,
         rounds=arguments.rounds,
         window=not arguments.no_window,
+        recall=arguments.recall,
+        dense_rows=arguments.dense_rows,
+        min_retrieval=arguments.min_retrieval,
         max_ppl_ratio=arguments.max_ppl_ratio,
+        max_divergence=arguments.max_divergence,
         min_speedup=arguments.min_speedup,
     )
     quiet_unless_watched()
@@ -75,9 +103,9 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     if is_main_process():
         write_file(out, pilot.to_json())
     if arguments.json:
-        return Outcome((" ".join(pilot.to_json().split("\n")),), pilot.passed)
+        return Outcome((" ".join(pilot.to_json().split("\n")),), refusal(pilot))
     lines = (*pilot_lines(pilot, stdout_encoding()), f"{out}: written in {pilot.seconds:.0f} s")
-    return Outcome(lines, pilot.passed)
+    return Outcome(lines, refusal(pilot))
 
 
 PILOT = Command("pilot", "Try a package on its model: quality, speed, memory.", _add_arguments, _run)

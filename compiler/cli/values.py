@@ -77,6 +77,14 @@ def ratio(text: str) -> float:
     return value
 
 
+def number(text: str) -> float:
+    """Parses a finite number of at least 0."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
 def device_map(text: str) -> str | dict[str, str | int]:
     """Parses a name for the whole model's device, or a JSON object with a device for each module."""
     if not text.startswith("{"):

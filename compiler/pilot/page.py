@@ -1,14 +1,15 @@
 """Makes the page of `surgeon report`: a pilot and the topology it tried, as one self-contained HTML page."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.compiler.package.inspection import TopologySummary, summary_of
-from surgeon.compiler.pilot.pilot_charts import density_figures, passkey_figures
+from surgeon.compiler.pilot.pilot_charts import density_figures, retrieval_figures
 from surgeon.compiler.pilot.svg import Figure
-from surgeon.compiler.pilot.table import Table, density_table, pilot_table, verdict
+from surgeon.compiler.pilot.table import Table, density_table, pilot_table, retrieval_table, verdict
 from surgeon.compiler.pilot.topology_charts import dendrogram_figures, density_map, mask_figures
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.system.atomic_files import write_file
@@ -61,7 +62,7 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
     trees, left_out = dendrogram_figures(topology)
     sections: dict[str, tuple[Figure, ...]] = {
         "figures": density_figures(pilots) if beside else (),  # with one density the table says it all
-        "passkeys": passkey_figures(pilot),
+        "depths": retrieval_figures(pilot),
         "density": (density_map(summary.density),),
         "dendrograms": trees,
         "masks": mask_figures(topology, layers, summary.density),
@@ -70,6 +71,7 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
         "pilot/page.html.jinja",
         pilot=pilot,
         table=pilot_table(pilot),
+        retrieval=retrieval_table(pilot) if pilot.questions else None,
         points=_others(pilots) if beside else None,
         verdict=verdict(pilot),
         left_out=left_out,
@@ -98,7 +100,7 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
     wanted = _terms(pilot)
     tried = {_patched(pilot).topology_sha256}
     for where, other in beside:
-        for name, found in _terms(other).items():
+        for name, found in _terms(other, where).items():
             if found != wanted[name]:
                 remedy = "run surgeon pilot on the same model and texts, in the same way, on the same machine"
                 raise PilotError(f"{where}: {name}", f"{wanted[name]}, as in the first pilot", found, remedy)
@@ -108,15 +110,15 @@ def _check_beside(pilot: Pilot, beside: Sequence[tuple[str, Pilot]]) -> None:
         tried.add(sha256)
 
 
-def _terms(pilot: Pilot) -> dict[str, str]:
+def _terms(pilot: Pilot, where: str = "pilot") -> dict[str, str]:
     """The conditions that pilots must have in common, in words."""
-    cells = pilot.columns[0].passkeys
-    lengths = sorted({cell.length for cell in cells})
+    tasks = Counter(f"{each.task} in {each.length} tokens" for each in pilot.questions)
     return {
         "weights": f"{pilot.weights_sha256}, {'unchanged' if pilot.weights_unchanged else 'CHANGED'}",
         "length": f"{pilot.length} tokens",
         "texts": ", ".join(f"{text.sequences} sequences of {text.sha256}" for text in pilot.texts),
-        "passkeys": f"{sum(cell.tried for cell in cells)} in prompts of {lengths} tokens",
+        "tasks": ", ".join(f"{count} of {task}" for task, count in tasks.items()) or "none",
+        "recall": _recall(_patched(pilot, where)),
         "machine": _machine(pilot),
     }
 
@@ -127,6 +129,10 @@ def _machine(pilot: Pilot) -> str:
         f"{machine.processor}, {machine.device}, {machine.threads} threads, {machine.dtype}, "
         f"torch {machine.torch}, transformers {machine.transformers}"
     )
+
+
+def _recall(patched: Column) -> str:
+    return f"{patched.recall}, {patched.dense_rows} dense rows"
 
 
 def _run(pilot: Pilot) -> str:
@@ -153,6 +159,7 @@ def _facts(pilots: Sequence[Pilot], topology: Topology, summary: TopologySummary
         Fact("package", pilot.package_id),
         *(Fact("text", f"{text.name}, {text.sequences} sequences, SHA-256 {text.sha256}") for text in pilot.texts),
         Fact("machine", _machine(pilot)),
+        Fact("recall", _recall(_patched(pilot))),
         Fact("date", f"{pilot.machine.date}, {pilot.seconds:.0f} s"),
         *(Fact("beside", _run(other)) for other in beside),
     ]

@@ -1,4 +1,4 @@
-"""The report's figures for pilots: quality and speed against density, and hidden numbers by depth."""
+"""The report's figures for pilots: quality and speed against density, and retrieval by depth."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surgeon.compiler.pilot.svg import Figure, figure
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import FIGURES
-from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell, Pilot
+from surgeon.runtime.evaluate.pilot_file import Column, Pilot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,26 +30,17 @@ class Point:
 
 def density_figures(pilots: Sequence[Pilot]) -> tuple[Figure, ...]:
     """Quality and speed of all pilots against density, relative to the dense model, which every pilot also ran."""
-    dense = pilots[0].columns[0]
-    charts = [
+    return tuple(
         _against_density(pilots, _title(shown.name), methodcaller("beside_dense", name), Estimate(shown.of_dense, None))
         for name, shown in FIGURES.items()
-    ]
-    found = dense.passkeys_found
-    if found is not None:
-        charts.append(_against_density(pilots, "Passkeys found", lambda column: column.passkeys_found, found, _SHARE))
-    return tuple(charts)
+        if any(column.beside_dense(name) for pilot in pilots for column in pilot.columns)
+    )
 
 
-def passkey_figures(pilot: Pilot) -> tuple[Figure, ...]:
-    """For each length, every column's finds by depth and their log-probability; empty if no number was hidden."""
-    charts: list[Figure] = []
-    for length in sorted({cell.length for cell in pilot.columns[0].passkeys}):
-        charts += [
-            _by_depth(pilot, length, "Found", lambda cell: cell.found / cell.tried, _SHARE),
-            _by_depth(pilot, length, "Log-probability, nats a token", lambda cell: cell.log_probability),
-        ]
-    return tuple(charts)
+def retrieval_figures(pilot: Pilot) -> tuple[Figure, ...]:
+    """For each task that asks for one fact, and each length, every column's scores by the fact's depth."""
+    places = dict.fromkeys((each.task, each.length) for each in pilot.questions if each.depth is not None)
+    return tuple(_by_depth(pilot, task, length) for task, length in places)
 
 
 def curves(
@@ -90,17 +81,18 @@ def _against_density(
     return figure(title, draw, _INCHES)
 
 
-def _by_depth(
-    pilot: Pilot, length: int, what: str, value: Callable[[PasskeyCell], float], extent: Extent | None = None
-) -> Figure:
+def _by_depth(pilot: Pilot, task: str, length: int) -> Figure:
+    asked = [each for each in pilot.questions if (each.task, each.length) == (task, length)]
+    depths = sorted({each.depth for each in asked if each.depth is not None})
+
     def draw(axes: "Axes") -> None:
         for index, column in enumerate(pilot.columns):
-            cells = [cell for cell in column.passkeys if cell.length == length]
-            _line(axes, column.name, index, [Point(cell.depth, Estimate(value(cell), None)) for cell in cells])
-        axes.set_ylabel(what, fontsize=8)
-        _finish(axes, "depth: text before the number", extent)
+            found = [(depth, pilot.score(column, task, length, depth=depth)) for depth in depths]
+            _line(axes, column.name, index, [Point(depth, score) for depth, score in found if score])
+        axes.set_ylabel("answers that are right", fontsize=8)
+        _finish(axes, "depth: text before the fact", _SHARE)
 
-    return figure(f"{what}, {length:,} tokens", draw, _INCHES)
+    return figure(f"{_title(task)}, {length:,} tokens", draw, _INCHES)
 
 
 def _line(axes: "Axes", name: str, index: int, points: Sequence[Point]) -> None:

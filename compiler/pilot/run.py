@@ -24,10 +24,10 @@ from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
-from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.evaluate.tasks.prompts import fitting_lengths, make_prompts
 from surgeon.runtime.installation import version
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
@@ -36,6 +36,7 @@ from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.patching import patch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LEAST = 4  # tokens: two of a prompt and two that follow it
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class PilotRequest:
     """A package, its model and texts, and the settings of the measurement.
 
     `length` None means the topology's own, `device_map` None the device that the package is for. `sequences` are taken
-    from each text; `passkeys` numbers are hidden for each of five depths and two lengths; `rounds` counts timing
-    rounds; `window` adds the model with equal windows. A threshold is None if there is none.
+    from each text. `tasks` counts the rounds of retrieval tasks, at `length` and, if they fit, at half of it; `rounds`
+    counts timing rounds. The judged model reads with `recall`, as in `patch`. Under "dense" a model that reads by the
+    pattern is shown beside it; `window` adds one with equal windows. A threshold is None if there is none.
     """
 
     model: str
@@ -53,10 +55,14 @@ class PilotRequest:
     device_map: DeviceMap | None = None
     length: int | None = None
     sequences: int = 4
-    passkeys: int = 2
+    tasks: int = 2
     rounds: int = 5
     window: bool = True
-    max_ppl_ratio: float | None = None
+    recall: str = "dense"
+    dense_rows: int = 128
+    min_retrieval: float | None = 0.9
+    max_ppl_ratio: float | None = 1.02
+    max_divergence: float | None = None
     min_speedup: float | None = None
 
 
@@ -83,22 +89,26 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     texts = [read_text(path, tokenizer) for path in request.texts]
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
-    tasks = passkeys(tokenizer, sequences, (length // 2, length), request.passkeys) if request.passkeys else ()
+    prompts = make_prompts(tokenizer, sequences, fitting_lengths(tokenizer, length), request.tasks)
+    density = density_at(topology, length)
     dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
     if request.device_map is None:
         dense.eval().to(device)
-    patched = twin(dense)
-    patch(patched, package, recall="pattern")
-    expect(progress, partial(_forecast, dense, sequences, len(tasks), request))
+    expect(progress, partial(_forecast, dense, len(sequences), sequences[0], len(prompts), request))
     candidates = [
         Candidate("dense", dense, None, 1.0),
-        Candidate("patched", patched, package, density_at(topology, length)),
+        _patched("patched", dense, package, density, request.recall, request.dense_rows),
     ]
+    if request.recall == "dense":
+        candidates.append(_patched("pattern", dense, package, density, "pattern", request.dense_rows))
     if request.window:
-        candidates.append(_window_candidate(dense, topology, length, package, dtype, scratch, progress))
+        baseline = window_baseline(topology, length)
+        compiled = _compiled(baseline, processes_of(dense), package, dtype, scratch, progress)
+        found = density_at(baseline, length)
+        candidates.append(_patched("window", dense, compiled, found, request.recall, request.dense_rows))
     weights = fingerprint(dense)
-    columns = run_pilot(candidates, sequences, tasks, request.rounds, progress)
-    (beside,) = (column.against_dense for column in columns if column.name == "patched" and column.against_dense)
+    measured = run_pilot(candidates, sequences, tokenizer, prompts, request.rounds, progress)
+    (beside,) = (each.against_dense for each in measured.columns if each.name == "patched" and each.against_dense)
     return Pilot(
         model=Path(request.model).absolute().name,  # the last part of a name on a hub
         weights_sha256=weights,
@@ -106,51 +116,63 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         length=length,
         texts=tuple(PilotText(text.name, text.sha256, len(taken)) for text, taken in zip(texts, by_text, strict=True)),
         machine=_machine(device, dtype),
-        columns=columns,
+        questions=measured.retrieval.questions,
+        dropped_tasks=measured.retrieval.dropped,
+        columns=measured.columns,
         thresholds=judged(
-            beside, {"perplexity_ratio": request.max_ppl_ratio, "first_token_speedup": request.min_speedup}
+            beside,
+            {
+                "worst_retrieval": request.min_retrieval,
+                "continuation_ratio": request.max_ppl_ratio,
+                "continuation_divergence": request.max_divergence,
+                "first_token_speedup": request.min_speedup,
+            },
         ),
         seconds=round(time.perf_counter() - started, 1),
         surgeon=version(),
     )
 
 
-def _forecast(dense: PreTrainedModel, sequences: list[torch.Tensor], passkeys: int, request: PilotRequest) -> Forecast:
-    prompt = seconds_of_prompt(dense, sequences[0])
+def _forecast(
+    dense: PreTrainedModel, sequences: int, first: torch.Tensor, prompts: int, request: PilotRequest
+) -> Forecast:
+    prompt = seconds_of_prompt(dense, first)
+    others = 1 + (request.recall == "dense") + request.window
     return pilot_forecast(
         dense.config,
         dense.num_parameters(),
-        lambda _name: prompt,
-        ("patched", "window") if request.window else ("patched",),
-        len(sequences),
-        passkeys,
+        prompt,
+        (prompt,) * others,
+        sequences,
+        prompts,
         request.rounds,
         dense.dtype.itemsize,
     )
 
 
-def _window_candidate(
-    dense: PreTrainedModel,
-    topology: Topology,
-    length: int,
-    package: Package,
-    dtype: str,
-    scratch: Path,
-    progress: Progress | None,
+def _patched(
+    name: str, dense: PreTrainedModel, package: Package, density: float, recall: str, dense_rows: int
 ) -> Candidate:
-    baseline = window_baseline(topology, length)
+    model = twin(dense)
+    patch(model, package, recall=recall, dense_rows=dense_rows)
+    return Candidate(name, model, package, density, recall, dense_rows if recall == "dense" else 0)
+
+
+def _compiled(
+    baseline: Topology, processes: Processes, package: Package, dtype: str, scratch: Path, progress: Progress | None
+) -> Package:
+    """The package of equal windows, for one target of the package, made by the main process."""
     targets = package.manifest.targets
     chosen = ("cpu",) if "cpu" in targets else targets
     made = partial(compile_package, baseline, scratch / "window", targets=chosen, dtypes=(dtype,), progress=progress)
-    model = twin(dense)
-    compiled = load(processes_of(dense).first(made))
-    patch(model, compiled, recall="pattern")
-    return Candidate("window", model, compiled, density_at(baseline, length))
+    return load(processes.first(made))
 
 
 def _check_length(most: int | None, length: int) -> None:
-    if length < 2 or (most is not None and length > most):
-        raise ModelError("--length", f"2 to {most} tokens, the model's context", str(length), "choose another --length")
+    if length < _LEAST or (most is not None and length > most):
+        raise ModelError(
+            "--length", f"{_LEAST} to {most} tokens, the model's context", str(length), "choose another --length"
+        )
 
 
 def _machine(device: torch.device, dtype: str) -> PilotMachine:

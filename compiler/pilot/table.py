@@ -1,6 +1,7 @@
 """A pilot as a table for people, in the terminal and in the report, and its verdict in words."""
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import FIGURES, RelativeFigure
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot
+from surgeon.runtime.evaluate.retrieval import KEPT, task_names
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,38 @@ def pilot_table(pilot: Pilot) -> Table:
 
     Figures have their standard errors; a dash marks a missing value.
     """
-    rows = [Row(figure.name, tuple(figure.cell(column) for column in pilot.columns)) for figure in _FIGURES]
+    rows = [
+        Row(figure.name, tuple(figure.cell(pilot, column) for column in pilot.columns)) for figure in _figures(pilot)
+    ]
     weights = ["unchanged" if column.weights_sha256 == pilot.weights_sha256 else "CHANGED" for column in pilot.columns]
-    heads = tuple(column.name for column in pilot.columns)
+    heads = tuple(_head(column) for column in pilot.columns)
     return Table(heads, (*rows, Row("weights", tuple(weights))))
 
 
 def density_table(pilots: Sequence[Pilot]) -> Table:
     """The table of several pilots: one row per model, by falling density, relative to the first pilot's dense model."""
-    columns = [pilots[0].columns[0], *(column for pilot in pilots for column in pilot.columns[1:])]
-    columns.sort(key=lambda column: -column.density)
-    figures = [figure for figure in _FIGURES if figure.by_density]
-    rows = [Row(column.name, tuple(figure.cell(column) for figure in figures)) for column in columns]
+    columns = [(pilots[0], pilots[0].columns[0])]
+    columns += [(pilot, column) for pilot in pilots for column in pilot.columns[1:]]
+    columns.sort(key=lambda each: -each[1].density)
+    figures = [figure for figure in _figures(pilots[0]) if figure.by_density]
+    rows = [Row(_head(column), tuple(figure.cell(pilot, column) for figure in figures)) for pilot, column in columns]
     return Table(tuple(figure.name for figure in figures), tuple(rows))
 
 
-def passkeys(column: Column) -> str:
-    """The count of hidden numbers that a model found, for example "2 of 4"; a dash if none was hidden."""
-    if column.passkeys_found is None:
-        return "–"
-    found, tried = (sum(getattr(cell, name) for cell in column.passkeys) for name in ("found", "tried"))
-    return f"{found} of {tried}"
+def retrieval_table(pilot: Pilot) -> Table:
+    """Mean scores of every model by task, by prompt length, and by where the question stands."""
+    rows = []
+    for task in task_names(pilot.questions):
+        own = [question for question in pilot.questions if question.task == task]
+        for length in sorted({question.length for question in own}):
+            for asked in sorted({question.asked for question in own if question.length == length}):
+                found = [pilot.score(column, task, length, asked) for column in pilot.columns]
+                rows.append(Row(f"{task}, {length:,} tokens, {_ASKED[asked]}", tuple(map(_percent, found))))
+    return Table(tuple(_head(column) for column in pilot.columns), tuple(rows))
 
 
 def verdict(pilot: Pilot) -> tuple[str, ...]:
-    """One sentence for every threshold, and one for the weights if they changed."""
+    """One sentence for every threshold, one for the weights if they changed, and one for what was not judged."""
     sentences = [
         f"{'met' if threshold.met else 'MISSED'}: {threshold.figure} {threshold.found:.4f}, "
         f"to be {threshold.bound} {threshold.limit:g}"
@@ -63,7 +72,26 @@ def verdict(pilot: Pilot) -> tuple[str, ...]:
     ]
     if not pilot.weights_unchanged:
         sentences.append("MISSED: the weights are not what they were")
-    return tuple(sentences) or ("no threshold was given",)
+    if not sentences:
+        sentences.append("no threshold was given")
+    if pilot.dropped_tasks:
+        tasks = ", ".join(f"{each.task} ({each.score:.0%} of {each.questions})" for each in pilot.dropped_tasks)
+        sentences.append(f"dropped, since the dense model scores less than {KEPT:.0%}: {tasks}")
+    if not pilot.questions:
+        sentences.append("retrieval was not judged: there is no task that the dense model can do")
+    return tuple(sentences)
+
+
+def refusal(pilot: Pilot) -> str | None:
+    """The reason to refuse the package, on one line; None if the pilot passed."""
+    missed = [
+        f"{each.figure} {each.found:.4g} instead of {each.bound} {each.limit:g}"
+        for each in pilot.thresholds
+        if not each.met
+    ]
+    if not pilot.weights_unchanged:
+        missed.append("the weights have changed")
+    return f"refused: {'; '.join(missed)}" if missed else None
 
 
 def pilot_lines(pilot: Pilot, encoding: str) -> tuple[str, ...]:
@@ -82,7 +110,7 @@ def pilot_lines(pilot: Pilot, encoding: str) -> tuple[str, ...]:
     for row in found.rows:
         table.add_row(row.name, *row.cells)
     text = io.StringIO()
-    Console(file=text, width=120, color_system=None).print(table)
+    Console(file=text, width=140, color_system=None).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     if plain:
         lines = [line.replace("±", "+-").replace("–", "-") for line in lines]
@@ -98,39 +126,63 @@ def _megabytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
 
+def _percent(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else _shown(estimate, "{:.0%}")
+
+
+def _head(column: Column) -> str:
+    return column.name if column.recall in (None, column.name) else f"{column.name}, recall {column.recall}"
+
+
 @dataclass(frozen=True)
 class _Figure:
-    """A figure with its unit, its cell for a model, and whether the table of several pilots includes it."""
+    """A figure with its unit, its cell for a model of a pilot, and whether the table of several pilots includes it."""
 
     name: str
-    cell: Callable[[Column], str]
+    cell: Callable[[Pilot, Column], str]
     by_density: bool = True
 
 
+def _continuation(_pilot: Pilot, column: Column) -> str:
+    found = column.continuation_perplexity
+    return "–" if found is None else _shown(found, "{:.3f}")
+
+
+_ASKED = {"end": "asked at the end", "later": "asked later"}
 _OWN = {
-    "density": _Figure("visible pairs of blocks", lambda column: f"{column.density:.1%}"),
-    "perplexity": _Figure("perplexity", lambda column: _shown(column.perplexity, "{:.3f}"), by_density=False),
-    "passkeys_found": _Figure("passkeys found", passkeys),
-    "first_token": _Figure("first token, s", lambda column: _shown(column.first_token, "{:.3f}"), by_density=False),
-    "decode": _Figure("decoding, tokens/s", lambda column: _shown(column.decode, "{:.1f}"), by_density=False),
-    "peak_bytes": _Figure("peak memory, MB", lambda column: _megabytes(column.peak_bytes), by_density=False),
-    "kept_cache_bytes": _Figure("cache kept, MB", lambda column: _megabytes(column.kept_cache_bytes)),
+    "density": _Figure("visible pairs of blocks", lambda _, column: f"{column.density:.1%}"),
+    "continuation_perplexity": _Figure("continuation: perplexity", _continuation, by_density=False),
+    "scores": None,  # a figure for each task
+    "perplexity": _Figure("prompt: perplexity", lambda _, column: _shown(column.perplexity, "{:.3f}"), False),
+    "first_token": _Figure("first token, s", lambda _, column: _shown(column.first_token, "{:.3f}"), False),
+    "decode": _Figure("decoding, tokens/s", lambda _, column: _shown(column.decode, "{:.1f}"), False),
+    "peak_bytes": _Figure("peak memory, MB", lambda _, column: _megabytes(column.peak_bytes), False),
+    "kept_cache_bytes": _Figure("cache kept, MB", lambda _, column: _megabytes(column.kept_cache_bytes)),
 }
 """The figures of a model on its own, by their fields in `Column`."""
 
 
 def _relative(field: str, figure: RelativeFigure) -> _Figure:
-    def cell(column: Column) -> str:
+    def cell(_pilot: Pilot, column: Column) -> str:
         estimate = column.beside_dense(field)
-        return "–" if estimate is None else _shown(estimate, figure.pattern)
+        shown = "–" if estimate is None else _shown(estimate, figure.pattern)
+        named = field == "worst_retrieval" and column.against_dense is not None and column.against_dense.worst_task
+        return f"{shown} ({named})" if named else shown
 
     return _Figure(figure.name, cell, figure.by_density)
 
 
-def _ordered() -> Iterator[_Figure]:
+def _task(task: str, questions: int) -> _Figure:
+    return _Figure(
+        f"retrieval: {task}, of {questions}", lambda pilot, column: _percent(pilot.score(column, task)), False
+    )
+
+
+def _figures(pilot: Pilot) -> Iterator[_Figure]:
     for own, figure in _OWN.items():
-        yield figure
+        if figure is not None:
+            yield figure
+        else:
+            counts = Counter(question.task for question in pilot.questions)
+            yield from (_task(task, count) for task, count in counts.items())
         yield from (_relative(field, relative) for field, relative in FIGURES.items() if relative.follows == own)
-
-
-_FIGURES = tuple(_ordered())

@@ -1,6 +1,5 @@
 """Extrapolates the times of one layer to the whole model, and to what assessing, learning and piloting cost."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -16,7 +15,8 @@ from surgeon.runtime.evaluate.estimates import Estimate, middle
 
 TEXTS = 3
 """The texts that assessing, learning and piloting are planned for."""
-_SEQUENCES, _PASSKEYS, _ROUNDS = 4 * TEXTS, 2 * 5 * 2, 5  # a pilot's defaults
+_SEQUENCES, _PROMPTS, _ROUNDS = 4 * TEXTS, 40, 5  # a pilot's defaults
+_MODELS = 3  # beside the dense one: patched, by the pattern alone, and with equal windows
 _LEAST_SECONDS = 1e-6
 
 
@@ -86,9 +86,8 @@ def plan_of(planned: PlannedModel, grid: Grid, times: LayerTimes) -> Plan:
     )
     once = Counts(TEXTS, TEXTS, ())
     memory = learning_memory(config, planned.parameters, length)
-    pilot = pilot_forecast(
-        config, planned.parameters, _seconds(first_token), ("patched", "window"), _SEQUENCES, _PASSKEYS, _ROUNDS
-    )
+    ours_s = first_token.patched.value
+    pilot = pilot_forecast(config, planned.parameters, prompt, (ours_s,) * _MODELS, _SEQUENCES, _PROMPTS, _ROUNDS)
     return Plan(
         model=planned.name,
         model_type=config.model_type,
@@ -133,10 +132,6 @@ def _quotient(above: list[float], below: list[float]) -> Estimate:
     """The quotient of the medians; its error is that over the rounds, in each of which both were measured in turn."""
     error = middle([one / other for one, other in zip(above, below, strict=True)]).error
     return Estimate(middle(above).value / middle(below).value, error)
-
-
-def _seconds(first_token: Figure) -> Callable[[str], float]:
-    return lambda name: (first_token.dense if name == "dense" else first_token.patched).value
 
 
 def _need(forecast: Forecast) -> Need:

@@ -38,6 +38,9 @@ class Departure:
     agreements: int
 
 
+DEPARTURE_WIDTH = len(fields(Departure))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A dense and a patched model on the same sequences."""
@@ -105,19 +108,65 @@ def compare(
     processes: Processes | None = None,
 ) -> Comparison:
     """Reads each sequence with both models, which may share weights; arguments and errors are those of `perplexity`."""
-    _check(patched, sequences)
+    check_inputs(patched, sequences)
     shared = _prepared(dense, sequences, processes)
-    rows = {item: astuple(_departure(dense, patched, sequences[item])) for item in shared.own(len(sequences))}
-    found = shared.gather(rows, len(sequences), len(fields(Departure)))
-    return Comparison(tuple(_from_row(*row) for row in found))
+    rows = {}
+    for item in shared.own(len(sequences)):
+        states = tuple(hidden_states(model, sequences[item])[:-1] for model in (dense, patched))
+        rows[item] = astuple(departure((dense, patched), states, sequences[item][0, 1:]))
+    found = shared.gather(rows, len(sequences), DEPARTURE_WIDTH)
+    return Comparison(tuple(departure_from(row) for row in found))
+
+
+def departure(
+    models: tuple[PreTrainedModel, ...], states: tuple[torch.Tensor, ...], targets: torch.Tensor
+) -> Departure:
+    """The departure of the second model from the first, on the targets `[tokens]` that their states predict.
+
+    `states` are each model's last hidden states `[tokens, hidden_size]`.
+    """
+    dense, patched = models
+    count = targets.numel()
+    late = int(count * _LATE)
+    chunk = _chunk(dense)
+    dense_losses, patched_losses, divergences, agreements = [], [], [], 0
+    for dense_states, patched_states, wanted in zip(*(each.split(chunk) for each in (*states, targets)), strict=True):
+        expected, found = logits_of(dense, dense_states), logits_of(patched, patched_states)
+        dense_losses.append(_loss(expected, wanted))
+        patched_losses.append(_loss(found, wanted))
+        agreements += int((expected.argmax(dim=-1) == found.to(expected.device).argmax(dim=-1)).sum())
+        divergences.append(_divergence(expected, found.to(expected.device)))
+    divergence = torch.cat(divergences)
+    return Departure(
+        tokens=count,
+        dense_loss=math.fsum(dense_losses),
+        patched_loss=math.fsum(patched_losses),
+        divergence=float(divergence.sum()),
+        late_tokens=count - late,
+        late_divergence=float(divergence[late:].sum()),
+        agreements=agreements,
+    )
+
+
+def departure_from(row: Sequence[float]) -> Departure:
+    """The departure whose fields are these numbers."""
+    tokens, dense_loss, patched_loss, divergence, late_tokens, late_divergence, agreements = row
+    return Departure(
+        int(tokens), dense_loss, patched_loss, divergence, int(late_tokens), late_divergence, int(agreements)
+    )
 
 
 def _prepared(model: PreTrainedModel, sequences: Sequence[torch.Tensor], processes: Processes | None) -> Processes:
-    _check(model, sequences)
+    check_inputs(model, sequences)
     return processes_of(model) if processes is None else processes
 
 
-def _check(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> None:
+def check_inputs(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> None:
+    """Checks that a model can be measured on the sequences.
+
+    Raises:
+        ModelError: the model is in training mode, there is no sequence, or one has fewer than two tokens.
+    """
     if model.training:
         raise ModelError(type(model).__name__, "a model for inference", "one in training mode", "call model.eval()")
     if not sequences:
@@ -139,45 +188,6 @@ def _loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
         losses.append(_loss(logits_of(model, part), wanted))
     return math.fsum(losses)
-
-
-def _departure(dense: PreTrainedModel, patched: PreTrainedModel, tokens: torch.Tensor) -> Departure:
-    targets = tokens[0, 1:]
-    count = targets.numel()
-    late = int(count * _LATE)
-    chunk = _chunk(dense)
-    dense_losses, patched_losses, divergences, agreements = [], [], [], 0
-    states = (hidden_states(model, tokens)[:-1].split(chunk) for model in (dense, patched))
-    for dense_states, patched_states, wanted in zip(*states, targets.split(chunk), strict=True):
-        expected, found = logits_of(dense, dense_states), logits_of(patched, patched_states)
-        dense_losses.append(_loss(expected, wanted))
-        patched_losses.append(_loss(found, wanted))
-        agreements += int((expected.argmax(dim=-1) == found.to(expected.device).argmax(dim=-1)).sum())
-        divergences.append(_divergence(expected, found.to(expected.device)))
-    divergence = torch.cat(divergences)
-    return Departure(
-        tokens=count,
-        dense_loss=math.fsum(dense_losses),
-        patched_loss=math.fsum(patched_losses),
-        divergence=float(divergence.sum()),
-        late_tokens=count - late,
-        late_divergence=float(divergence[late:].sum()),
-        agreements=agreements,
-    )
-
-
-def _from_row(
-    tokens: float,
-    dense_loss: float,
-    patched_loss: float,
-    divergence: float,
-    late_tokens: float,
-    late_divergence: float,
-    agreements: float,
-) -> Departure:
-    return Departure(
-        int(tokens), dense_loss, patched_loss, divergence, int(late_tokens), late_divergence, int(agreements)
-    )
 
 
 def _chunk(model: PreTrainedModel) -> int:

@@ -5,37 +5,48 @@ The models share one set of weights, so that a pilot needs little more memory th
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.runtime.errors import ModelError, PackageError
-from surgeon.runtime.evaluate.comparison import Comparison, compare
-from surgeon.runtime.evaluate.estimates import Estimate, middle, ratio
+from surgeon.runtime.evaluate.continuation import Continued, compare_continued
+from surgeon.runtime.evaluate.estimates import Estimate, middle
 from surgeon.runtime.evaluate.figures import AgainstDense
-from surgeon.runtime.evaluate.passkeys import Passkey, Retrieval, retrieve
-from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell
-from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.evaluate.pilot_file import Column
+from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.evaluate.retrieval import Progress, Retrieval, mean_share, of_dense, retrieve
 from surgeon.runtime.evaluate.speed import Speed, measure_speed
+from surgeon.runtime.evaluate.tasks.prompts import Prompt
 from surgeon.runtime.loading import Package
 from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
 from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.offload import entry_device, weight_stores
 
-Progress = Callable[[str, int, int], None]
 _STEPS = 16  # tokens decoded per round, if the sequence is more than twice as long
+_CALL = 64  # tokens of a continuation that are read at a time, if all of them are rows that ask
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, the package that it is patched with (None for the dense model), and its density."""
+    """A model to measure, the package and the recall that it is patched with, None for the dense one; its density."""
 
     name: str
     model: PreTrainedModel
     package: Package | None
     density: float
+    recall: str | None = None
+    dense_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class PilotRun:
+    """The measured columns, and the tasks behind their retrieval."""
+
+    columns: tuple[Column, ...]
+    retrieval: Retrieval
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -47,27 +58,28 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def run_pilot(
     candidates: Sequence[Candidate],
     sequences: Sequence[torch.Tensor],
-    passkeys: Sequence[Passkey],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     rounds: int,
     progress: Progress | None = None,
-) -> tuple[Column, ...]:
+) -> PilotRun:
     """Measures all candidates, the dense model first, on the same token ids `[1, length]`, all of one length.
 
-    Where torch.distributed has several processes, they share sequences and passkeys. The main process measures the rest
+    Where torch.distributed has several processes, they share sequences and tasks. The main process measures the rest
     alone, so that speed is that of a machine without other work, and all processes return its findings.
 
     Raises:
         ModelError: a model is in training mode, or its figures are not finite.
     """
     dense, *others = candidates
+    models = [candidate.model for candidate in candidates]
     processes = processes_of(dense.model)
     report = progress or _silent
-    comparisons = []
-    for index, other in enumerate(others):
-        report(f"quality: {other.name}", index, len(others))
-        comparisons.append(compare(dense.model, other.model, sequences, processes))
-        _check_finite(other, comparisons[-1])
-    retrievals = _retrievals(candidates, passkeys, processes, report)
+    step = min([_CALL, *(each.dense_rows for each in candidates if each.dense_rows)])
+    comparisons = compare_continued(models, sequences, step, processes, report)
+    for other, found in zip(others, comparisons, strict=True):
+        _check_finite(other, found)
+    retrieval = retrieve(models, tokenizer, prompts, processes, report)
 
     def measured() -> tuple[Column, ...]:
         steps = min(_STEPS, sequences[0].shape[1] // 2)
@@ -77,39 +89,44 @@ def run_pilot(
             report("cache and weights", index, len(candidates))
             found = comparisons[index - 1] if index else None
             kept = _kept_bytes(candidate, sequences[0])
-            columns.append(_column(candidate, comparisons[0], found, retrievals[index], speeds, kept, dense.name))
+            dense_speed = speeds[dense.name]
+            columns.append(_column(candidate, comparisons[0], found, retrieval, index, speeds, dense_speed, kept))
         return tuple(columns)
 
-    return processes.first(measured)
+    return PilotRun(processes.first(measured), retrieval)
 
 
 def _column(
     candidate: Candidate,
-    reference: Comparison,
-    found: Comparison | None,
-    retrievals: Sequence[tuple[Passkey, Retrieval]],
+    reference: Continued,
+    found: Continued | None,
+    retrieval: Retrieval,
+    index: int,
     speeds: dict[str, Speed],
+    dense_speed: Speed,
     kept_cache_bytes: int | None,
-    dense: str,
 ) -> Column:
     """A candidate's column, from its comparison with the dense model; the dense model's own from any `reference`."""
-    speed, dense_speed = speeds[candidate.name], speeds[dense]
+    speed = speeds[candidate.name]
     if found is None:
-        losses = [each.dense_loss / each.tokens for each in reference.sequences]
-        perplexity, beside = reference.dense_perplexity, None
+        losses = [each.dense_loss / each.tokens for each in reference.prompt.sequences]
+        perplexity, following = reference.prompt.dense_perplexity, reference.continuation.dense_perplexity
+        beside = None
     else:
-        losses = [each.patched_loss / each.tokens for each in found.sequences]
-        perplexity, beside = found.patched_perplexity, _beside(found, speed, dense_speed)
-    hits = [float(retrieval.found) for _, retrieval in retrievals]
+        losses = [each.patched_loss / each.tokens for each in found.prompt.sequences]
+        perplexity, following = found.prompt.patched_perplexity, found.continuation.patched_perplexity
+        beside = _beside(found, retrieval, index, speed, dense_speed)
     return Column(
         name=candidate.name,
         topology_sha256=None if candidate.package is None else candidate.package.manifest.topology_sha256,
+        recall=candidate.recall,
+        dense_rows=candidate.dense_rows,
         density=candidate.density,
         losses=tuple(losses),
         perplexity=perplexity,
+        continuation_perplexity=following,
         against_dense=beside,
-        passkeys=_cells(retrievals),
-        passkeys_found=ratio(hits, [1.0] * len(hits)) if hits else None,
+        scores=retrieval.scores[index],
         first_token=middle(speed.first_token),
         decode=middle([1 / seconds for seconds in speed.decoded_token]),
         peak_bytes=speed.peak_bytes,
@@ -118,12 +135,20 @@ def _column(
     )
 
 
-def _beside(found: Comparison, speed: Speed, dense: Speed) -> AgainstDense:
+def _beside(found: Continued, retrieval: Retrieval, index: int, speed: Speed, dense: Speed) -> AgainstDense:
+    shares = of_dense(retrieval.questions, retrieval.scores[index], retrieval.scores[0])
+    worst = min(shares, key=lambda task: shares[task].value, default=None)
     return AgainstDense(
-        perplexity_ratio=found.perplexity_ratio,
-        divergence=found.divergence,
-        late_divergence=found.late_divergence,
-        agreement=found.agreement,
+        continuation_ratio=found.continuation.perplexity_ratio,
+        continuation_divergence=found.continuation.divergence,
+        continuation_agreement=found.continuation.agreement,
+        retrieval=mean_share(shares.values()) if shares else None,
+        worst_retrieval=None if worst is None else shares[worst],
+        worst_task=worst,
+        perplexity_ratio=found.prompt.perplexity_ratio,
+        divergence=found.prompt.divergence,
+        late_divergence=found.prompt.late_divergence,
+        agreement=found.prompt.agreement,
         first_token_speedup=_speedup(dense.first_token, speed.first_token),
         decode_speedup=_speedup(dense.decoded_token, speed.decoded_token),
     )
@@ -134,45 +159,11 @@ def _speedup(dense: Sequence[float], other: Sequence[float]) -> Estimate:
     return middle([before / after for before, after in zip(dense, other, strict=True)])
 
 
-def _retrievals(
-    candidates: Sequence[Candidate], passkeys: Sequence[Passkey], processes: Processes, report: Progress
-) -> list[list[tuple[Passkey, Retrieval]]]:
-    """Every task with its outcome, for each candidate."""
-    rows = {}
-    for item in processes.own(len(passkeys)):
-        report("passkeys", item, len(passkeys))
-        answers = [retrieve(candidate.model, passkeys[item]) for candidate in candidates]
-        rows[item] = [number for answer in answers for number in (float(answer.found), answer.log_probability)]
-    if not passkeys:
-        return [[] for _ in candidates]
-    table = processes.gather(rows, len(passkeys), 2 * len(candidates))
-    return [
-        [(task, Retrieval(bool(row[2 * index]), row[2 * index + 1])) for task, row in zip(passkeys, table, strict=True)]
-        for index in range(len(candidates))
-    ]
-
-
-def _cells(retrievals: Sequence[tuple[Passkey, Retrieval]]) -> tuple[PasskeyCell, ...]:
-    by_place: dict[tuple[int, float], list[Retrieval]] = {}
-    for task, retrieval in retrievals:
-        by_place.setdefault((task.length, task.depth), []).append(retrieval)
-    return tuple(
-        PasskeyCell(
-            length=length,
-            depth=depth,
-            tried=len(found),
-            found=sum(each.found for each in found),
-            log_probability=math.fsum(each.log_probability for each in found) / len(found),
-        )
-        for (length, depth), found in by_place.items()
-    )
-
-
 @torch.inference_mode()
 def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
     """Bytes that a cache holds once the sequence is read; None if no cache can drop blocks."""
     model, device = candidate.model, entry_device(candidate.model)
-    if candidate.package is None:
+    if candidate.package is None or candidate.recall == "dense":  # rows that ask may read every block
         read = model(input_ids=sequence.to(device), use_cache=True, logits_to_keep=1)
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in read[CACHE_NAME].layers)
     if device.type != "cpu":
@@ -185,15 +176,16 @@ def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
     return cache.kept_bytes()
 
 
-def _check_finite(candidate: Candidate, found: Comparison) -> None:
-    for index, each in enumerate(found.sequences):
-        if not all(map(math.isfinite, (each.dense_loss, each.patched_loss, each.divergence))):
-            raise ModelError(
-                f"{candidate.name}: sequence {index}",
-                "finite losses",
-                f"{each.dense_loss} dense, {each.patched_loss} {candidate.name}",
-                "check the model's weights and dtype",
-            )
+def _check_finite(candidate: Candidate, found: Continued) -> None:
+    for what, comparison in (("prompt", found.prompt), ("continuation", found.continuation)):
+        for index, each in enumerate(comparison.sequences):
+            if not all(map(math.isfinite, (each.dense_loss, each.patched_loss, each.divergence))):
+                raise ModelError(
+                    f"{candidate.name}: {what} {index}",
+                    "finite losses",
+                    f"{each.dense_loss} dense, {each.patched_loss} {candidate.name}",
+                    "check the model's weights and dtype",
+                )
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -1,4 +1,6 @@
-"""A pilot's findings as frozen dataclasses, with the writer and the strict reader of pilot.json, version 1.
+"""A pilot's findings as frozen dataclasses, with the writer and the strict reader of pilot.json, version 2.
+
+Files of version 1 are read too, by `pilot_v1`.
 
 The columns are the models that were measured side by side on the same sequences: the dense one first, then the others.
 """
@@ -13,12 +15,14 @@ from dataclasses import dataclass
 from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
-from surgeon.runtime.package.strict_json import Fault, parse_root, read_document, read_plain
+from surgeon.runtime.evaluate.pilot_v1 import upgraded
+from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask, mean_score
+from surgeon.runtime.package.strict_json import Fault, parse_json, parse_root, read_document, read_plain
 
 MAX_PILOT_BYTES = 16 * 2**20
 
-_FAULT = Fault(PilotError, "run surgeon pilot again")
-_ROOT = {"format": "surgeon.pilot", "version": 1}
+FAULT = Fault(PilotError, "run surgeon pilot again")
+_ROOT = {"format": "surgeon.pilot", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -44,39 +48,28 @@ class PilotMachine:
 
 
 @dataclass(frozen=True)
-class PasskeyCell:
-    """Numbers hidden at one depth of prompts of one length, in tokens.
-
-    `depth` is the share of the filler before the number. Greedy decoding would write `found` of the `tried` numbers
-    exactly; `log_probability` is that of the right tokens, in nats per token.
-    """
-
-    length: int
-    depth: float
-    tried: int
-    found: int
-    log_probability: float
-
-
-@dataclass(frozen=True)
 class Column:
     """One model's figures.
 
-    `density` is visible pairs over causal pairs of blocks at the pilot's length. `losses` are nats per token of each
-    sequence, in the order of the texts. `first_token` is in seconds for a prompt of nearly the pilot's length, `decode`
-    in tokens per second after it. `peak_bytes` is the peak memory in use during both, None if the system does not tell.
-    `kept_cache_bytes` is the size of the cache of a sequence, without dead blocks where kernels allow; None if unknown.
-    `weights_sha256` is the weights' fingerprint after the run.
+    `recall` and `dense_rows` are those of `patch`, None for the dense model. `density` is visible pairs over causal
+    pairs of blocks at the pilot's length, under the pattern. `losses` are nats per token of each sequence's prompt, in
+    the order of the texts, and `perplexity` is theirs; `continuation_perplexity` is that of the tokens that follow.
+    `scores` are those of the pilot's questions, in their order, 0 to 1. `first_token` is in seconds for a prompt of
+    nearly the pilot's length, `decode` in tokens per second after it. `peak_bytes` is the peak memory in use during
+    both, None if the system does not tell. `kept_cache_bytes` is the size of the cache of a sequence, without dead
+    blocks where kernels allow; None if unknown. `weights_sha256` is the weights' fingerprint after the run.
     """
 
     name: str
     topology_sha256: str | None
+    recall: str | None
+    dense_rows: int | None
     density: float
     losses: tuple[float, ...]
     perplexity: Estimate
+    continuation_perplexity: Estimate | None
     against_dense: AgainstDense | None
-    passkeys: tuple[PasskeyCell, ...]
-    passkeys_found: Estimate | None
+    scores: tuple[float, ...]
     first_token: Estimate
     decode: Estimate
     peak_bytes: int | None
@@ -103,7 +96,8 @@ class Threshold:
 class Pilot:
     """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran.
 
-    `surgeon` is the version that made it, None in a file from before version 0.2.
+    `questions` are those of the kept tasks, which every column has a score for. `surgeon` is the version that made it,
+    None in a file from before version 0.2.
     """
 
     model: str
@@ -112,6 +106,8 @@ class Pilot:
     length: int
     texts: tuple[PilotText, ...]
     machine: PilotMachine
+    questions: tuple[AskedQuestion, ...]
+    dropped_tasks: tuple[DroppedTask, ...]
     columns: tuple[Column, ...]
     thresholds: tuple[Threshold, ...]
     seconds: float
@@ -131,6 +127,30 @@ class Pilot:
         """The text of pilot.json, the same for equal pilots."""
         return json.dumps(_ROOT | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
+    def column(self, name: str) -> Column | None:
+        """The column of this name, if the pilot has it."""
+        return next((column for column in self.columns if column.name == name), None)
+
+    def score(
+        self,
+        column: Column,
+        task: str | None = None,
+        length: int | None = None,
+        asked: str | None = None,
+        depth: float | None = None,
+    ) -> Estimate | None:
+        """A column's mean score on the questions with these properties, None standing for any; None without any."""
+        wanted = {"task": task, "length": length, "asked": asked, "depth": depth}
+        chosen = [
+            (question, score)
+            for question, score in zip(self.questions, column.scores, strict=True)
+            if all(value is None or getattr(question, name) == value for name, value in wanted.items())
+        ]
+        if not chosen:
+            return None
+        questions, scores = zip(*chosen, strict=True)
+        return mean_score(questions, scores)
+
     @classmethod
     def from_json(cls, text: str) -> "Pilot":
         """Reads the text of pilot.json.
@@ -139,12 +159,20 @@ class Pilot:
             PilotError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        root = {"surgeon": None} | parse_root(text, _ROOT, "pilot", _FAULT)
-        pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", _FAULT))
+        whole = parse_json(text, "pilot", FAULT)
+        if isinstance(whole, dict) and whole.get("version") == 1 and type(whole["version"]) is int:
+            root = upgraded(parse_root(text, _ROOT | {"version": 1}, "pilot", FAULT), FAULT)
+        else:
+            root = parse_root(text, _ROOT, "pilot", FAULT)
+        pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
-            raise _FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
+            raise FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
         if any(column.against_dense is None for column in pilot.columns[1:]):
-            raise _FAULT("pilot: columns", "figures beside the dense model in all but the first", "a column without")
+            raise FAULT("pilot: columns", "figures beside the dense model in all but the first", "a column without")
+        for index, column in enumerate(pilot.columns):
+            if len(column.scores) != len(pilot.questions):
+                where = f"pilot: columns[{index}]: scores"
+                raise FAULT(where, f"{len(pilot.questions)}, one for each question", str(len(column.scores)))
         return pilot
 
 
@@ -154,14 +182,18 @@ def read_pilot(path: str | os.PathLike[str]) -> Pilot:
     Raises:
         PilotError: the file is missing, too large, or breaks the format; the message says where.
     """
-    return read_document(path, MAX_PILOT_BYTES, Pilot.from_json, _FAULT)
+    return read_document(path, MAX_PILOT_BYTES, Pilot.from_json, FAULT)
 
 
 def judged(found: AgainstDense, limits: Mapping[str, float | None]) -> tuple[Threshold, ...]:
-    """Judges the patched model's figures by limits, named as in `LIMITS`; None stands for a limit that is not set."""
+    """Judges the patched model's figures by limits, named as in `LIMITS`; None stands for a limit that is not set.
+
+    A figure that was not measured is not judged.
+    """
     thresholds = []
     for figure, limit in limits.items():
-        kind, value = LIMITS[figure], found.estimate(figure).value
-        if limit is not None:
-            thresholds.append(Threshold(kind.name, kind.bound, limit, value, kind.met(value, limit)))
+        kind, estimate = LIMITS[figure], found.estimate(figure)
+        if limit is not None and estimate is not None:
+            name = f"{kind.name} {found.worst_task}" if figure == "worst_retrieval" else kind.name
+            thresholds.append(Threshold(name, kind.bound, limit, estimate.value, kind.met(estimate.value, limit)))
     return tuple(thresholds)

@@ -205,7 +205,12 @@ pilot model
 pilot model kernels
 pilot model kernels --text text.txt --length 0
 pilot model kernels --text text.txt --sequences 0
-pilot model kernels --text text.txt --passkeys -1
+pilot model kernels --text text.txt --tasks -1
+pilot model kernels --text text.txt --recall some
+pilot model kernels --text text.txt --dense-rows -1
+pilot model kernels --text text.txt --dense-rows 1.5
+pilot model kernels --text text.txt --min-retrieval -1
+pilot model kernels --text text.txt --max-divergence 0
 pilot model kernels --text text.txt --rounds 0
 pilot model kernels --text text.txt --max-ppl-ratio 0
 pilot model kernels --text text.txt --min-speedup inf

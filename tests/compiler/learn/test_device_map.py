@@ -73,14 +73,14 @@ def test_twins_fetch_from_the_same_store_and_keep_their_own_settings(folder: Pat
 def test_the_commands_take_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = compile_package(sparse_topology(), tmp_path / "kernels", dtypes=("fp32",))
     texts = [str(folder / "model"), "--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
-    size = ["--length", "96", "--sequences", "1", "--passkeys", "1", "--rounds", "1"]
+    size = ["--length", "96", "--sequences", "1", "--tasks", "0", "--max-ppl-ratio", "50", "--rounds", "1"]
     figures = []
     for name, more in (("whole", []), ("split", ["--device-map", json.dumps(SPLIT)])):
         out = tmp_path / f"{name}.json"
         assert main(["pilot", *texts, str(package), *size, "--out", str(out), *more]) == 0
         columns = read_pilot(out).columns
         figures.append([(each.perplexity, each.kept_cache_bytes, each.weights_sha256) for each in columns])
-        assert len(columns) == 3
+        assert len(columns) == 4
     assert figures[0] == figures[1]
 
     measured = ["--density", "0.5", "--length", "128", "--block", "16"]

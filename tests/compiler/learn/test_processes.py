@@ -30,16 +30,17 @@ def learning(folder: Path, out: Path, *more: str) -> list[str]:
 
 def piloting(folder: Path, package: Path, out: Path) -> list[str]:
     texts = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
-    size = ["--length", "96", "--sequences", "1", "--passkeys", "1", "--rounds", "1"]
+    size = ["--length", "256", "--sequences", "1", "--tasks", "1", "--max-ppl-ratio", "50", "--rounds", "1"]
     return ["pilot", str(folder / "model"), str(package), *texts, *size, "--out", str(out)]
 
 
 def quality(pilot: Path) -> list[Any]:
-    columns = read_pilot(pilot).columns
-    numbers = []
+    found = read_pilot(pilot)
+    columns = found.columns
+    numbers: list[Any] = [number for each in found.dropped_tasks for number in (each.questions, each.score)]
     for column in columns:
         beside = column.against_dense
-        numbers += [*column.losses, *(cell.log_probability for cell in column.passkeys)]
+        numbers += [*column.losses, *column.scores]
         numbers += [beside.divergence.value, beside.late_divergence.value, beside.agreement.value] if beside else []
     return numbers
 

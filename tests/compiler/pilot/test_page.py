@@ -28,15 +28,9 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.pilot_file import (
-    AgainstDense,
-    Column,
-    PasskeyCell,
-    Pilot,
-    PilotMachine,
-    PilotText,
-    Threshold,
-)
+from surgeon.runtime.evaluate.figures import FIGURES, AgainstDense
+from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold
+from surgeon.runtime.evaluate.retrieval import AskedQuestion
 from topologies import build, head, random_topology, tree, window_head
 
 EVIL = '<script>alert("1")</script>&$x$'
@@ -84,13 +78,26 @@ def topology(name: str = "handbook") -> Topology:
 
 def pilot(name: str = "a model", sha256: str = topology().sha256, density: float = 0.375) -> Pilot:
     def column(title: str, sha256: str | None, density: float, beside: AgainstDense | None) -> Column:
-        cells = tuple(PasskeyCell(64, depth, 2, 1, -1.5) for depth in (0.1, 0.9))
-        speed = Estimate(12.5, 0.5)
-        figures = (cells, Estimate(0.5, 0.25), Estimate(0.25, 0.0625), speed, 2_000_000, None, "0" * 64)
-        return Column(title, sha256, density, (3.0, 3.5), Estimate(19.75, 1.5), beside, *figures)
+        return Column(
+            name=title,
+            topology_sha256=sha256,
+            recall="dense" if sha256 else None,
+            dense_rows=128 if sha256 else None,
+            density=density,
+            losses=(3.0, 3.5),
+            perplexity=Estimate(19.75, 1.5),
+            continuation_perplexity=Estimate(15.25, 0.5),
+            against_dense=beside,
+            scores=(1.0, 0.0, 1.0, 0.0),
+            first_token=Estimate(0.25, 0.0625),
+            decode=Estimate(12.5, 0.5),
+            peak_bytes=2_000_000,
+            kept_cache_bytes=None,
+            weights_sha256="0" * 64,
+        )
 
-    half = Estimate(0.5, 0.125)
-    beside = AgainstDense(Estimate(1.0625, 0.03125), half, half, half, Estimate(1.5, None), half)
+    figures = dict.fromkeys(FIGURES, Estimate(0.5, 0.125)) | {"continuation_ratio": Estimate(1.0625, 0.03125)}
+    beside = AgainstDense(**figures, worst_task="single number")
     columns = (
         column("dense", None, 1.0, None),
         column("patched", sha256, density, beside),
@@ -103,6 +110,11 @@ def pilot(name: str = "a model", sha256: str = topology().sha256, density: float
         length=64,
         texts=(PilotText(name, "3" * 64, 2),),
         machine=PilotMachine("a processor", "cpu", "fp32", 2, "2", "5", "2026-01-01"),
+        questions=tuple(
+            AskedQuestion("single number", 64, depth, asked, index)
+            for index, (depth, asked) in enumerate((d, a) for d in (0.1, 0.9) for a in ("end", "later"))
+        ),
+        dropped_tasks=(),
         columns=columns,
         thresholds=(Threshold("perplexity ratio", "at most", 1.05, 1.0625, False),),
         seconds=12.0,
@@ -111,12 +123,13 @@ def pilot(name: str = "a model", sha256: str = topology().sha256, density: float
 
 def test_the_page_shows_all_of_it() -> None:
     page = Page(report(pilot(), topology()))
-    assert page.figures == {"passkeys": 2, "density": 1, "dendrograms": 2, "masks": 3}
-    assert page.tags["svg"] == 8
+    assert page.figures == {"retrieval": 1, "density": 1, "dendrograms": 2, "masks": 3}
+    assert page.tags["svg"] == 7
     assert "figures" not in page.text, "with one density the table has said it all"
     table = " ".join(page.text["table"].split())
-    for cell in ("19.750 ± 1.500", "1.0625 ± 0.0312", "12.5 ± 0.5", "2 of 4", "37.5%", "unchanged"):
+    for cell in ("19.750 ± 1.500", "1.0625 ± 0.0312", "12.5 ± 0.5", "50% ± 29%", "37.5%", "unchanged"):
         assert cell in table
+    assert "single number, 64 tokens, asked later" in page.text["retrieval"]
     assert "Missed" in page.text["verdict"]
     assert "MISSED: perplexity ratio 1.0625, to be at most 1.05" in page.text["verdict"]
     assert all(f"Layer {layer}" in page.text["masks"] for layer in range(3))
@@ -149,15 +162,15 @@ def test_several_pilots_make_curves_by_density() -> None:
     rows = density_table(pilots).rows
     assert [(row.name, row.cells[0]) for row in rows] == [
         ("dense", "100.0%"),
-        ("patched", "75.0%"),
-        ("patched", "50.0%"),
-        ("window", "50.0%"),
-        ("patched", "37.5%"),
-        ("window", "37.5%"),
+        ("patched, recall dense", "75.0%"),
+        ("patched, recall dense", "50.0%"),
+        ("window, recall dense", "50.0%"),
+        ("patched, recall dense", "37.5%"),
+        ("window, recall dense", "37.5%"),
     ]
     page = Page(report(pilot(), topology(), several()))
-    assert page.figures["figures"] == 7
-    assert page.tags["table"] == 2
+    assert page.figures["figures"] == 11
+    assert page.tags["table"] == 3
     assert "75.0%" in page.text["figures"]
     cells = re.findall(r"[\d.]+%", page.text["figures"].split("The models beside those above")[1])
     assert {"75.0%", "50.0%"} <= set(cells)
@@ -165,9 +178,9 @@ def test_several_pilots_make_curves_by_density() -> None:
     assert "75.0%, topology 4444" in page.text["provenance"]
 
 
-def without_passkeys() -> tuple[Column, ...]:
+def by_the_pattern() -> tuple[Column, ...]:
     columns = pilot(sha256="3" * 64).columns
-    return tuple(dataclasses.replace(column, passkeys=(), passkeys_found=None) for column in columns)
+    return tuple(dataclasses.replace(column, recall="pattern", dense_rows=0) for column in columns)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +192,11 @@ def without_passkeys() -> tuple[Column, ...]:
         ),
         ({"length": 128}, "half.json: length: expected 64 tokens.*, got 128 tokens"),
         ({"texts": (PilotText("a model", "6" * 64, 2),)}, "half.json: texts: expected 2 sequences of 3+, .* 6+"),
-        ({"columns": without_passkeys()}, r"half.json: passkeys: expected 4 in prompts of \[64\] tokens, .* got 0"),
+        (
+            {"questions": ()},
+            "half.json: tasks: expected 4 of single number in 64 tokens, as in the first pilot, got none",
+        ),
+        ({"columns": by_the_pattern()}, "half.json: recall: expected dense, 128 dense rows, .* got pattern, 0 dense"),
         (
             {"machine": PilotMachine("another", "cpu", "fp32", 2, "2", "5", "2026-01-02")},
             "half.json: machine: .* got another",
@@ -335,7 +352,7 @@ def test_a_browser_draws_it_within_the_width_of_a_phone(tmp_path: Path) -> None:
     assert found is not None
     width, content, drawn, images = json.loads(found[1])
     assert content <= width
-    assert drawn == 8
+    assert drawn == 7
     assert images >= 4
     shot = tmp_path / "page.png"
     run(f"--screenshot={shot}")

@@ -22,7 +22,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, package: Path, out: Path, *more: str) -> list[str]:
     text = ["--text", str(folder / "a.txt"), "--text", str(folder / "b.txt")]
-    size = ["--length", "96", "--sequences", "2", "--passkeys", "1", "--rounds", "1", "--out", str(out)]
+    size = ["--length", "96", "--sequences", "2", "--tasks", "0", "--rounds", "1", "--out", str(out)]
     return ["pilot", str(folder / "model"), str(package), *text, *size, *more]
 
 
@@ -30,22 +30,36 @@ def test_it_writes_its_file_prints_a_table_and_passes(
     folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pilot.json"
-    assert main(command(folder, package, out, "--max-ppl-ratio", "50", "--min-speedup", "0.0001")) == 0
+    easy = ("--max-ppl-ratio", "50", "--max-divergence", "50", "--min-speedup", "0.0001", "--dense-rows", "16")
+    assert main(command(folder, package, out, *easy)) == 0
     printed, said = capsys.readouterr()
-    assert "perplexity, times dense" in printed
-    assert "met: perplexity ratio" in printed
+    assert "continuation: perplexity, times dense" in printed
+    assert "met: perplexity of the continuation, times dense" in printed
+    assert "retrieval was not judged" in printed
     first, *lines = said.splitlines()
-    assert first.startswith("surgeon: 5 stages, about ")
+    assert first.startswith("surgeon: 3 stages, about ")
     stages = [line.split(",")[0].removeprefix("surgeon: ") for line in lines]
-    assert list(dict.fromkeys(stages)) == [f"stage {number} of 5" for number in range(1, 6)]
+    assert list(dict.fromkeys(stages)) == [f"stage {number} of 3" for number in range(1, 4)]
     pilot = read_pilot(out)
     assert [file.name for file in tmp_path.iterdir()] == ["pilot.json"]
-    assert [column.name for column in pilot.columns] == ["dense", "patched", "window"]
+    columns = [(column.name, column.recall, column.dense_rows) for column in pilot.columns]
+    assert columns == [
+        ("dense", None, None),
+        ("patched", "dense", 16),
+        ("pattern", "pattern", 0),
+        ("window", "dense", 16),
+    ]
+    forgotten, recalled = (pilot.columns[index].against_dense for index in (2, 1))
+    assert forgotten is not None
+    assert recalled is not None
+    assert forgotten.continuation_divergence is not None
+    assert recalled.continuation_divergence is not None
+    assert recalled.continuation_divergence.value < forgotten.continuation_divergence.value
     assert [(text.name, text.sequences) for text in pilot.texts] == [("a.txt", 2), ("b.txt", 2)]
     assert pilot.columns[1].topology_sha256 == sparse_topology().sha256
     assert pilot.columns[1].density == pytest.approx(density_at(sparse_topology(), 96))
-    assert pilot.columns[1].density - pilot.columns[2].density < 0.05
-    assert len(pilot.columns[2].passkeys) == 10
+    assert pilot.columns[2].density == pilot.columns[1].density
+    assert abs(pilot.columns[1].density - pilot.columns[3].density) < 0.05
     assert pilot.weights_unchanged
     assert pilot.passed
     assert pilot.surgeon == surgeon.runtime.__version__
@@ -55,12 +69,19 @@ def test_a_missed_threshold_is_status_3(
     folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pilot.json"
-    more = ("--no-window", "--max-ppl-ratio", "0.0001", "--min-speedup", "100000", "--json", "--passkeys", "0")
+    more = ("--no-window", "--recall", "pattern", "--max-ppl-ratio", "0.0001", "--min-speedup", "100000", "--json")
     assert main(command(folder, package, out, *more)) == 3
-    said = json.loads(capsys.readouterr().out)
+    printed, reason = capsys.readouterr()
+    assert reason.startswith("surgeon: refused: perplexity of the continuation, times dense ")
+    assert "; speed-up of the first token " in reason
+    assert len(reason.splitlines()) == 1
+    said = json.loads(printed)
     assert said == json.loads(out.read_text())
     assert [threshold["met"] for threshold in said["thresholds"]] == [False, False]
-    assert [column["name"] for column in said["columns"]] == ["dense", "patched"]
+    assert [(column["name"], column["recall"]) for column in said["columns"]] == [
+        ("dense", None),
+        ("patched", "pattern"),
+    ]
 
 
 def test_bad_input_is_one_line_and_status_2(
@@ -72,6 +93,7 @@ def test_bad_input_is_one_line_and_status_2(
     tiny_llama(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    capsys.readouterr()  # the progress of saving
     out = tmp_path / "pilot.json"
     whole = command(folder, package, out)
 
@@ -85,6 +107,12 @@ def test_bad_input_is_one_line_and_status_2(
         ([*whole, "--text", str(tmp_path / "short")], "expected at least 96 tokens"),
         ([*whole, "--text", str(tmp_path / "missing")], "expected a readable text file"),
         ([*whole, "--length", "4096"], "the model's context"),
+        ([*whole, "--length", "3"], "--length: expected 4 to 512 tokens"),
+        ([*whole, "--tasks", "1"], "': expected prompts of at least "),
+        ([*whole, "--recall", "some"], "argument --recall: invalid choice: 'some'"),
+        ([*whole, "--dense-rows", "-1"], "--dense-rows: expected a whole number of at least 1, got '-1'"),
+        ([*whole, "--dense-rows", "1.5"], "--dense-rows: expected a whole number of at least 1, got '1.5'"),
+        ([*whole, "--min-retrieval", "-1"], "expected a number of at least 0, got '-1'"),
         ([*whole, "--max-ppl-ratio", "nan"], "expected a number above 0, got 'nan'"),
         ([*whole, "--out", str(tmp_path / "no" / "pilot.json")], "a folder that exists"),
         (instead(folder / "model", tmp_path / "model"), "num_hidden_layers"),

@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
 
-from models import VOCABULARY, Compiled, tiny_llama, tokens
+from models import Compiled, tiny_llama, tokens
+from oracles import letters
 from surgeon.runtime import SurgeonCache, fingerprint, patch
 from surgeon.runtime.errors import ModelError, PilotError
-from surgeon.runtime.evaluate.comparison import compare
-from surgeon.runtime.evaluate.estimates import middle, ratio
-from surgeon.runtime.evaluate.passkeys import DEPTHS, Passkey, passkeys, retrieve
+from surgeon.runtime.evaluate.continuation import compare_continued
+from surgeon.runtime.evaluate.estimates import Estimate, middle
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask
 
 LENGTH = 96
 HASH = "0" * 64
@@ -35,46 +32,49 @@ def sequences() -> list[torch.Tensor]:
     return [tokens(1, LENGTH, seed) for seed in range(3)]
 
 
-def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters that puts a special token before every text."""
-    characters = sorted({*map(chr, range(32, 127)), "\n"})
-    known = {"<s>": 0} | {character: index + 1 for index, character in enumerate(characters)}
-    single = Tokenizer(WordLevel({**known, "?unknown": 0}, unk_token="?unknown"))
-    single.pre_tokenizer = Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=single, unk_token="?unknown", bos_token="<s>")
-
-
-def piloted(package: Compiled, sequences: list[torch.Tensor], tasks: tuple[Passkey, ...] = ()) -> tuple[Column, ...]:
+def piloted(package: Compiled, sequences: list[torch.Tensor]) -> tuple[Column, ...]:
+    """The dense model, one that reads by the pattern, and one whose 16 last rows read everything."""
     dense = tiny_llama()
-    patched = twin(dense)
-    patch(patched, package.package, recall="pattern")
-    candidates = [Candidate("dense", dense, None, 1.0), Candidate("patched", patched, package.package, 0.5)]
-    return run_pilot(candidates, sequences, tasks, rounds=2)
+    candidates = [Candidate("dense", dense, None, 1.0)]
+    for name, recall, rows in (("pattern", "pattern", 0), ("patched", "dense", 16)):
+        model = twin(dense)
+        patch(model, package.package, recall=recall, dense_rows=16)
+        candidates.append(Candidate(name, model, package.package, 0.5, recall, rows))
+    return run_pilot(candidates, sequences, letters(), (), rounds=2).columns
 
 
 def test_its_figures_are_those_of_a_direct_comparison(
     compiled: dict[str, Compiled], sequences: list[torch.Tensor]
 ) -> None:
-    dense, patched = piloted(compiled["sparse"], sequences)
-    model, other = tiny_llama(), tiny_llama()
+    dense, pattern, patched = piloted(compiled["sparse"], sequences)
+    model, other, recalling = tiny_llama(), tiny_llama(), tiny_llama()
     patch(other, compiled["sparse"].package, recall="pattern")
-    expected = compare(model, other, sequences)
-    assert dense.perplexity == expected.dense_perplexity
-    assert patched.perplexity == expected.patched_perplexity
-    beside = patched.against_dense
+    patch(recalling, compiled["sparse"].package, recall="dense", dense_rows=16)
+    forgotten, recalled = compare_continued([model, other, recalling], sequences, 16)
+    assert dense.perplexity == forgotten.prompt.dense_perplexity
+    assert dense.continuation_perplexity == forgotten.continuation.dense_perplexity
     assert dense.against_dense is None
-    assert beside is not None
-    for name in ("perplexity_ratio", "divergence", "late_divergence", "agreement"):
-        assert getattr(beside, name) == getattr(expected, name)
-    assert beside.divergence.value > 0.01
-    assert math.exp(sum(patched.losses) / 3) == pytest.approx(patched.perplexity.value, rel=1e-9)
+    assert (dense.recall, pattern.recall, patched.recall, patched.dense_rows) == (None, "pattern", "dense", 16)
+    for column, expected in ((pattern, forgotten), (patched, recalled)):
+        beside = column.against_dense
+        assert beside is not None
+        assert column.perplexity == expected.prompt.patched_perplexity
+        assert column.continuation_perplexity == expected.continuation.patched_perplexity
+        for name in ("perplexity_ratio", "divergence", "late_divergence", "agreement"):
+            assert getattr(beside, name) == getattr(expected.prompt, name)
+        assert beside.continuation_ratio == expected.continuation.perplexity_ratio
+        assert beside.continuation_divergence == expected.continuation.divergence
+        assert beside.continuation_agreement == expected.continuation.agreement
+        assert (beside.retrieval, beside.worst_retrieval, beside.worst_task) == (None, None, None)
+        assert math.exp(sum(column.losses) / 3) == pytest.approx(column.perplexity.value, rel=1e-9)
+    assert patched.continuation_perplexity != pattern.continuation_perplexity
     dense_bytes = 3 * 2 * 2 * LENGTH * 32 * 4  # layers, keys and values, KV heads, tokens, head size, fp32
-    assert dense.kept_cache_bytes == dense_bytes
+    assert dense.kept_cache_bytes == patched.kept_cache_bytes == dense_bytes
     cache = SurgeonCache(compiled["sparse"].package)
     with torch.no_grad():
         other(sequences[0], past_key_values=cache)
-    assert patched.kept_cache_bytes == cache.kept_bytes()
-    for column in (dense, patched):
+    assert pattern.kept_cache_bytes == cache.kept_bytes()
+    for column in (dense, pattern, patched):
         assert column.first_token.value > 0
         assert column.decode.value > 0
         assert column.weights_sha256 == fingerprint(model)
@@ -82,12 +82,14 @@ def test_its_figures_are_those_of_a_direct_comparison(
 
 
 def test_a_collapsed_topology_is_the_model_itself(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
-    _, patched = piloted(compiled["one cluster"], sequences)
-    beside = patched.against_dense
-    assert beside is not None
-    assert beside.perplexity_ratio.value == pytest.approx(1, abs=1e-5)
-    assert beside.divergence.value == pytest.approx(0, abs=1e-6)
-    assert beside.agreement.value == 1
+    for column in piloted(compiled["one cluster"], sequences)[1:]:
+        beside = column.against_dense
+        assert beside is not None
+        assert beside.continuation_ratio is not None
+        assert beside.perplexity_ratio.value == pytest.approx(1, abs=1e-5)
+        assert beside.continuation_ratio.value == pytest.approx(1, abs=1e-5)
+        assert beside.divergence.value == pytest.approx(0, abs=1e-6)
+        assert beside.agreement.value == 1
 
 
 def test_twins_share_weights_and_not_settings(compiled: dict[str, Compiled]) -> None:
@@ -98,53 +100,18 @@ def test_twins_share_weights_and_not_settings(compiled: dict[str, Compiled]) -> 
     assert (model.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "surgeon")
 
 
-def test_a_passkey_stands_at_its_depth_in_a_prompt_of_its_length() -> None:
-    tokenizer = letters()
-    filler = torch.full((1, 200), tokenizer.convert_tokens_to_ids("x"))
-    tasks = passkeys(tokenizer, [filler], (40, 200), trials=2)
-    assert [(task.length, task.depth) for task in tasks] == [(200, depth) for depth in DEPTHS for _ in range(2)]
-    for task in tasks:
-        assert len(task.prompt) + len(task.answer) == 200
-        answer = "".join(tokenizer.convert_ids_to_tokens(task.answer))
-        prompt = "".join(tokenizer.convert_ids_to_tokens(task.prompt))
-        assert prompt.count(answer.strip()) == 2
-        assert prompt.endswith("The secret number is")
-        before, after = prompt.index("\n"), prompt.rindex("x") - prompt.rindex("\n\nx") - 1
-        assert before / (before + after) == pytest.approx(task.depth, abs=0.02)
-    assert len({tuple(task.answer.tolist()) for task in tasks}) == len(tasks)
-
-
-def test_a_number_counts_as_found_exactly_where_greedy_decoding_writes_it() -> None:
-    model = tiny_llama()
-    prompt = tokens(1, 30)
-    written = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, 30:]
-    right = retrieve(model, Passkey(33, 0.5, prompt[0], written))
-    assert right.found
-    with torch.no_grad():
-        logits = model(torch.cat([prompt[0], written])[None]).logits[0, 29:-1].double()
-    expected = torch.log_softmax(logits, dim=-1).gather(1, written[:, None]).mean()
-    assert right.log_probability == pytest.approx(float(expected), rel=1e-5)
-    for place in range(3):
-        wrong = written.clone()
-        wrong[place] = (wrong[place] + 1) % VOCABULARY
-        assert not retrieve(model, Passkey(33, 0.5, prompt[0], wrong)).found
-
-
-def test_retrieval_is_counted_by_length_and_depth(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
-    model, prompt = tiny_llama(), tokens(1, 30)
-    written = model.generate(prompt, max_new_tokens=2, do_sample=False)[0, 30:]
-    hit, miss = Passkey(32, 0.1, prompt[0], written), Passkey(32, 0.1, prompt[0], written.flip(0) + 1)
-    dense, _ = piloted(compiled["dense"], sequences[:1], (hit, miss, dataclasses.replace(hit, depth=0.9)))
-    assert [(cell.depth, cell.tried, cell.found) for cell in dense.passkeys] == [(0.1, 2, 1), (0.9, 1, 1)]
-    assert dense.passkeys_found == ratio([1, 0, 1], [1, 1, 1])
-
-
 def test_losses_that_are_no_numbers_are_refused(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
     dense = tiny_llama()
     other = tiny_llama()
     torch.nn.init.constant_(other.lm_head.weight, math.inf)
     with pytest.raises(ModelError):
-        run_pilot([Candidate("dense", dense, None, 1.0), Candidate("patched", other, None, 0.5)], sequences, (), 1)
+        run_pilot(
+            [Candidate("dense", dense, None, 1.0), Candidate("patched", other, None, 0.5)],
+            sequences,
+            letters(),
+            (),
+            rounds=1,
+        )
 
 
 def test_a_median_has_an_error_that_one_disturbed_round_leaves_alone() -> None:
@@ -156,8 +123,10 @@ def test_a_median_has_an_error_that_one_disturbed_round_leaves_alone() -> None:
     assert middle([2.0]).error is None
 
 
-def example(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pilot:
+@pytest.fixture(scope="module")
+def pilot(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pilot:
     columns = piloted(compiled["sparse"], sequences[:2])
+    asked = tuple(AskedQuestion("several keys", 96, depth, "later", 0) for depth in (0.1, 0.9))
     return Pilot(
         model="tiny",
         weights_sha256=fingerprint(tiny_llama()),
@@ -165,16 +134,15 @@ def example(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> Pil
         length=LENGTH,
         texts=(PilotText("a.txt", HASH, 2),),
         machine=PilotMachine("a processor", "cpu", "fp32", 1, "2", "5", "2026-01-01"),
-        columns=columns,
+        questions=asked,
+        dropped_tasks=(DroppedTask("common words", 2, 0.25),),
+        columns=tuple(dataclasses.replace(column, scores=(1.0, index / 4)) for index, column in enumerate(columns)),
         thresholds=(),
         seconds=1.0,
     )
 
 
-def test_the_file_holds_all_and_nothing_else_is_read(
-    compiled: dict[str, Compiled], sequences: list[torch.Tensor]
-) -> None:
-    pilot = example(compiled, sequences)
+def test_the_file_holds_all_and_nothing_else_is_read(pilot: Pilot) -> None:
     assert Pilot.from_json(pilot.to_json()) == pilot
     whole = json.loads(pilot.to_json())
 
@@ -184,9 +152,13 @@ def test_the_file_holds_all_and_nothing_else_is_read(
     for text, where in (
         ("{", "pilot: line 1 column 2: expected JSON"),
         ("[]", "pilot: expected an object"),
-        (broken({"version": 2}), "pilot: version: expected 1, got 2"),
-        (broken({"version": 2, "surgeon": "9.1"}), "pilot: version: expected 1, got 2, as surgeon '9.1' writes it"),
+        (broken({"version": 3}), "pilot: version: expected 2, got 3"),
+        (broken({"version": 3, "surgeon": "9.1"}), "pilot: version: expected 2, got 3, as surgeon '9.1' writes it"),
+        (broken({"version": True}), "pilot: version: expected 2, got True"),
+        (broken({"version": 1}), "pilot: columns.0.: passkeys: expected a list"),
+        (broken({"version": 1, "columns": 5}), "pilot: columns: expected a list of objects"),
         (broken({"surgeon": 2}), "pilot: surgeon: expected a value of type str, got 2"),
+        (broken({"questions": whole["questions"][:1]}), "pilot: columns.0.: scores: expected 1, one for each question"),
         (broken({"more": 1}), "pilot: expected the keys"),
         (broken({"length": "96"}), "pilot: length: expected a value of type int"),
         (broken({"seconds": math.nan}), "pilot: seconds: expected a finite number, got nan"),
@@ -198,16 +170,86 @@ def test_the_file_holds_all_and_nothing_else_is_read(
             Pilot.from_json(text)
 
 
-def test_thresholds_and_changed_weights_decide(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
-    pilot = example(compiled, sequences)
+def test_scores_are_averaged_over_the_questions_that_are_named(pilot: Pilot) -> None:
+    column = pilot.column("patched")
+    assert column is not None
+    assert pilot.column("another") is None
+    assert pilot.score(column) == Estimate(0.75, None), "of one prompt"
+    assert pilot.score(column, "several keys", 96, "later", 0.9) == Estimate(0.5, None)
+    for nothing in ({"task": "others"}, {"length": 64}, {"asked": "end"}, {"depth": 0.5}):
+        assert pilot.score(column, **nothing) is None  # type: ignore[arg-type]
+
+
+def test_a_file_of_version_1_is_read_as_one_by_the_pattern() -> None:
+    half = {"value": 0.5, "error": None}
+    cells = [
+        {"length": 64, "depth": 0.1, "tried": 2, "found": 1, "log_probability": -1.5},
+        {"length": 64, "depth": 0.9, "tried": 1, "found": 0, "log_probability": -2.5},
+    ]
+    names = ("perplexity_ratio", "divergence", "late_divergence", "agreement", "first_token_speedup", "decode_speedup")
+    dense = {
+        "name": "dense",
+        "topology_sha256": None,
+        "density": 1.0,
+        "losses": [3.0],
+        "perplexity": half,
+        "against_dense": None,
+        "passkeys": cells,
+        "passkeys_found": half,
+        "first_token": half,
+        "decode": half,
+        "peak_bytes": None,
+        "kept_cache_bytes": None,
+        "weights_sha256": HASH,
+    }
+    patched = dense | {"name": "patched", "against_dense": dict.fromkeys(names, half)}
+    machine = dataclasses.asdict(PilotMachine("a processor", "cpu", "fp32", 1, "2", "5", "2026-01-01"))
+    root = {
+        "format": "surgeon.pilot",
+        "version": 1,
+        "model": "tiny",
+        "weights_sha256": HASH,
+        "package_id": HASH,
+        "length": 64,
+        "texts": [],
+        "machine": machine,
+        "columns": [dense, patched],
+        "thresholds": [],
+        "seconds": 1.0,
+    }
+    found = Pilot.from_json(json.dumps(root))
+    assert [(each.task, each.length, each.depth, each.asked) for each in found.questions] == [
+        ("single number", 64, depth, "end") for depth in (0.1, 0.1, 0.9)
+    ]
+    assert [column.scores for column in found.columns] == [(1, 0, 0)] * 2
+    assert [(column.recall, column.dense_rows) for column in found.columns] == [(None, None), ("pattern", 0)]
+    beside = found.columns[1].against_dense
+    assert beside is not None
+    assert (beside.continuation_ratio, beside.retrieval, beside.agreement) == (None, None, Estimate(0.5, None))
+    assert Pilot.from_json(found.to_json()) == found, "written as version 2"
+    del root["seconds"]
+    with pytest.raises(PilotError, match="pilot: expected the keys"):
+        Pilot.from_json(json.dumps(root))
+
+
+def test_thresholds_and_changed_weights_decide(pilot: Pilot) -> None:
     beside = pilot.columns[1].against_dense
     assert beside is not None
-    quality, speed = beside.perplexity_ratio.value, beside.first_token_speedup.value
-    assert judged(beside, {"perplexity_ratio": None}) == ()
-    reached = {"perplexity_ratio": quality, "first_token_speedup": speed}
+    assert beside.continuation_ratio is not None
+    quality, speed = beside.continuation_ratio.value, beside.first_token_speedup.value
+    assert judged(beside, {"continuation_ratio": None}) == ()
+    assert judged(beside, {"worst_retrieval": 0.9}) == (), "no task was asked"
+    reached = {"continuation_ratio": quality, "first_token_speedup": speed}
     assert [each.met for each in judged(beside, reached)] == [True, True]
-    missed = judged(beside, {"perplexity_ratio": quality * 0.99, "first_token_speedup": speed * 1.01})
+    missed = judged(beside, {"continuation_ratio": quality * 0.99, "first_token_speedup": speed * 1.01})
     assert [(each.found, each.met) for each in missed] == [(quality, False), (speed, False)]
+    lost = dataclasses.replace(beside, worst_retrieval=Estimate(0.5, 0.1), worst_task="several keys")
+    (threshold,) = judged(lost, {"worst_retrieval": 0.9})
+    assert (threshold.figure, threshold.found, threshold.met) == (
+        "retrieval, times dense, of the task several keys",
+        0.5,
+        False,
+    )
     assert pilot.passed
     assert not dataclasses.replace(pilot, thresholds=missed[:1]).passed
     changed = dataclasses.replace(pilot.columns[1], weights_sha256=HASH)

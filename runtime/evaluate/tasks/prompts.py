@@ -1,0 +1,133 @@
+"""Turns plans of tasks into prompts of a length: token ids, with the facts hidden in filler text."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from surgeon.runtime.errors import ModelError
+from surgeon.runtime.evaluate.tasks.numbers import several_keys, several_values, single_numbers, variable_tracking
+from surgeon.runtime.evaluate.tasks.plan import Fact, Plan, Query
+from surgeon.runtime.evaluate.tasks.words import common_words, frequent_words
+
+_SPARE = 6  # tokens of an answer beyond those of the expected items
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query as token ids `[tokens]`; its answer has at most `budget` tokens."""
+
+    query: Query
+    tokens: torch.Tensor
+    budget: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with hidden facts, as token ids `[tokens]`, and the questions about it.
+
+    With `at_end` there is one question, and it ends the prompt. Otherwise each question is a later turn of its own,
+    which knows nothing of the others. Text, the longest question and its answer have at most `length` tokens.
+    """
+
+    length: int
+    text: torch.Tensor
+    questions: tuple[Question, ...]
+    at_end: bool
+
+
+def make_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    fillers: Sequence[torch.Tensor],
+    lengths: Sequence[int],
+    rounds: int,
+    seed: int = 0,
+) -> tuple[Prompt, ...]:
+    """Makes `rounds` times every task for each length, the same for the same seed.
+
+    Fillers are token ids `[1, tokens]` of text, taken in turn, each as long as the greatest length. A text with one
+    question is asked at its end and later in turn; of a text with several, all are asked later, and at its end one of
+    each task.
+
+    Raises:
+        ModelError: a task does not fit a length, or the tokenizer has no tokens for a text.
+    """
+    encoder, drawn, made = _Encoder(tokenizer), random.Random(seed), count()
+    prompts: list[Prompt] = []
+    for length in lengths:
+        for turn in range(rounds):
+            for index, plan in enumerate(_plans(drawn)):
+                filler = fillers[next(made) % len(fillers)][0]
+                prompts += _prompts(encoder, plan, filler, length, turn + index)
+    return tuple(prompts)
+
+
+def fitting_lengths(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[int, ...]:
+    """The length, preceded by half of it where every task fits that."""
+    try:
+        make_prompts(tokenizer, [torch.zeros(1, length, dtype=torch.long, device="cpu")], (length // 2,), 1)
+    except ModelError:
+        return (length,)
+    return (length // 2, length)
+
+
+def _plans(drawn: random.Random) -> tuple[Plan, ...]:
+    others = (several_keys, several_values, variable_tracking, common_words, frequent_words)
+    return (*single_numbers(drawn), *(plan(drawn) for plan in others))
+
+
+class _Encoder:
+    """A tokenizer without special tokens, except those that it puts before every text, which are in `start`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        first = tokenizer("a")["input_ids"][:1]
+        self.start: list[int] = list(first) if first == [tokenizer.bos_token_id] else []
+
+    def ids(self, text: str) -> list[int]:
+        found = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not found:
+            remedy = "use the model's own tokenizer, or --tasks 0"
+            raise ModelError(type(self._tokenizer).__name__, f"tokens for {text!r}", "none", remedy)
+        return found
+
+    def question(self, query: Query) -> Question:
+        answer = self.ids(" " + ", ".join(query.expected))
+        return Question(query, torch.tensor(self.ids(query.text), device="cpu"), len(answer) + _SPARE)
+
+
+def _prompts(encoder: _Encoder, plan: Plan, filler: torch.Tensor, length: int, turn: int) -> Iterator[Prompt]:
+    questions = tuple(encoder.question(query) for query in plan.queries)
+    by_task: dict[str, list[Question]] = {}
+    for question in questions:
+        by_task.setdefault(question.query.task, []).append(question)
+    hidden = [(encoder.ids(fact.text), fact) for fact in plan.facts]
+    room = length - max(len(question.tokens) + question.budget for question in questions)
+    least = len(encoder.start) + sum(len(ids) for ids, _ in hidden)
+    if room < least:
+        raise ModelError(
+            f"the task {', '.join(by_task)!r}",
+            f"prompts of at least {length + least - room} tokens",
+            f"{length}",
+            "choose a larger --length, or --tasks 0",
+        )
+    text = _laid_out(encoder.start, hidden, filler[: room - least].tolist())
+    if len(questions) == 1:
+        yield Prompt(length, text, questions, at_end=turn % 2 == 0)
+        return
+    yield Prompt(length, text, questions, at_end=False)
+    for asked in by_task.values():
+        yield Prompt(length, text, (asked[turn % len(asked)],), at_end=True)
+
+
+def _laid_out(start: list[int], hidden: Sequence[tuple[list[int], Fact]], filler: list[int]) -> torch.Tensor:
+    """The filler with each fact's tokens at its depth, after the tokens that start every text."""
+    whole, place = list(start), 0
+    for ids, fact in sorted(hidden, key=lambda pair: pair[1].depth):
+        upto = round(fact.depth * len(filler))
+        whole += [*filler[place:upto], *ids]
+        place = upto
+    return torch.tensor([*whole, *filler[place:]], device="cpu")
