@@ -32,7 +32,7 @@ from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import perplexity
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096"}
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096"}
 """The topology that was learned or scaled for each length."""
 TOKENS_SCORED = 8192
 REPEATS = 3
@@ -146,7 +146,7 @@ def compare(
 @contextmanager
 def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
     """Patches the model for the duration of a `with` statement: one model with the same weights has both attentions."""
-    patch(model, package)
+    patch(model, package, recall="pattern")
     try:
         yield
     finally:
@@ -227,7 +227,7 @@ def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         expected = model(input_ids=tokens).logits
     with patched(model, package):
         through_patch = model(input_ids=tokens).logits
-    through_trace = trace(model, package)(tokens)
+    through_trace = trace(model, package, recall="pattern")(tokens)
     size = expected.abs().max()
     console.print(f"\nTrees against explicit masks, {TREE_TOKENS:,} tokens: largest difference of the logits")
     for name, logits in (("patched", through_patch), ("traced", through_trace)):

@@ -6,9 +6,13 @@ from pathlib import Path
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.artifacts import Binary, Source
 from surgeon.compiler.specs.kernel_spec import KernelSpec
+from surgeon.compiler.system.atomic_files import naming
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
 from surgeon.runtime.package.target import Target
+
+_SHOWN = 64
+"""The most runs of a piece that the text lists: with all of them its size would grow with the pieces' square."""
 
 
 class Dump:
@@ -44,7 +48,8 @@ class Dump:
             return
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with naming(path):
+            path.write_bytes(data)
 
 
 def _layer_text(layer: LayerSchedule) -> str:
@@ -59,7 +64,9 @@ def _layer_text(layer: LayerSchedule) -> str:
         names[head] = index
         lines.append(f"  head {index}:")
         for piece in head.pieces:
-            runs = [f"{run.begin}..{run.end - 1}" for run in head.runs[piece.first_run : piece.end_run]]
+            runs = [f"{run.begin}..{run.end - 1}" for run in head.runs[piece.first_run : piece.end_run][:_SHOWN]]
+            if piece.end_run - piece.first_run > _SHOWN:
+                runs.append(f"and {piece.end_run - piece.first_run - _SHOWN} more")
             begin = f"row{piece.last_begin:+d}" if piece.follows_row else str(piece.last_begin)
             end = "" if piece.end_row == UNBOUNDED else str(piece.end_row - 1)
             lines.append(f"    rows {piece.first_row}..{end}: blocks {', '.join([*runs, f'{begin}..row'])}")

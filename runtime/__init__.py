@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from surgeon.runtime.evaluate.processes import joined
     from surgeon.runtime.loading import Package, load
     from surgeon.runtime.transformers.cache import SurgeonCache
-    from surgeon.runtime.transformers.fingerprint import fingerprint
+    from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
     from surgeon.runtime.transformers.graph.serving import serving_program
     from surgeon.runtime.transformers.graph.tracing import trace
     from surgeon.runtime.transformers.patching import patch, unpatch
@@ -34,6 +34,7 @@ __all__ = [
     "serving_program",
     "trace",
     "unpatch",
+    "weights_id",
 ]
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "serving_program": "transformers.graph.serving",
     "trace": "transformers.graph.tracing",
     "unpatch": "transformers.patching",
+    "weights_id": "transformers.fingerprint",
 }
 
 
@@ -60,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,6 +1,20 @@
 """Surgeon's exceptions: one hierarchy, whose messages say where, what was expected, what was found and what to do."""
 
+import errno
 import reprlib
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or use another disk (TMPDIR names the folder for scratch files)",
+    errno.EDQUOT: "free some space, or use another disk (TMPDIR names the folder for scratch files)",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another disk",
+    errno.EMFILE: "close some files, or raise the limit: ulimit -n",
+    errno.ENFILE: "close some files, or raise the system's limit",
+    errno.ENOMEM: "free some memory, or use a machine with more",
+    errno.EACCES: "change its permissions, or use another place",
+    errno.EPERM: "change its permissions, or use another place",
+    errno.EROFS: "use a place that can be written",
+    errno.ENAMETOOLONG: "use a shorter name",
+}
 
 
 class SurgeonError(Exception):
@@ -56,3 +70,18 @@ def short_repr(value: object, limit: int = 60) -> str:
     brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = brief.maxfrozenset = limit
     text = brief.repr(value).replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """The text of any exception on one line: what the system says, or the first line of the message, or the class."""
+    said = error.strerror if isinstance(error, OSError) else None
+    lines = (said or str(error)).strip().splitlines() or [""]
+    text = " ".join(lines[0].split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def remedy_for(error: BaseException, otherwise: str) -> str:
+    """An imperative sentence for an error of the system that the file is not to blame for, such as a full disk."""
+    if isinstance(error, MemoryError):
+        return _REMEDIES[errno.ENOMEM]
+    return _REMEDIES.get(error.errno or 0, otherwise) if isinstance(error, OSError) else otherwise

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
@@ -26,6 +27,7 @@ def load(
     cpu_variant: str | None = None,
     device: str | torch.device | None = None,
     sha256: str | None = None,
+    hub_cache: bool = False,
 ) -> "Package":
     """Verifies a package and loads its kernels for a device. Nothing is ever compiled.
 
@@ -34,12 +36,13 @@ def load(
     instruction sets; None takes the processor's fastest. `device` None means the CPU if the package has kernels for it,
     else the current GPU; other devices' kernels are loaded on first use or by `Package.prepare`. `sha256` is the
     identity that the package must have: the SHA-256 of its manifest, which `surgeon compile` and `inspect` print.
+    `hub_cache` is as in `read_package`: without it, a link is refused wherever it leads.
 
     Raises:
         PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names.
         TargetError: the package holds no kernels for this machine or this device.
     """
-    files = read_package(folder)
+    files = read_package(folder, hub_cache)
     if sha256 is not None and sha256.lower() != files.id:
         raise PackageError(
             str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"
@@ -48,6 +51,25 @@ def load(
         device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
     package = Package(files, LayerKernels(files, strict, cpu_variant))
     package.prepare(device)
+    return package
+
+
+def loaded(package: object) -> "Package":
+    """The package itself, or the one that is loaded from a folder.
+
+    Raises:
+        PatchError: it is neither a package nor a folder's name.
+        PackageError, TargetError: as `load`.
+    """
+    if isinstance(package, str | os.PathLike):
+        return load(package)
+    if not isinstance(package, Package):
+        raise PatchError(
+            "package",
+            "a package or its folder",
+            f"a {type(package).__qualname__}",
+            'pass surgeon.runtime.load("kernels")',
+        )
     return package
 
 
@@ -145,6 +167,30 @@ class Package:
             for layer, schedule in self._files.schedules.items()
         }
 
+    def __repr__(self) -> str:
+        """The model, targets, layers, density and identity, on one line."""
+        manifest, shape = self.manifest, self.manifest.model
+        dtypes: dict[str, list[str]] = {}
+        for kernel in manifest.kernels:
+            if kernel.dtype not in dtypes.setdefault(kernel.target, []):
+                dtypes[kernel.target].append(kernel.dtype)
+        targets = ", ".join(f"{target} ({' '.join(dtypes[target])})" for target in manifest.targets)
+        tokens = manifest.num_blocks * manifest.block_size
+        part = "" if len(self.kv_heads) == shape.num_key_value_heads else f", KV heads {self.kv_heads}"
+        return (
+            f"<Package for {shape.model_type}: {len(manifest.layers)} of {shape.num_hidden_layers} layers{part}, "
+            f"{self._density()} of the blocks at {tokens:,} tokens, {targets}, id {self._files.id[:12]}>"
+        )
+
+    def _density(self) -> str:
+        blocks = self.manifest.num_blocks
+        try:
+            heads = Counter(head for schedule in self._files.schedules.values() for head in schedule.heads)
+        except PackageError:  # the tables are damaged, which a call will say
+            return "an unknown share"
+        seen = sum(head.visible_blocks(blocks) * count for head, count in heads.items())
+        return f"{seen / (blocks * (blocks + 1) // 2 * heads.total()):.1%}"
+
     def __deepcopy__(self, memo: dict[int, object]) -> "Package":
         """Returns the package itself: a copy of a patched model runs on the same loaded kernels."""
         return self
@@ -172,6 +218,8 @@ class Package:
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
         *,
+        dense_rows: int = 0,
+        tokens_ahead: int = 0,
         first_key: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Block-sparse causal attention of one layer: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` to `[B,Sq,Hq,D]`.
@@ -181,11 +229,17 @@ class Package:
         sequence (left padding, default 0); blocks are counted from it, and queries before it give zeros. The result is
         contiguous.
 
+        With `dense_rows` of at least 1, a row of blocks that ends after the last query's own key minus that many tokens
+        reads every block: so do the last rows of a prompt, and decoding. `tokens_ahead` are the prompt's tokens that
+        later calls bring: the rows are counted from their end.
+
         Raises:
             PatchError: shapes, dtypes or devices do not fit the package.
             TopologyError: a position is outside k, or beyond what the topology covers.
         """
-        return attention(self.kernels, layer, operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)))
+        leftpad = _leftpad(cache_leftpad, first_key)
+        operands = operands_of(q, k, v, scale, position, leftpad, dense_rows, tokens_ahead)
+        return attention(self.kernels, layer, operands)
 
     def attention_with_lse(
         self,
@@ -197,12 +251,16 @@ class Package:
         position: int | torch.Tensor | None = None,
         cache_leftpad: int | torch.Tensor | None = None,
         *,
+        dense_rows: int = 0,
+        tokens_ahead: int = 0,
         first_key: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention as by `attention`, and the log-sum-exp (natural logarithm) of each query, fp32 `[B,Hq,Sq]`."""
-        arguments = (*operands_of(q, k, v, scale, position, _leftpad(cache_leftpad, first_key)), self.id, layer)
-        refuse_tangents(*arguments)
-        return cast(tuple[torch.Tensor, torch.Tensor], torch.ops.surgeon.attention_with_lse(*arguments))
+        leftpad = _leftpad(cache_leftpad, first_key)
+        operands = operands_of(q, k, v, scale, position, leftpad, dense_rows, tokens_ahead)
+        refuse_tangents(*operands)
+        results = torch.ops.surgeon.attention_with_lse(*operands, self.id, layer)
+        return cast(tuple[torch.Tensor, torch.Tensor], results)
 
 
 def _leftpad(

@@ -12,7 +12,8 @@ from surgeon.runtime.package.manifest import ModelShape
 class Operands(NamedTuple):
     """The inputs of every attention kernel: q `[B,Hq,Sq,D]`, k and v `[B,Hkv,Sk,D]` or pools of blocks.
 
-    `position` and `cache_leftpad` are integers `[B]`; None stands for Sk − Sq and for 0. See `Package.attention`.
+    `position` and `cache_leftpad` are integers `[B]`; None stands for Sk − Sq and for 0. `dense_rows` and
+    `tokens_ahead` are counted in tokens. See `Package.attention`.
     """
 
     q: torch.Tensor
@@ -21,11 +22,33 @@ class Operands(NamedTuple):
     position: torch.Tensor | None
     cache_leftpad: torch.Tensor | None
     scale: float
+    dense_rows: int = 0
+    tokens_ahead: int = 0
+
+    @property
+    def dense_tail(self) -> int:
+        """The number of tokens before the call's end after which a row of blocks that ends reads every block.
+
+        It is negative where that is after the call's end, and PATTERN_ALONE without dense rows.
+        """
+        return self.dense_rows - self.tokens_ahead if self.dense_rows else PATTERN_ALONE
+
+    def first_dense_row(self, end: int, block_size: int) -> int | None:
+        """The first row of blocks that reads every block in a call of a sequence that ends at `end`; None if none does.
+
+        `end`, in tokens, is counted from the sequence's first valid one.
+        """
+        return max(0, end - self.dense_tail) // block_size if self.dense_rows else None
 
     def to(self, dtype: torch.dtype) -> "Operands":
         """The same operands with q, k and v converted to another dtype."""
         return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
+
+PATTERN_ALONE = -(2**31)
+"""A `dense_tail` that leaves every row to the topology."""
+
+_MOST_TOKENS = 2**31
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """The gradients of q, k and v, in their shapes."""
@@ -41,11 +64,13 @@ def operands_of(
     scale: float | None,
     position: int | torch.Tensor | None,
     cache_leftpad: int | torch.Tensor | None,
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
 ) -> Operands:
     """Makes the operands of a call from a user's arguments; see `Package.attention`.
 
     Raises:
-        PatchError: an argument has another type, or a number is not finite or does not fit 64 bits.
+        PatchError: an argument has another type, or a number is not finite, is negative or is too large.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
@@ -57,8 +82,26 @@ def operands_of(
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < math.inf:
         raise PatchError("attention: scale", "a finite number", short_repr(scale), "leave it out for D**-0.5")
     return Operands(
-        q, k, v, _per_sequence("position", position, q), _per_sequence("cache_leftpad", cache_leftpad, q), float(scale)
+        q,
+        k,
+        v,
+        _per_sequence("position", position, q),
+        _per_sequence("cache_leftpad", cache_leftpad, q),
+        float(scale),
+        number_of_tokens("attention: dense_rows", dense_rows),
+        number_of_tokens("attention: tokens_ahead", tokens_ahead),
     )
+
+
+def number_of_tokens(where: str, value: int, least: int = 0) -> int:
+    """Returns a caller's number of tokens if it is an int from `least` on that fits 32 bits.
+
+    Raises:
+        PatchError: it is not; `where` names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST_TOKENS:
+        raise PatchError(where, f"a whole number of tokens from {least} on", short_repr(value), "correct the number")
+    return value
 
 
 def _per_sequence(name: str, value: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
@@ -126,6 +169,9 @@ def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape
 
 def _check_queries(operands: Operands, shape: ModelShape) -> None:
     q, heads = operands.q, shape.num_attention_heads
+    for name, tokens in (("dense_rows", operands.dense_rows), ("tokens_ahead", operands.tokens_ahead)):
+        if not 0 <= tokens < _MOST_TOKENS:  # ops take any int
+            raise PatchError(f"attention: {name}", "tokens from 0 on", str(tokens), "correct the number")
     if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != shape.head_dim:
         raise _misfit("q", f"[batch, {heads}, length, {shape.head_dim}]", q)
     for name, place in (("position", operands.position), ("cache_leftpad", operands.cache_leftpad)):

@@ -1,5 +1,7 @@
 """The faces of the two halves: public names, which are imported when they are first used."""
 
+import pydoc
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -16,7 +18,14 @@ FACES = [surgeon.compiler, surgeon.runtime]
 def test_every_public_name_is_there_and_listed(face: ModuleType) -> None:
     for name in face.__all__:
         assert getattr(face, name) is not None
-    assert set(face.__all__) <= set(dir(face))
+    assert [name for name in dir(face) if not name.startswith("__")] == sorted(set(face.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_help_shows_every_public_name(face: ModuleType) -> None:
+    shown = pydoc.plain(pydoc.render_doc(face))
+    for name in set(face.__all__) - {"__version__", "errors"}:
+        assert re.search(rf"^    (class )?{name}\(", shown, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("face", FACES)

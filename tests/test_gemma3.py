@@ -76,7 +76,7 @@ def test_windows(model: Gemma3ForCausalLM, ids: torch.Tensor, topology: Topology
     last = {"logits_to_keep": 64}
     dense, expected = (run(ids, **last).logits for run in (model, reference))
     wanted = reference.generate(ids, max_new_tokens=8, do_sample=False)
-    left = patch(model, package)
+    left = patch(model, package, recall="pattern")
     try:
         assert [layer.layer for layer in left] == [layer for layer in range(18) if layer not in FULL]
         found = model(ids, **last).logits
@@ -91,7 +91,7 @@ def test_windows(model: Gemma3ForCausalLM, ids: torch.Tensor, topology: Topology
 def test_a_pilots_figures(model: Gemma3ForCausalLM, ids: torch.Tensor, package: Package) -> None:
     """The windows keep the text nearly as likely as all attention does, and differ from it."""
     patched = copy.deepcopy(model)
-    patch(patched, package)
+    patch(patched, package, recall="pattern")
     figures = compare(model, patched, [ids[:, :448]])  # of logits of 262,144 tokens
     assert 0.98 < figures.perplexity_ratio.value < 1.1
     assert figures.divergence.value > 1e-4

@@ -81,7 +81,7 @@ def given(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     monkeypatch.chdir(tmp_path / "here")
     package, ids = load("kernels", strict=True), tokens(1, 70)
     patched = tiny_llama()
-    patch(patched, package)
+    patch(patched, package, recall="pattern")
     arguments = TrainingArguments("adapters", max_steps=1, use_cpu=True, save_strategy="no", report_to=[])
     return {
         "package": package,

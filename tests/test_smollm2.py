@@ -18,7 +18,7 @@ from inputs.texts import SHIPPED, Text
 from models import masked_model
 from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
-from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch, weights_id
 from topologies import dense_topology, one_cluster_topology
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -87,12 +87,12 @@ def both_ways_in(
     model: LlamaForCausalLM, package: Package, ids: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The model's logits on the package's kernels, through `patch` and through `trace`."""
-    patch(model, package)
+    patch(model, package, recall="pattern")
     try:
         patched = model(input_ids=ids, attention_mask=mask).logits
     finally:
         unpatch(model)
-    return {"patch": patched, "trace": trace(model, package)(ids, mask)}
+    return {"patch": patched, "trace": trace(model, package, recall="pattern")(ids, mask)}
 
 
 def padded(story: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +104,12 @@ def padded(story: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor,
         ids[row, longest - length :] = story[500 * row : 500 * row + length]
         mask[row, longest - length :] = 1
     return ids, mask
+
+
+def test_the_shipped_topologies_are_for_these_weights(model: LlamaForCausalLM) -> None:
+    files = sorted(TOPOLOGIES.glob("*.json"))
+    assert len(files) > 5
+    assert {read_topology(file).model.weights_sha256 for file in files} == {weights_id(model)}
 
 
 @pytest.mark.parametrize("collapsed", [dense_topology, one_cluster_topology])
@@ -152,7 +158,7 @@ def test_generation_on_a_collapsed_topology_is_the_models_own(
         return tokens[:, ids.shape[1] :]
 
     expected = generated()
-    patch(model, package(dense_topology(**SHAPE)))
+    patch(model, package(dense_topology(**SHAPE)), recall="pattern")
     try:
         found = generated()
     finally:
@@ -166,8 +172,8 @@ def test_weights_are_shared_and_unchanged(
 ) -> None:
     before = fingerprint(model)
     kernels = package(read_topology(TOPOLOGIES / "smollm2-135m-trees.json"))
-    graph = trace(model, kernels)
-    patch(model, kernels)
+    graph = trace(model, kernels, recall="pattern")
+    patch(model, kernels, recall="pattern")
     try:
         assert fingerprint(model) == before
         model(story[None, :100])

@@ -40,7 +40,7 @@ def main(kind: str, topology: str, length: int, steps: int, variant: str | None)
     model = load_model(model_folder(SMOLLM2_135M, cache_folder()))
     package = load(cache_folder() / "kernels" / topology, strict=True, cpu_variant=variant)
     if kind != "dense":
-        patch(model, package)
+        patch(model, package, recall="pattern")
     tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(input_ids=tokens[:, :16], logits_to_keep=1)  # reads the weights from their mapped files

@@ -85,7 +85,7 @@ def overhead(variant: str | None) -> Iterator[dict[str, object]]:
     shape = Shape(9, 3, 64, 64)
     package = patterns.compiled(patterns.windows(shape, 256, 1.0), variant)
     q, k, v = patterns.inputs(shape, 1, 64, torch.float32)
-    op = partial(torch.ops.surgeon.attention, q, k, v, None, None, 64**-0.5, package.id, 0)
+    op = partial(torch.ops.surgeon.attention, q, k, v, None, None, 64**-0.5, 0, 0, package.id, 0)
     calls: dict[str, Callable[[], object]] = {
         "ours": partial(package.attention, 0, q, k, v),
         "op": op,

@@ -16,7 +16,7 @@ from surgeon.runtime import Package, SurgeonCache, load, patch
 from surgeon.runtime.errors import ModelError
 
 TOPOLOGIES = Path(__file__).parents[1] / "topologies"
-LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-25-4096", 8192: "smollm2-135m-25-8192"}
+LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096", 8192: "smollm2-135m-21-8192"}
 
 
 def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
@@ -99,7 +99,7 @@ def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrained
     dense, patched = load_model(folder), load_model(folder)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
     package = load(out, strict=True, cpu_variant=variant)
-    patch(patched, package)
+    patch(patched, package, recall="pattern")
     return dense, patched, package
 
 

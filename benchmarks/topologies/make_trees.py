@@ -12,6 +12,7 @@ from typing import Any
 
 NUM_BLOCKS = 32  # of 64 tokens: 2,048 tokens
 NUM_LAYERS = 30
+WEIGHTS = "77d8d98246181009f37a107558f8870a8d9f5f3bac29b83d59f6ad0283335862"
 DENSE = {"dense": True}
 
 
@@ -95,7 +96,7 @@ def document() -> dict[str, Any]:
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "head_dim": 64,
-            "weights_sha256": None,
+            "weights_sha256": WEIGHTS,
         },
         "block_size": 64,
         "num_blocks": NUM_BLOCKS,

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgeon.compiler.cli.command import Command
@@ -11,6 +14,8 @@ from surgeon.compiler.cli.values import add_json, add_measured, density, path
 
 if TYPE_CHECKING:
     from surgeon.compiler.learn.assess import Assessment
+    from surgeon.compiler.learn.measure.text_file import TextFile
+    from surgeon.compiler.learn.patterns.pattern import Grid
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,28 +24,76 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", type=density, default=0.25, help="visible share of the block pairs to assess at; default: 0.25"
     )
     parser.add_argument(
-        "--work", type=path, metavar="FOLDER", help="folder for the results of finished steps; default: none are kept"
+        "--work",
+        type=path,
+        metavar="FOLDER",
+        help="folder for the results of finished steps, so that the same command continues an interrupted run;"
+        " default: a folder in the cache, removed at the end",
     )
     add_json(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.assess import assess
-    from surgeon.compiler.learn.learn import blocks_of
-    from surgeon.compiler.learn.measure.checkpoint import read_model
-    from surgeon.compiler.learn.measure.text import read_text
+    from surgeon.compiler.learn.measure.text_file import read_text_file
+    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+
+    # What can be refused is refused before the work: here before torch is imported, below before weights are read.
+    blocks = measured_blocks(arguments.length, arguments.measured_length, arguments.block)
+    check_reachable(blocks, 1, arguments.density)
+    files = [read_text_file(file) for file in arguments.text]
+
+    from surgeon.compiler.learn.assess import assess, divided
+    from surgeon.compiler.learn.measure.before_weights import read_outline
+    from surgeon.compiler.learn.measure.checkpoint import check_decoder, read_model
+    from surgeon.compiler.learn.measure.text import tokenize
     from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
     from surgeon.runtime.evaluate.processes import joined
 
-    grid = Grid(arguments.block, blocks_of(arguments.length, arguments.block), 1, arguments.density)
+    grid = Grid(arguments.block, blocks, 1, arguments.density)
     quiet_unless_watched()
     with joined():
-        model, tokenizer = read_model(arguments.model, arguments.device_map)
-        texts = [read_text(file, tokenizer) for file in arguments.text]
+        outline = read_outline(arguments.model, arguments.device_map)
+        check_decoder(outline.model)
+        outline.warn_beyond_context(arguments.length, "--length")
+        texts = [tokenize(file, outline.tokenizer) for file in files]
+        divided(texts, grid, arguments.seed)
+        model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
+        work: Path | None = arguments.work or _work_folder(arguments, grid, files)
         with progress_bar() as progress:
-            found = assess(model, texts, grid, arguments.seed, arguments.work, progress)
-    return (json.dumps(dataclasses.asdict(found)),) if arguments.json else tuple(picture(found))
+            found = assess(model, texts, grid, arguments.seed, work, progress)
+    if arguments.work is None and work is not None and is_main_process():
+        shutil.rmtree(work, ignore_errors=True)
+    if arguments.json:
+        return (json.dumps({"length": arguments.length} | dataclasses.asdict(found)),)
+    return (*picture(found), *_scaled(found, arguments.length))
+
+
+def _work_folder(arguments: argparse.Namespace, grid: "Grid", files: "Sequence[TextFile]") -> Path | None:
+    """A folder in the cache for this command alone, so that it finds its own steps and may remove them.
+
+    None if the cache cannot be written: then no steps are kept.
+    """
+    from surgeon.compiler.system.cache import cache_folder
+
+    model = Path(arguments.model)
+    asked = (str(model.resolve() if model.exists() else model), dataclasses.astuple(grid), arguments.seed)
+    text = json.dumps((*asked, [file.sha256 for file in files]))
+    folder = cache_folder() / "assess" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
+def _scaled(found: "Assessment", length: int) -> Iterator[str]:
+    """A line on windows that learning would scale, if it was not measured at the length that they are for."""
+    measured = found.grid.blocks * found.grid.block_size
+    if measured != length:
+        window = max(1, round(found.window * length / measured))
+        yield f"measured at {measured:,} tokens; at {length:,} equal windows have {window} blocks, and shares are alike"
 
 
 def picture(found: "Assessment") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`surgeon learn`: learns a topology file from a frozen model and text."""
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
@@ -22,16 +23,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=path, metavar="topology.json", help="the file to write")
     parser.add_argument(
-        "--measured-length",
-        type=positive,
-        metavar="TOKENS",
-        help="learn on sequences of this length and scale the windows to --length; default: --length",
-    )
-    parser.add_argument(
         "--method",
         choices=("budget", "ultrametric", "window"),
         default="budget",
         help="ultrametric: trees by gradient descent; window: equal windows; default: budget",
+    )
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("answers", "text"),
+        help="answers: what follows a prompt and reads all of it, as patched models do by default; text: every token,"
+        ' as with recall="pattern"; default: answers, but text for ultrametric',
     )
     parser.add_argument(
         "--steps", type=positive, default=60, metavar="N", help="training steps of ultrametric; default: 60"
@@ -56,18 +58,35 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.learn import Request, learn
-    from surgeon.compiler.learn.measure.checkpoint import read_model
-    from surgeon.compiler.learn.measure.text import read_text
+    from surgeon.compiler.learn.measure.text_file import read_text_file
+    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+    from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.runtime.errors import ModelError, TopologyError
+    from surgeon.runtime.installation import required
+
+    started = time.perf_counter()
+    # What can be refused is refused before the work: here before torch is imported, below before weights are read.
+    clusters = arguments.cuts or arguments.method == "ultrametric"
+    blocks = measured_blocks(arguments.length, arguments.measured_length, arguments.block, clusters)
+    check_reachable(blocks, 1, arguments.density)
+    if arguments.cuts:
+        required("scipy", ModelError, "--cuts")
+    out: Path = arguments.out
+    with contextlib.suppress(OSError):  # what is wrong is said below
+        out.parent.mkdir(parents=True, exist_ok=True)
+    check_file(out, TopologyError)
+    files = [read_text_file(file) for file in arguments.text]
+
+    from surgeon.compiler.learn.learn import Request, divided, learn
+    from surgeon.compiler.learn.measure.before_weights import read_outline
+    from surgeon.compiler.learn.measure.checkpoint import check_decoder, read_model
+    from surgeon.compiler.learn.measure.text import tokenize
     from surgeon.compiler.learn.patterns.to_topology import write_topology
     from surgeon.compiler.learn.ultrametric.descent import Settings
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
-    from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.evaluate.processes import joined
-    from surgeon.runtime.installation import required
 
-    started = time.perf_counter()
     request = Request(
         density=arguments.density,
         length=arguments.length,
@@ -76,20 +95,19 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         seed=arguments.seed,
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
+        purpose=arguments.purpose,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
-    out: Path = arguments.out
-    # Fails before the work, not after it, if the file cannot be written or SciPy is missing.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir():
-        raise TopologyError(str(out), "a file to write", "a folder", "name a file, for example topology.json")
-    if request.cuts:
-        required("scipy", ModelError, "--cuts")
     work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_unless_watched()
     with joined():
-        model, tokenizer = read_model(arguments.model, arguments.device_map)
-        texts = [read_text(file, tokenizer) for file in arguments.text]
+        outline = read_outline(arguments.model, arguments.device_map)
+        check_decoder(outline.model)
+        outline.warn_beyond_context(arguments.length, "--length")
+        texts = [tokenize(file, outline.tokenizer) for file in files]
+        if request.method != "window":
+            divided(texts, request)
+        model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
         with progress_bar() as progress:
             topology = learn(model, texts, request, work=work, progress=progress)
     if is_main_process():
@@ -109,10 +127,14 @@ def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> It
     lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks, {seconds:.0f} s"]
     if figures := topology.provenance.get("validation"):
         lines.append(
-            f"KL divergence from the dense model on validation text: {figures['divergence']:.4f} nats a token,"
-            f" equal windows {figures['equal_windows']:.4f}"
+            f"KL divergence from the dense model on validation text{_counted(topology)}: {figures['divergence']:.4f}"
+            f" nats a token, equal windows {figures['equal_windows']:.4f}"
         )
     return lines
+
+
+def _counted(topology: "Topology") -> str:
+    return ", of the tokens after a prompt" if topology.provenance.get("for") == "answers" else ""
 
 
 LEARN = Command("learn", "Learn a topology from a frozen model and text.", _add_arguments, _run)

@@ -6,9 +6,10 @@ Everything that all commands share is here: errors, the exit status, safe printi
 import argparse
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from surgeon.compiler.cli.assess import ASSESS
 from surgeon.compiler.cli.command import Command, Outcome
@@ -20,7 +21,7 @@ from surgeon.compiler.cli.pilot import PILOT
 from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
-from surgeon.runtime.errors import BuildError, SurgeonError
+from surgeon.runtime.errors import BuildError, SurgeonError, reason_of, remedy_for
 
 COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
@@ -30,6 +31,9 @@ BAD_INPUT = 2
 THRESHOLD_MISSED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 READER_LEFT = 141  # 128 + SIGPIPE
+
+TRACEBACK = "SURGEON_TRACEBACK"
+"""The environment variable that, if set, lets an error that nobody foresaw show its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,10 +73,40 @@ class _ShowVersion(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error as an exception, so that it is printed like every other error."""
+    """Reports a usage error as an exception, so that it is printed like every other error, and suggests what was meant.
+
+    An unknown option is told by the command that does not know it, and before what is missing: a misspelled option is
+    missing too.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses what this command knows; all that a command does not know is an error of its own."""
+        given = list(sys.argv[1:] if args is None else args)
+        is_command = self._subparsers is None
+        self._check_options(given if is_command else given[:1])
+        parsed, left = super().parse_known_args(given, namespace)
+        if is_command and left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return parsed, left
 
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; see {self.prog} --help")
+        refused = re.search(r"invalid choice: (?:'|\")?(.*?)(?:'|\")? \(choose from (.*)\)", message)
+        hint = _suggestion(refused[1], re.findall(r"[\w.:-]+", refused[2])) if refused else ""
+        raise _UsageError(f"{message}{hint}; see {self.prog} --help")
+
+    def _check_options(self, given: list[str]) -> None:
+        options = [argument.partition("=")[0] for argument in given[: (*given, "--").index("--")]]
+        known = self._option_string_actions
+        unknown = [option for option in options if option.startswith("--") and option not in known]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown[0], known)}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _add_version(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +115,7 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     command.configure(parser)
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(command=command)
 
 
 def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -97,8 +131,12 @@ def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return _report(str(error), FAILED)
     except (SurgeonError, _UsageError) as error:
         return _report(str(error), BAD_INPUT)
-    except OSError as error:
-        return _report(_os_error(error), FAILED)
+    except SystemExit:
+        raise
+    except BaseException as error:  # also what a library in Rust raises when it panics
+        if os.environ.get(TRACEBACK):
+            raise
+        return _report(_unforeseen(error, parser.prog, argv), FAILED)
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Outcome:
@@ -106,8 +144,8 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Out
         arguments = parser.parse_args(argv)
     except SystemExit:  # --help and --version have printed
         return Outcome(())
-    run: Callable[[argparse.Namespace], Iterable[str] | Outcome] = arguments.run
-    outcome = run(arguments)
+    command: Command = arguments.command
+    outcome = command.run(arguments)
     return outcome if isinstance(outcome, Outcome) else Outcome(outcome)
 
 
@@ -149,7 +187,17 @@ def _printable(text: str) -> str:
     )
 
 
-def _os_error(error: OSError) -> str:
-    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{place}: {reason}" if place else reason
+def _unforeseen(error: BaseException, program: str, argv: Sequence[str] | None) -> str:
+    """The line for an error that no stage turned into one of ours."""
+    first = (sys.argv[1:] if argv is None else argv)[:1]
+    command = " ".join([program, *(name for name in first if name in {known.name for known in COMMANDS})])
+    if isinstance(error, OSError):
+        place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None) or command
+        remedy = remedy_for(error, "")
+        return f"{place}: {reason_of(error)}" + (f"; {remedy}" if remedy else "")
+    if isinstance(error, MemoryError):
+        return f"{command}: expected enough memory, got too little; {remedy_for(error, '')}"
+    return (
+        f"{command}: {type(error).__name__}: {reason_of(error)}; nobody foresaw this: set {TRACEBACK}=1 and run it "
+        "again to see where it comes from"
+    )

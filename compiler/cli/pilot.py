@@ -35,17 +35,25 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Outcome:
+    from surgeon.compiler.learn.measure.text_file import read_text_file
+    from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.runtime.errors import PilotError
+    from surgeon.runtime.package.reader import read_package
+
+    # What can be refused is refused before the work: here before torch is imported, by `run` before weights are read.
+    out: Path = arguments.out
+    check_file(out, PilotError)
+    for file in arguments.text:
+        read_text_file(file)
+    read_package(arguments.package)
+
     from surgeon.compiler.pilot.run import PilotRequest, run
     from surgeon.compiler.pilot.table import pilot_lines
     from surgeon.compiler.system.atomic_files import write_file
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
-    from surgeon.runtime.errors import PilotError
     from surgeon.runtime.evaluate.processes import joined
 
-    out: Path = arguments.out
-    if not out.parent.is_dir():  # reported now rather than minutes later
-        raise PilotError(str(out), "a file in a folder that exists", "none", "make the folder, or name another --out")
     request = PilotRequest(
         model=arguments.model,
         texts=tuple(arguments.text),

@@ -23,6 +23,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
+    from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.runtime.errors import PilotError
+
+    check_file(arguments.out, PilotError)
+
     from surgeon.compiler.pilot.page import write_report
 
     size = write_report(arguments.pilot, arguments.topology, arguments.out, arguments.beside)

@@ -32,23 +32,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    import torch
-
-    from surgeon.compiler.specs.tiles import read_tiles, tiles_json
-    from surgeon.compiler.system.terminal import progress_bar
-    from surgeon.compiler.topology.read import read_topology
-    from surgeon.compiler.tune.run import tune_here
+    from surgeon.compiler.system.atomic_files import check_file
     from surgeon.runtime.errors import TargetError
 
     out: Path = arguments.out
-    if not out.parent.is_dir():  # reported now rather than after the last candidate
-        raise TargetError(str(out.parent), "a folder", "nothing", "make it, or name another --out")
+    check_file(out, TargetError)  # reported now rather than after the last candidate
+
+    import torch
+
+    from surgeon.compiler.specs.tiles import read_tiles, tiles_json
+    from surgeon.compiler.system.atomic_files import write_file
+    from surgeon.compiler.system.terminal import progress_bar
+    from surgeon.compiler.topology.read import read_topology
+    from surgeon.compiler.tune.run import tune_here
+
     topology = read_topology(arguments.topology)
     start = read_tiles(arguments.tiles) if arguments.tiles else None
     with progress_bar() as progress:
         found = tune_here(topology, arguments.layer, arguments.head_dim, start, arguments.jobs, progress)
     source = f"surgeon tune on {found.device}, torch {torch.__version__}"
-    out.write_text(tiles_json(found.tiles, source), encoding="utf-8")
+    write_file(out, tiles_json(found.tiles, source))
     return (_json(out, found),) if arguments.json else _lines(out, found)
 
 

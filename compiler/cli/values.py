@@ -25,6 +25,12 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments for a model, texts, and the sequences that the model is measured on."""
     add_model_and_text(parser)
     parser.add_argument("--length", type=positive, default=2048, metavar="TOKENS", help="default: 2048")
+    parser.add_argument(
+        "--measured-length",
+        type=positive,
+        metavar="TOKENS",
+        help="measure sequences of this length and scale the windows to --length; default: --length",
+    )
     parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
 

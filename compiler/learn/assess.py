@@ -12,7 +12,7 @@ from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
-from surgeon.compiler.learn.measure.text import TokenText, divide
+from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
 from surgeon.compiler.system.terminal import Progress
@@ -68,13 +68,21 @@ def assess(
     shape = model_shape(model)
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     equal = uniform_windows(*size, grid.blocks, grid.sink, grid.density)
-    length = grid.block_size * grid.blocks
-    divided = divide(texts, length, calibrate=1, validate=1, refine=(), seed=seed)
+    sequences = divided(texts, grid, seed)
     with frozen(model):
         runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
-        each = runs.assess(divided.calibrate, seed)
-        measured = runs.validate(Pattern(equal), divided.validate, "equal windows")
+        each = runs.assess(sequences.calibrate, seed)
+        measured = runs.validate(Pattern(equal), sequences.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
+
+
+def divided(texts: Sequence[TokenText], grid: Grid, seed: int) -> Sequences:
+    """The sequences that an assessment reads of texts: one of each to measure on, and one to scale by.
+
+    Raises:
+        ModelError: a text holds too few.
+    """
+    return divide(texts, grid.block_size * grid.blocks, calibrate=1, validate=1, refine=(), seed=seed)
 
 
 def summarize(

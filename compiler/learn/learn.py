@@ -16,6 +16,7 @@ from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
@@ -24,7 +25,10 @@ from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
-from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
+
+ANSWERS = "answers"
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Request:
     `measured_length` is the length of the sequences that are learned on; windows are scaled from it to `length`. With
     `cuts`, heads may also get clusters, which are tied to their length and cannot be scaled. `settings` are for the
     method "ultrametric", whose heads have clusters as well.
+
+    `purpose` is "answers" or "text". For answers, as under dense recall, what counts is the effect of a prompt's
+    pattern on the tokens that follow it, while the prompt's end and these tokens see everything; for text, its effect
+    on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
+    default.
     """
 
     density: float
@@ -45,6 +54,25 @@ class Request:
     measured_length: int | None = None
     cuts: bool = False
     settings: Settings = field(default_factory=Settings)
+    purpose: str | None = None
+
+    def grid(self, blocks: int) -> Grid:
+        """The grid for sequences of so many blocks.
+
+        Raises:
+            TopologyError: the method does not learn for the purpose.
+        """
+        budget = self.method == "budget"
+        if self.purpose == ANSWERS and not budget:
+            raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
+        make = Grid.for_answers if budget and self.purpose != TEXT else Grid
+        return make(self.block_size, blocks, self.sink, self.density)
+
+    @property
+    def measured_blocks(self) -> int:
+        """The number of blocks in the sequences that are learned on; raises a TopologyError as `learn`."""
+        clusters = self.cuts or self.method == "ultrametric"
+        return measured_blocks(self.length, self.measured_length, self.block_size, clusters)
 
 
 @dataclass(frozen=True)
@@ -80,11 +108,8 @@ def learn(
     """
     check_decoder(model)
     blocks = blocks_of(request.length, request.block_size)
-    measured = blocks_of(request.measured_length or request.length, request.block_size)
+    measured = request.measured_blocks
     started, started_cpu = time.perf_counter(), time.process_time()
-    if (request.cuts or request.method == "ultrametric") and blocks != measured:
-        lengths = f"{request.length} and {request.measured_length}"
-        raise TopologyError("clusters", "equal --length and --measured-length", lengths, "choose one length")
     weights = fingerprint(model)
     provenance: dict[str, Any] = {
         "method": request.method,
@@ -92,25 +117,16 @@ def learn(
         "weights_sha256": weights,
         "requested_density": request.density,
     }
-    shape = model_shape(model)
+    shape = dataclasses.replace(model_shape(model), weights_sha256=weights_id(model))
     size = (shape.num_hidden_layers, shape.num_attention_heads)
     if request.method == "window":
-        grid = Grid(request.block_size, blocks, request.sink, request.density)
+        grid = request.grid(blocks)
         equal = Pattern(uniform_windows(*size, blocks, request.sink, request.density))
         topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
-    effort = effort or Effort()
-    grid = Grid(request.block_size, measured, request.sink, request.density)
-    sequences = divide(
-        texts,
-        measured * request.block_size,
-        effort.calibrate,
-        effort.validate,
-        effort.refine,
-        request.seed,
-        effort.cuts if request.cuts else 0,
-    )
+    grid = request.grid(measured)
+    sequences = divided(texts, request, effort)
     store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
@@ -133,6 +149,7 @@ def learn(
         topology,
         {
             "seed": request.seed,
+            "for": ANSWERS if grid.asking else TEXT,
             "density": round(mean_density(topology), 5),
             "measured_length": measured * request.block_size,
             "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts],
@@ -149,17 +166,23 @@ def learn(
     )
 
 
-def blocks_of(length: int, block_size: int) -> int:
-    """The number of blocks in a sequence of `length` tokens.
+def divided(texts: Sequence[TokenText], request: Request, effort: Effort | None = None) -> Sequences:
+    """The sequences that a request reads of texts, by use.
 
     Raises:
-        TopologyError: the length is not a multiple of the block.
+        ModelError: a text holds too few of them.
+        TopologyError: as `learn`.
     """
-    if length < block_size or length % block_size:
-        raise TopologyError(
-            "--length", f"a multiple of the block, {block_size} tokens", str(length), "choose another length or block"
-        )
-    return length // block_size
+    effort = effort or Effort()
+    return divide(
+        texts,
+        request.measured_blocks * request.block_size,
+        effort.calibrate,
+        effort.validate,
+        effort.refine,
+        request.seed,
+        effort.cuts if request.cuts else 0,
+    )
 
 
 def _figures(learned: Learned) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from surgeon.compiler.package.contents import packaged_layers, packaged_topology
 from surgeon.compiler.schedule.schedule import LayerSchedule, schedule_layers
+from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.kernels.cpu.rates import VARIANTS, processor_features, processor_level
-from surgeon.runtime.package.manifest import Manifest, ModelShape
+from surgeon.runtime.package.manifest import KernelEntry, Manifest, ModelShape
 from surgeon.runtime.package.reader import read_package
 
 
@@ -94,17 +96,23 @@ class PackageReport:
 
     def runs(self, layer: int) -> tuple[LayerRun, ...]:
         """The prefill kernels of a layer on each of the package's GPU targets."""
-        found = []
-        for target in self.manifest.targets:
-            kernels = [
-                kernel
-                for kernel in self.manifest.kernels
-                if kernel.target == target and kernel.phase == "prefill" and layer in kernel.layers
-            ]
-            if kernels:
-                count = sum(kernel.dtype == kernels[0].dtype for kernel in kernels)
-                found.append(LayerRun(target, count, by_table=any(kernel.table for kernel in kernels)))
-        return tuple(found)
+        return tuple(
+            LayerRun(
+                target,
+                kernels=sum(kernel.dtype == kernels[0].dtype for kernel in kernels),
+                by_table=any(kernel.table for kernel in kernels),
+            )
+            for target, kernels in sorted(self._prefill.get(layer, {}).items())
+        )
+
+    @cached_property
+    def _prefill(self) -> Mapping[int, Mapping[str, Sequence[KernelEntry]]]:
+        """The prefill kernels by layer and target, found in one pass over what may be a long list."""
+        found: dict[int, dict[str, list[KernelEntry]]] = {}
+        for kernel in self.manifest.kernels:
+            for layer in set(kernel.layers) if kernel.phase == "prefill" else ():
+                found.setdefault(layer, {}).setdefault(kernel.target, []).append(kernel)
+        return found
 
 
 def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
@@ -123,7 +131,12 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
 
 def summary_of(topology: Topology, layers: Sequence[LayerSchedule]) -> TopologySummary:
     """Summarizes a topology and its layers' schedules; equal schedules must be one object."""
-    density = tuple(tuple(topology.density(layer).tolist()) for layer in range(len(topology.layers)))
+    causal = causal_pairs(topology.num_blocks)
+    # Once a distinct head: counting takes time that grows with the blocks.
+    seen = {
+        head: topology.visible_pairs(head) / causal for head in {head for heads in topology.layers for head in heads}
+    }
+    density = tuple(tuple(seen[head] for head in heads) for heads in topology.layers)
     numbers: dict[int, int] = {}
     for layer in layers:
         if layer.heads:

@@ -34,8 +34,10 @@ def _package_lines(report: PackageReport) -> Iterator[str]:
     yield f"package    {report.path}"
     yield f"id         {report.id}"
     yield f"topology   {manifest.topology_sha256}"
-    for target in manifest.targets:
-        kernels = [kernel for kernel in manifest.kernels if kernel.target == target]
+    by_target: dict[str, list[KernelEntry]] = {target: [] for target in manifest.targets}
+    for kernel in manifest.kernels:
+        by_target[kernel.target].append(kernel)
+    for target, kernels in by_target.items():
         yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
     for tool in manifest.tools:
         yield f"tool       {tool.name}: {tool.version}"

@@ -16,7 +16,8 @@ from surgeon.compiler.specs.artifacts import Binary, GpuSource, Source
 from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime.package.manifest import FileEntry, Manifest
+from surgeon.runtime.installation import version
+from surgeon.runtime.package.manifest import FileEntry, Manifest, Tool
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
 from surgeon.runtime.package.schedule import PackagedSchedule
 from surgeon.runtime.package.segment_table import FILE as TABLES
@@ -65,7 +66,12 @@ def write_package(
         files=tuple(
             FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
         ),
-        tools=tuple(sorted({tool for binary in binaries for tool in binary.tools}, key=lambda tool: tool.name)),
+        tools=tuple(
+            sorted(
+                {Tool("surgeon", version()), *(tool for binary in binaries for tool in binary.tools)},
+                key=lambda tool: tool.name,
+            )
+        ),
     )
     files["manifest.json"] = manifest.to_json().encode()
 

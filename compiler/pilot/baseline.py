@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from surgeon.compiler.learn.patterns.trees import interval_tree
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.topology.pairs import causal_pairs
-from surgeon.compiler.topology.topology import SparseHead, Topology, mean_density
+from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
 
 
 def window_baseline(topology: Topology, length: int) -> Topology:
@@ -22,12 +21,12 @@ def window_baseline(topology: Topology, length: int) -> Topology:
     windows = uniform_windows(len(topology.covered), topology.model.num_attention_heads, blocks, sink, density)
     rows = iter(windows.tolist())
     layers = tuple(
-        tuple(SparseHead(0, 0.0, sink, window) for window in next(rows)) if heads else () for heads in topology.layers
+        tuple(WindowHead(sink, window) for window in next(rows)) if heads else () for heads in topology.layers
     )
     return dataclasses.replace(
         topology,
         num_blocks=blocks,
-        dendrograms=(interval_tree(blocks),),
+        dendrograms=(),
         layers=layers,
         beyond="window",
         provenance={"method": "window", "density_of": topology.sha256},

@@ -11,7 +11,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from surgeon.compiler.learn.measure.checkpoint import DeviceMap, read_checkpoint
+from surgeon.compiler.learn.measure.before_weights import read_outline
+from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
+from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
 from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
@@ -23,8 +25,10 @@ from surgeon.runtime.evaluate.passkeys import passkeys
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
 from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.installation import version
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.package.reader import read_package
+from surgeon.runtime.transformers.compatibility import check_config
 from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.patching import patch
 
@@ -69,16 +73,19 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
     dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
     length: int = request.length or topology.num_blocks * topology.block_size
-    dense, tokenizer = read_checkpoint(request.model, _DTYPES[dtype], request.device_map)
-    if request.device_map is None:
-        dense.eval().to(device)
-    _check_length(dense, length)
-    patched = twin(dense)
-    patch(patched, package)
+    outline = read_outline(request.model, request.device_map)
+    tokenizer = outline.tokenizer
+    check_config(outline.model.config, package.manifest.model)
+    _check_length(outline.context, length)
     texts = [read_text(path, tokenizer) for path in request.texts]
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
     tasks = passkeys(tokenizer, sequences, (length // 2, length), request.passkeys) if request.passkeys else ()
+    dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
+    if request.device_map is None:
+        dense.eval().to(device)
+    patched = twin(dense)
+    patch(patched, package, recall="pattern")
     candidates = [
         Candidate("dense", dense, None, 1.0),
         Candidate("patched", patched, package, density_at(topology, length)),
@@ -100,6 +107,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
             beside, {"perplexity_ratio": request.max_ppl_ratio, "first_token_speedup": request.min_speedup}
         ),
         seconds=round(time.perf_counter() - started, 1),
+        surgeon=version(),
     )
 
 
@@ -118,12 +126,11 @@ def _window_candidate(
     made = partial(compile_package, baseline, scratch / "window", targets=chosen, dtypes=(dtype,), progress=progress)
     model = twin(dense)
     compiled = load(processes_of(dense).first(made))
-    patch(model, compiled)
+    patch(model, compiled, recall="pattern")
     return Candidate("window", model, compiled, density_at(baseline, length))
 
 
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_length(most: int | None, length: int) -> None:
     if length < 2 or (most is not None and length > most):
         raise ModelError("--length", f"2 to {most} tokens, the model's context", str(length), "choose another --length")
 

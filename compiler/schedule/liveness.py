@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from surgeon.compiler.schedule.schedule import LayerSchedule
-from surgeon.runtime.package.schedule import UNBOUNDED
+from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
+
+Ints = npt.NDArray[np.int64]
 
 
 def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]:
@@ -18,24 +20,33 @@ def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]
     if not layer.heads:
         return np.full((layer.num_key_value_heads, num_blocks), UNBOUNDED, dtype=np.int64)
     group = len(layer.heads) // layer.num_key_value_heads
-    last = np.zeros((layer.num_key_value_heads, num_blocks), dtype=np.int64)
-    for index, head in enumerate(layer.heads):
-        kv_head = last[index // group]
-        for piece in head.pieces:
-            end_row = min(piece.end_row, layer.num_rows)
-            if piece.first_row >= end_row:
-                continue
-            final = UNBOUNDED if end_row == UNBOUNDED else end_row - 1
-            for run in head.runs[piece.first_run : piece.end_run]:
-                kv_head[run.begin : run.end] = np.maximum(kv_head[run.begin : run.end], final)
-            blocks = np.arange(min(num_blocks, end_row))
-            if piece.follows_row:  # row i reads block j from i + last_begin on, so j's last reader is j − last_begin
-                readers = np.minimum(blocks - piece.last_begin, final)
-                readers[readers < np.maximum(piece.first_row, blocks)] = 0
-            else:
-                readers = np.where(blocks >= piece.last_begin, final, 0)
-            kv_head[: len(blocks)] = np.maximum(kv_head[: len(blocks)], readers)
-    return last
+    found = {head: _head_readers(head, num_blocks, layer.num_rows) for head in dict.fromkeys(layer.heads)}
+    groups = [layer.heads[begin : begin + group] for begin in range(0, len(layer.heads), group)]
+    return np.stack([np.maximum.reduce([found[head] for head in dict.fromkeys(heads)]) for heads in groups])
+
+
+def _head_readers(head: HeadSchedule, num_blocks: int, num_rows: int) -> Ints:
+    """The last readers of one head's blocks, `[num_blocks]`, in time that grows with its pieces and blocks."""
+    readers = np.zeros(num_blocks, dtype=np.int64)
+    last = np.zeros(len(head.runs), dtype=np.int64)  # the last row that reads each run
+    # From the last row up, blocks from `seen` on have a reader: a last run ends on its own row, so they are contiguous.
+    seen = num_blocks
+    for piece in reversed(head.pieces):
+        end_row = min(piece.end_row, num_rows)
+        if piece.first_row >= end_row:
+            continue
+        final = UNBOUNDED if end_row == UNBOUNDED else end_row - 1
+        unread = last[piece.first_run : piece.end_run]
+        np.copyto(unread, final, where=unread == 0)
+        seen = min(seen, end_row)
+        begin = piece.last_begin + (piece.first_row if piece.follows_row else 0)
+        new = np.arange(begin, seen)
+        # Where the run follows its row, row i is the last to read block i + last_begin.
+        readers[begin:seen] = np.minimum(new - piece.last_begin, final) if piece.follows_row else final
+        seen = min(seen, begin)
+    for run, final in sorted(zip(head.runs, last.tolist(), strict=True), key=lambda pair: pair[1]):
+        readers[run.begin : run.end] = np.maximum(readers[run.begin : run.end], final)
+    return readers
 
 
 def liveness_table(layer: LayerSchedule) -> npt.NDArray[np.int64]:

@@ -5,12 +5,14 @@ that ends on the row itself. Because every row of a cluster reads a prefix of on
 description grows with the number of cluster fragments, not with the square of the length.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.schedule.fragments import HIDDEN, CutBlocks, by_cut
+from surgeon.compiler.schedule.limits import check_size
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 
 
@@ -28,26 +30,25 @@ class LayerSchedule:
 
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
-    """Schedules every layer, without heads if it is not covered; equal heads and equal layers are one object."""
-    clusters: dict[tuple[int, float], tuple[_Cluster, ...]] = {}
-    schedules: dict[Head, HeadSchedule] = {}
-    for head in {head for heads in topology.layers for head in heads}:
-        if isinstance(head, DenseHead):
-            schedules[head] = _dense_schedule()
-            continue
-        cut = (head.dendrogram, head.cut)
-        if cut not in clusters:
-            found = topology.dendrograms[head.dendrogram].clusters(head.cut)
-            clusters[cut] = tuple(_Cluster(blocks, _intervals(blocks)) for blocks in found)
-        schedules[head] = _sparse_schedule(head, clusters[cut], topology.num_blocks, topology.beyond)
+    """Schedules every layer, without heads if it is not covered; equal heads and equal layers are one object.
+
+    Raises:
+        TopologyError: the schedules would have too many pieces.
+    """
+    check_size(topology)
+    heads = {head for heads in topology.layers for head in heads}
+    schedules: dict[Head, HeadSchedule] = {DenseHead(): _dense_schedule()}
+    for cut, sharers in by_cut(topology, heads):
+        for head in sharers:
+            schedules[head] = _sparse_schedule(head, cut, topology.beyond)
 
     shared_heads: dict[HeadSchedule, HeadSchedule] = {}
     shared_layers: dict[LayerSchedule, LayerSchedule] = {}
     by_head = {head: shared_heads.setdefault(schedule, schedule) for head, schedule in schedules.items()}
     layers = []
-    for heads in topology.layers:
+    for layer_heads in topology.layers:
         layer = LayerSchedule(
-            heads=tuple(by_head[head] for head in heads),
+            heads=tuple(by_head[head] for head in layer_heads),
             num_key_value_heads=topology.model.num_key_value_heads,
             block_size=topology.block_size,
             num_rows=topology.num_blocks if topology.beyond == "error" else UNBOUNDED,
@@ -60,22 +61,37 @@ def _dense_schedule() -> HeadSchedule:
     return HeadSchedule((), (Piece(0, UNBOUNDED, 0, 0, 0, False),))
 
 
-class _Cluster(NamedTuple):
-    blocks: tuple[int, ...]
-    runs: tuple[Run, ...]
-
-
-def _sparse_schedule(head: SparseHead, clusters: tuple[_Cluster, ...], num_blocks: int, beyond: str) -> HeadSchedule:
+def _sparse_schedule(head: WindowHead | SparseHead, cut: CutBlocks, beyond: str) -> HeadSchedule:
+    num_blocks = len(cut.labels)
+    begins, labels = (found.tolist() for found in cut.fragments(head.window))
+    fragments = list(zip(begins, [*begins[1:], num_blocks], labels, strict=True))
+    clusters: dict[int, list[Run]] = {}
+    for begin, end, label in fragments:
+        clusters.setdefault(label, []).append(Run(begin, end))
+    if HIDDEN in clusters:
+        clusters[HIDDEN] = _first_hidden(head, cut)
     table = _RunTable()
-    rows: list[_RowPlan] = [_RowPlan(0, 0, 0, False)] * num_blocks
-    for cluster in clusters:
-        runs = _merge_runs((Run(0, head.sink), *cluster.runs))
-        plan = _row_planner(runs, head.window, cluster.blocks[-1], table)
-        for row in cluster.blocks:
-            rows[row] = plan(row)
-    pieces = [Piece(begin, end, *plan) for begin, end, plan in _equal_ranges(rows)]
+    planners: dict[int, _RowPlanner] = {}
+    for label, runs in sorted(clusters.items(), key=lambda item: item[1][0].begin):
+        own = () if label == HIDDEN else runs
+        planners[label] = _RowPlanner((Run(0, head.sink), *own), head.window, runs[-1].end - 1, table)
+    pieces: list[Piece] = []
+    for begin, end, label in fragments:
+        for first_row, end_row, plan in planners[label].plans(begin, end):
+            pieces.append(Piece(first_row, end_row, *plan))
     pieces += _pieces_beyond(head, num_blocks, beyond, table)
     return HeadSchedule(tuple(table.runs), tuple(_merge_pieces(pieces)))
+
+
+def _first_hidden(head: WindowHead | SparseHead, cut: CutBlocks) -> list[Run]:
+    """A run from the first to the last of the hidden clusters, of those that see the sink apart from their window.
+
+    Its begin gives the sink its place among the runs, which are stored in the order of the clusters that need them.
+    """
+    hidden = cut.hidden(head.window)
+    apart = hidden & (cut.last >= head.sink + head.window)
+    chosen = apart if apart.any() else hidden
+    return [Run(int(cut.first[chosen].min()), int(cut.last[chosen].max()) + 1)]
 
 
 class _RowPlan(NamedTuple):
@@ -100,43 +116,49 @@ class _RunTable:
         return self._begins[key]
 
 
-def _row_planner(runs: list[Run], window: int, last_row: int, table: _RunTable) -> Callable[[int], _RowPlan]:
+class _RowPlanner:
     """Plans how each row up to last_row splits `runs`, its sink and cluster, around its window."""
-    ends = [run.end for run in runs]
-    # Blocks that a window covers in every row need no constant run; omitting them lets clusters share their runs.
-    first_run = table.add(run for run in runs if run.end < last_row - window + 1)
 
-    def plan(row: int) -> _RowPlan:
-        window_begin = row - window + 1
+    def __init__(self, runs: Iterable[Run], window: int, last_row: int, table: _RunTable) -> None:
+        self._runs = _merge_runs(runs)
+        self._window = window
+        self._ends = [run.end for run in self._runs]
+        self._bounds = sorted({0, *(bound for run in self._runs for bound in run)})
+        # Blocks that a window covers in every row need no constant run; omitting them lets clusters share their runs.
+        self._first_run = table.add(run for run in self._runs if run.end < last_row - window + 1)
+
+    def plans(self, begin: int, end: int) -> Iterator[tuple[int, int, _RowPlan]]:
+        """Yields ranges of the rows from `begin` to before `end`, a new one where the window passes a bound."""
+        passed = self._bounds[
+            bisect_right(self._bounds, begin - self._window) : bisect_left(self._bounds, end - self._window)
+        ]
+        rows = [begin, *(bound + self._window for bound in passed)]
+        for first_row, end_row in zip(rows, [*rows[1:], end], strict=True):
+            yield first_row, end_row, self.plan(first_row)
+
+    def plan(self, row: int) -> _RowPlan:
+        """The plan of one row."""
+        window_begin = row - self._window + 1
         if window_begin <= 0:
             return _RowPlan(0, 0, 0, False)
-        before = bisect_left(ends, window_begin)
-        touching = before < len(runs) and runs[before].begin < window_begin
-        last_begin, follows_row = (runs[before].begin, False) if touching else (1 - window, True)
-        slice_begin = first_run if before else 0
+        before = bisect_left(self._ends, window_begin)
+        touching = before < len(self._runs) and self._runs[before].begin < window_begin
+        last_begin, follows_row = (self._runs[before].begin, False) if touching else (1 - self._window, True)
+        slice_begin = self._first_run if before else 0
         return _RowPlan(slice_begin, slice_begin + before, last_begin, follows_row)
 
-    return plan
 
-
-def _pieces_beyond(head: SparseHead, num_blocks: int, beyond: str, table: _RunTable) -> Iterator[Piece]:
+def _pieces_beyond(head: WindowHead | SparseHead, num_blocks: int, beyond: str, table: _RunTable) -> Iterator[Piece]:
     if beyond == "error":
         return
     if beyond == "dense":
         yield Piece(num_blocks, UNBOUNDED, 0, 0, 0, False)
         return
-    sink = _merge_runs([Run(0, head.sink)])
     apart = max(num_blocks, head.sink + head.window)  # the first row whose window does not touch the sink
     for begin, end in ((num_blocks, apart), (apart, UNBOUNDED)):
         if begin < end:
-            yield Piece(begin, end, *_row_planner(sink, head.window, end, table)(begin))
-
-
-def _intervals(blocks: tuple[int, ...]) -> tuple[Run, ...]:
-    """Groups ascending blocks into runs."""
-    breaks = [index for index in range(1, len(blocks)) if blocks[index] != blocks[index - 1] + 1]
-    ends = [*breaks, len(blocks)]
-    return tuple(Run(blocks[begin], blocks[end - 1] + 1) for begin, end in zip([0, *breaks], ends, strict=True))
+            planner = _RowPlanner((Run(0, head.sink),), head.window, end, table)
+            yield Piece(begin, end, *planner.plan(begin))
 
 
 def _merge_runs(runs: Iterable[Run]) -> list[Run]:
@@ -149,14 +171,6 @@ def _merge_runs(runs: Iterable[Run]) -> list[Run]:
         elif run.begin < run.end:
             merged.append(run)
     return merged
-
-
-def _equal_ranges(rows: list[_RowPlan]) -> Iterator[tuple[int, int, _RowPlan]]:
-    begin = 0
-    for row in range(1, len(rows) + 1):
-        if row == len(rows) or rows[row] != rows[begin]:
-            yield begin, row, rows[begin]
-            begin = row
 
 
 def _merge_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:

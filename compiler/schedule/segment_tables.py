@@ -12,11 +12,15 @@ import numpy as np
 
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segments import Intervals, Ints, Plan, head_intervals, make_table, unions
+from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.schedule import UNBOUNDED
 from surgeon.runtime.package.segment_table import SegmentTable
 
 MAX_GROUP = 31
 """The most query heads per KV head for which a table can be made: each has one bit."""
+
+MAX_SEGMENTS = 2**25
+"""The most segments of the tables of one compile, counted before neighbours that the same readers see are merged."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,19 @@ class TableShape:
 
 
 def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> dict[str, SegmentTable]:
-    """Makes the wanted tables, each under its wanted name."""
+    """Makes the wanted tables, each under its wanted name.
+
+    Raises:
+        TargetError: they would have too many segments.
+    """
+    number = sum(_most_segments(layer) * shape.rows * shape.blocks for layer, shape in wanted.values())
+    if number > MAX_SEGMENTS:
+        raise TargetError(
+            "layers",
+            f"at most {MAX_SEGMENTS:,} segments in the tables of GPU kernels",
+            f"up to {number:,}",
+            "leave the GPU targets out, or lower the cuts of heads whose clusters are scattered",
+        )
     return {name: shape.of(layer) for name, (layer, shape) in wanted.items()}
 
 
@@ -74,6 +90,11 @@ def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
         ]
     num_tiles = layer.num_rows if layer.num_rows == UNBOUNDED else -(-layer.num_rows // rows)
     return make_table((found[head] for head in layer.heads), num_tiles)
+
+
+def _most_segments(layer: LayerSchedule) -> int:
+    """The number of runs that the pieces of a layer's distinct heads have."""
+    return sum(piece.end_run - piece.first_run + 1 for head in set(layer.heads) for piece in head.pieces)
 
 
 def _own(rows: int, blocks: int) -> tuple[Intervals, ...]:

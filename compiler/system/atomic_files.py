@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from surgeon.runtime.errors import PackageError
+from surgeon.runtime.errors import PackageError, SurgeonError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -22,16 +22,52 @@ def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> 
     `is_ours` returns true for a folder of the `kind` that may be replaced.
 
     Raises:
-        PackageError: `out` exists and is neither of that kind nor an empty folder, or holds the current folder.
+        PackageError: `out` exists and is neither of that kind nor an empty folder, holds the current folder, or cannot
+            be written.
     """
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):  # the swap would pull it out from under this process and its shell
+    with naming(Path()):
+        here = Path.cwd()
+    try:
+        place = out.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise PackageError(str(out), kind, "links that lead in a circle", "name another --out") from None
+    if place in (here, *here.parents):  # the swap would pull it out from under this process and its shell
         raise PackageError(str(out), "a folder of its own", "the current folder or one above it", "name another --out")
+    place = out.absolute()
+    while not place.parent.exists():
+        place = place.parent
+    check_writable(place, PackageError)
     if not (out.is_symlink() or out.exists()):
         return
     ours = out.is_dir() and (is_ours(out) or not any(out.iterdir()))
     if out.is_symlink() or not ours:
         raise PackageError(str(out), f"{kind}, an empty folder or nothing", "something else", "name another --out")
+
+
+def check_writable(out: Path, error: type[SurgeonError]) -> None:
+    """Refuses a file or folder that could not be written in the end, for want of a folder or of permission to write.
+
+    Raises:
+        error: its folder is missing, or nothing can be made in it.
+    """
+    if not out.parent.is_dir():
+        raise error(str(out), "a place in a folder that exists", "none", "make the folder, or name another --out")
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}-"):
+            pass
+    except OSError as failure:
+        raise error(str(out), "a place to write", failure.strerror or str(failure), "name another --out") from None
+
+
+def check_file(out: Path, error: type[SurgeonError]) -> None:
+    """Refuses a file that could not be written in the end, or whose name a folder has.
+
+    Raises:
+        error: it could not be written.
+    """
+    if out.is_dir():
+        raise error(str(out), "a file to write", "a folder", "name a file")
+    check_writable(out, error)
 
 
 def write(out: Path, files: Mapping[str, bytes]) -> None:
@@ -53,12 +89,23 @@ def write_file(file: Path, content: str | bytes) -> None:
     """Writes bytes, or a text in UTF-8, beside `file` and renames it into place."""
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with naming(file), os.fdopen(handle, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         Path(scratch).chmod(0o644)
         Path(scratch).replace(file)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Adds a file's name to an error of the system that has none, as when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 @contextlib.contextmanager
@@ -104,7 +151,7 @@ def _locked(folder: Path, mode: int) -> Iterator[bool]:
 
 def _write_durably(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

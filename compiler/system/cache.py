@@ -13,8 +13,10 @@ from pathlib import Path
 
 from surgeon.compiler.system.atomic_files import write_file
 from surgeon.runtime.errors import BuildError, short_repr
+from surgeon.runtime.package.files import read_regular
 
 DEFAULT_LIMIT = "1G"
+_LARGEST = 2**31  # bytes of an entry; what is larger is damaged
 _SIZE = re.compile(r"([0-9]{1,15})([kMGT]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _ENTRY = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-.*")  # a whole entry, or one being written
@@ -57,8 +59,8 @@ class Cache:
         """Returns the data stored under a key, or None if there is none or it is damaged."""
         file = self._folder / key
         try:
-            entry = file.read_bytes()
-        except OSError:
+            entry = read_regular(file, _LARGEST)
+        except (OSError, MemoryError):
             return None
         with contextlib.suppress(OSError):  # removed in the meantime, or another user's
             os.utime(file)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from surgeon.compiler.system.main_process import is_main_process
 
@@ -26,6 +26,13 @@ def progress_bar() -> Iterator[Progress | None]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error in the main process, after the program's name."""
+    if is_main_process() and sys.stderr is not None:
+        with suppress(OSError):  # nobody is reading; the work goes on
+            print(f"surgeon: {line}", file=sys.stderr, flush=True)
 
 
 def quiet_unless_watched() -> None:

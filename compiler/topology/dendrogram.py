@@ -4,7 +4,7 @@ Source: SciPy's linkage matrix Z (`scipy.cluster.hierarchy`) and p-adic digit pa
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -102,33 +102,16 @@ class Dendrogram:
                     str(len(path)),
                     "give every block a path of the same length",
                 )
-            for level, digit in enumerate(path):
-                if not 0 <= digit < arity:
-                    raise TopologyError(
-                        f"{where}[{block}][{level}]",
-                        f"a digit in 0..{arity - 1}",
-                        str(digit),
-                        "raise arity or correct the digit",
-                    )
-        num_blocks = len(paths)
-        linkage: list[Merge] = []
-        counts = [1] * num_blocks
-        nodes = {block: tuple(path) for block, path in enumerate(paths)}
-        for height in range(
-            depth + 1
-        ):  # blocks with equal paths merge at 0, those that differ only in the last digit at 1
-            by_prefix: dict[tuple[int, ...], list[int]] = {}
-            for node, path in nodes.items():
-                by_prefix.setdefault(path[: depth - height], []).append(node)
-            nodes = {}
-            for prefix, siblings in by_prefix.items():
-                top = siblings[0]
-                for other in siblings[1:]:
-                    counts.append(counts[top] + counts[other])
-                    linkage.append((top, other, float(height), counts[-1]))
-                    top = len(counts) - 1
-                nodes[top] = prefix
-        return cls(num_blocks, tuple(linkage))
+        digits = np.array(paths, dtype=np.int64).reshape(len(paths), depth)
+        if (wrong := np.argwhere((digits < 0) | (digits >= arity))).size:
+            block, level = wrong[0].tolist()
+            raise TopologyError(
+                f"{where}[{block}][{level}]",
+                f"a digit in 0..{arity - 1}",
+                str(paths[block][level]),
+                "raise arity or correct the digit",
+            )
+        return cls(len(paths), tuple(_merges_of(digits)))
 
     def leaf_order(self) -> tuple[int, ...]:
         """The blocks from left to right in the drawn tree, as `scipy.cluster.hierarchy.leaves_list` gives them."""
@@ -187,6 +170,35 @@ class Dendrogram:
         for parent, (left, right, _, _) in enumerate(self.linkage, start=self.num_blocks):
             tree.add_edges_from(((parent, left), (parent, right)))
         return tree
+
+
+def _merges_of(digits: npt.NDArray[np.int64]) -> Iterator[Merge]:
+    """The merges of the tree of paths `[blocks, depth]`, lowest first, without a loop over blocks that do not merge."""
+    num_blocks, depth = digits.shape
+    prefixes = [np.zeros(num_blocks, dtype=np.int64)]  # for each length, a number for each block's prefix
+    for level in digits.T:
+        prefixes.append(np.unique(prefixes[-1] * (int(digits.max()) + 1) + level, return_inverse=True)[1])
+    counts = [1] * num_blocks
+    nodes = first = np.arange(num_blocks)  # in order of each node's first block
+    for height in range(depth + 1):  # blocks with equal paths merge at 0, those that differ only in the last digit at 1
+        groups, number = np.unique(prefixes[depth - height][first], return_inverse=True)[1], len(nodes)
+        order = np.argsort(groups, kind="stable")
+        begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        sizes = np.diff(begins, append=number)
+        kept = order[begins]
+        nodes = nodes.copy()
+        for begin, size in sorted(
+            zip(begins[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True), key=lambda group: order[group[0]]
+        ):
+            members = nodes[order[begin : begin + size]].tolist()
+            top = members[0]
+            for other in members[1:]:
+                counts.append(counts[top] + counts[other])
+                yield top, other, float(height), counts[-1]
+                top = len(counts) - 1
+            nodes[order[begin]] = top
+        kept.sort()
+        nodes, first = nodes[kept], first[kept]
 
 
 def _merge(row: Sequence[object], place: str) -> Merge:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
-from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.package.strict_json import Fault, parse_json, read_document
@@ -20,6 +20,7 @@ MAX_BLOCKS = 16_384
 MAX_LAYERS = 512
 MAX_HEADS = 512
 MAX_DEPTH = 64
+_MAX_DIGIT = 1023
 BLOCK_SIZES = range(16, 1025, 16)
 _FAULT = Fault(TopologyError)
 
@@ -104,7 +105,7 @@ def _model(value: object) -> ModelShape:
             "model.weights_sha256",
             "64 lower-case hexadecimal digits or null",
             short_repr(weights),
-            "use surgeon.runtime.fingerprint",
+            "use surgeon.runtime.weights_id",
         )
     return ModelShape(
         model_type=model_type,
@@ -125,15 +126,21 @@ def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
     arity = _integer(fields["arity"], f"{where}.arity", 2, 1024)
     place = f"{where}.paths"
     paths = [
-        [
-            _integer(digit, f"{place}[{block}][{level}]", 0, 1023)
-            for level, digit in enumerate(_list(path, f"{place}[{block}]", 0, MAX_DEPTH))
-        ]
+        _digits(_list(path, f"{place}[{block}]", 0, MAX_DEPTH), f"{place}[{block}]")
         for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))
     ]
     if len(paths) != num_blocks:
         raise TopologyError(place, f"{num_blocks} paths, one per block", str(len(paths)), "give every block its digits")
     return Dendrogram.from_paths(paths, arity, place)
+
+
+def _digits(path: list[Any], where: str) -> list[int]:
+    for level, digit in enumerate(path):
+        if (
+            type(digit) is not int or not 0 <= digit <= _MAX_DIGIT
+        ):  # names the place of a wrong one only: there are many
+            _integer(digit, f"{where}[{level}]", 0, _MAX_DIGIT)
+    return path
 
 
 def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[Head, ...]:
@@ -154,7 +161,11 @@ def _head(value: object, where: str, num_trees: int) -> Head:
     if "dense" in _mapping(value, where):
         _constant(_object(value, where, required=("dense",))["dense"], f"{where}.dense", True)
         return DenseHead()
-    fields = _object(value, where, required=("dendrogram", "cut", "sink", "window"))
+    of_tree = ("dendrogram", "cut")
+    if not any(key in _mapping(value, where) for key in of_tree):
+        fields = _object(value, where, required=("sink", "window"), optional=of_tree)
+        return WindowHead(sink=_sink(fields, where), window=_window(fields, where))
+    fields = _object(value, where, required=(*of_tree, "sink", "window"))
     cut = fields["cut"]
     if isinstance(cut, bool) or not isinstance(cut, int | float) or not 0 <= cut <= sys.float_info.max:
         raise TopologyError(f"{where}.cut", "a finite height of at least 0", short_repr(cut), "use 0.0 for no clusters")
@@ -169,9 +180,17 @@ def _head(value: object, where: str, num_trees: int) -> Head:
     return SparseHead(
         dendrogram=dendrogram,
         cut=abs(float(cut)),  # abs: −0.0 and 0.0 are one height
-        sink=_integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS),
-        window=_integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS),
+        sink=_sink(fields, where),
+        window=_window(fields, where),
     )
+
+
+def _sink(fields: Mapping[str, Any], where: str) -> int:
+    return _integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS)
+
+
+def _window(fields: Mapping[str, Any], where: str) -> int:
+    return _integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS)
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

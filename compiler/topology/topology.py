@@ -26,6 +26,14 @@ class DenseHead:
 
 
 @dataclass(frozen=True)
+class WindowHead:
+    """A head that sees the first `sink` blocks and the last `window` blocks, and so needs no tree."""
+
+    sink: int
+    window: int
+
+
+@dataclass(frozen=True)
 class SparseHead:
     """A head that sees the first `sink` blocks, the last `window` blocks, and its own cluster under `cut`.
 
@@ -38,7 +46,7 @@ class SparseHead:
     window: int
 
 
-Head = DenseHead | SparseHead
+Head = DenseHead | WindowHead | SparseHead
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,9 @@ class Topology:
                 mask[index] = causal
                 continue
             near = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
-            known = min(num_blocks, self.num_blocks)
-            near[:known, :known] = distances[head.dendrogram][:known, :known] <= head.cut
+            if isinstance(head, SparseHead):
+                known = min(num_blocks, self.num_blocks)
+                near[:known, :known] = distances[head.dendrogram][:known, :known] <= head.cut
             if self.beyond == "dense":
                 near[self.num_blocks :, :] = True
             mask[index] = causal & ((column < head.sink) | (row - column < head.window) | near)
@@ -102,12 +111,10 @@ class Topology:
             return causal_pairs(length)
         known = min(length, self.num_blocks)
         sparse = known if self.beyond == "dense" else length
-        return (
-            window_pairs(sparse, head.sink, head.window)
-            + cluster_pairs(known, head.sink, head.window, self.dendrograms[head.dendrogram], head.cut)
-            + causal_pairs(length)
-            - causal_pairs(sparse)
-        )
+        pairs = window_pairs(sparse, head.sink, head.window) + causal_pairs(length) - causal_pairs(sparse)
+        if isinstance(head, SparseHead):
+            pairs += cluster_pairs(known, head.sink, head.window, self.dendrograms[head.dendrogram], head.cut)
+        return pairs
 
     def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
         """Visible pairs over causal pairs of blocks, per head: `[num_attention_heads]`.

@@ -101,7 +101,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Pilot:
-    """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran."""
+    """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran.
+
+    `surgeon` is the version that made it, None in a file from before version 0.2.
+    """
 
     model: str
     weights_sha256: str
@@ -112,6 +115,7 @@ class Pilot:
     columns: tuple[Column, ...]
     thresholds: tuple[Threshold, ...]
     seconds: float
+    surgeon: str | None = None
 
     @property
     def weights_unchanged(self) -> bool:
@@ -135,7 +139,8 @@ class Pilot:
             PilotError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        pilot = typing.cast(Pilot, read_plain(cls, parse_root(text, _ROOT, "pilot", _FAULT), "pilot", _FAULT))
+        root = {"surgeon": None} | parse_root(text, _ROOT, "pilot", _FAULT)
+        pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", _FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
             raise _FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")
         if any(column.against_dense is None for column in pilot.columns[1:]):

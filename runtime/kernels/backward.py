@@ -26,7 +26,7 @@ def gradients(
     They are computed in fp32, or in fp64 if q is fp64. They are zero for queries before `cache_leftpad` and for keys
     that no query reads.
     """
-    q, k, v, position, cache_leftpad, scale = operands
+    q, k, v, position, cache_leftpad, scale, *_ = operands
     batch, length = q.shape[0], q.shape[2]
     positions = [k.shape[2] - length] * batch if position is None else position.tolist()
     cache_leftpads = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
@@ -43,7 +43,8 @@ def gradients(
         whole = len(sequences) == batch  # the usual case, which copies nothing
         parts = given if whole else tuple(tensor[sequences] for tensor in given)
         sums = results if whole else [torch.zeros_like(result[sequences]) for result in results]
-        for tile in _tiles(shared, block_size, start, start + length, first):
+        dense = operands.first_dense_row(start + length - first, block_size)
+        for tile in _tiles(shared, block_size, range(start, start + length), first, dense):
             _accumulate(tile, start, scale, *parts, *sums)
         if not whole:
             for result, part in zip(results, sums, strict=True):
@@ -76,15 +77,21 @@ def _shared_schedules(heads: Sequence[HeadSchedule], group: int) -> Iterator[tup
 
 
 def _tiles(
-    shared: Sequence[tuple[int, list[int], HeadSchedule]], block_size: int, start: int, stop: int, first: int
+    shared: Sequence[tuple[int, list[int], HeadSchedule]],
+    block_size: int,
+    queries: range,
+    first: int,
+    first_dense_row: int | None,
 ) -> Iterator[_Tile]:
-    """Yields the tiles of queries `[start, stop)` of a sequence whose blocks are counted from the key `first`."""
-    begin = max(start, first)
-    while begin < stop:
+    """Yields the tiles of a sequence's `queries`, whose blocks are counted from the key `first`."""
+    begin = max(queries.start, first)
+    while begin < queries.stop:
         row = (begin - first) // block_size
-        end = min(stop, first + (row + 1) * block_size)
+        end = min(queries.stop, first + (row + 1) * block_size)
+        dense = first_dense_row is not None and row >= first_dense_row
         for kv_head, heads, schedule in shared:
-            keys = [slice(first + block_size * a, min(first + block_size * b, end)) for a, b in schedule.row(row)]
+            runs = [(0, row + 1)] if dense else schedule.row(row)
+            keys = [slice(first + block_size * a, min(first + block_size * b, end)) for a, b in runs]
             yield _Tile(kv_head, heads, begin, end, keys)
         begin = end
 

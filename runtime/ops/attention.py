@@ -14,21 +14,23 @@ from surgeon.runtime.ops.transforms import refuse_tangents, transformable, untra
 # define/impl on a Library costs a fraction of the custom_op decorator's overhead per call.
 _LIBRARY = torch.library.Library("surgeon", "DEF")
 _ARGUMENTS = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, str package, int layer)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, int dense_rows, "
+    "int tokens_ahead, str package, int layer)"
 )
 _LIBRARY.define(f"attention{_ARGUMENTS} -> Tensor")
 _LIBRARY.define(f"attention_with_lse{_ARGUMENTS} -> (Tensor, Tensor)")
 _LIBRARY.define(
     "attention_paged(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor position, Tensor? cache_leftpad, "
-    "float scale, str package, int layer) -> Tensor"
+    "float scale, int dense_rows, int tokens_ahead, str package, int layer) -> Tensor"
 )
 _LIBRARY.define(
     "attention_rotary(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cache_leftpad, float scale, "
-    "str package, int layer) -> Tensor"
+    "int dense_rows, int tokens_ahead, str package, int layer) -> Tensor"
 )
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? position, "
-    "Tensor? cache_leftpad, float scale, str package, int layer) -> (Tensor, Tensor, Tensor)"
+    "Tensor? cache_leftpad, float scale, int dense_rows, int tokens_ahead, str package, int layer) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -103,16 +105,15 @@ def _fake_attention_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ARG001 - torch's names
-    *tensors, ctx.scale, ctx.package, ctx.layer = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
 
 
 def _backward(
     ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, ...]:
-    rest = (ctx.scale, ctx.package, ctx.layer)
-    gradients = torch.ops.surgeon.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *rest)
-    return *gradients, *[None] * 5
+    gradients = torch.ops.surgeon.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    return *gradients, *[None] * (2 + len(ctx.rest))
 
 
 def _no_backward(expected: str, got: str) -> Callable[..., None]:

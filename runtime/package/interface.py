@@ -19,7 +19,8 @@ class Interface:
 
     Strides are in elements; q, k and v have stride 1 along head_dim, everything else is contiguous. `aligned` names the
     addresses, in bytes, and strides that are multiples of `ALIGNMENT`. `write_lse` 0 leaves lse alone, which may then
-    be null. q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads.
+    be null. q, k, v and out hold the KV heads of the layer from `first_kv_head` on, and their query heads. `dense_tail`
+    is `Operands.dense_tail`.
     """
 
     arguments: tuple[Argument, ...]
@@ -61,6 +62,7 @@ TABLE_LENGTH = Argument("num_table_rows", "i32")
 
 _TABLE = (*TABLE_POINTERS, TABLE_LENGTH)
 _ALIGNED_STRIDES = tuple(stride.name for stride in STRIDES)
+_DENSE_TAIL = Argument("dense_tail", "i32")
 _FIRST_KV_HEAD = Argument("first_kv_head", "i32")
 _WRITE_LSE = Argument("write_lse", "i32")
 _SCALE = Argument("scale", "fp32")
@@ -70,6 +72,7 @@ PREFILL = Interface(
         *_pointers("q", "k", "v", "out", "lse", "cache_leftpad", "position"),
         *STRIDES,
         Argument("num_queries", "i32"),
+        _DENSE_TAIL,
         _FIRST_KV_HEAD,
         Argument("num_kv_heads", "i32"),
         _WRITE_LSE,
@@ -85,6 +88,7 @@ DECODE = Interface(
     arguments=(
         *_pointers("q", "k", "v", "partial", "partial_lse", "cache_leftpad", "position"),
         *STRIDES,
+        _DENSE_TAIL,
         _FIRST_KV_HEAD,
         _SCALE,
         *_TABLE,

@@ -14,7 +14,7 @@ from surgeon.runtime.package.strict_json import Fault, parse_root, read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 5
+CPU_ABI_VERSION = 6
 """Version of the call structure between the runtime and a CPU library."""
 
 _FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
@@ -25,7 +25,7 @@ _ROOT = {"format": "surgeon.package", "version": 1}
 class ModelShape:
     """The shape of the model that a topology was learned on.
 
-    `weights_sha256` is the fingerprint of its frozen weights (`surgeon.runtime.fingerprint`), or None for any weights.
+    `weights_sha256` is the identity of its frozen weights (`surgeon.runtime.weights_id`), or None for any weights.
     """
 
     model_type: str
@@ -95,7 +95,7 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class Tool:
-    """A compiler that made a part of the package, such as g++, and the first line of its version text."""
+    """A program that made a part of the package, such as surgeon or g++, and the first line of its version text."""
 
     name: str
     version: str

@@ -5,14 +5,15 @@ Source: package format version 1: a folder with manifest.json, which lists every
 
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from surgeon.runtime.errors import PackageError, short_repr
+from surgeon.runtime.errors import PackageError, reason_of, remedy_for, short_repr
+from surgeon.runtime.package.files import NotAFileError, read_regular
+from surgeon.runtime.package.hub_cache import blob_of, blobs_of
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
 from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
@@ -22,7 +23,9 @@ from surgeon.runtime.package.topology_facts import check_topology
 MANIFEST = "manifest.json"
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 2**30
+MAX_TOPOLOGY_BYTES = 2**27  # twice a topology file's limit: the canonical form is a little longer
 MAX_PACKAGE_BYTES = 4 * 2**30
+_MAX_PARTS = 8
 _AGAIN = "compile the package again"
 
 
@@ -48,72 +51,101 @@ class PackageFiles:
         return read_schedules(self.files.get(SCHEDULES), self.manifest, f"{self.folder}/{SCHEDULES}")
 
 
-def read_package(folder: str | os.PathLike[str]) -> PackageFiles:
+def read_package(folder: str | os.PathLike[str], hub_cache: bool = False) -> PackageFiles:
     """Reads and verifies every file of a package; nothing in it is executed or imported.
+
+    With `hub_cache`, a file may be a link to a blob of the Hub cache's repository whose snapshot the folder lies in.
 
     Raises:
         PackageError: a file is missing, unlisted, a link, too large, outside the folder or unlike its manifest entry.
     """
-    root = Path(folder)
+    try:
+        return _read_package(Path(folder), hub_cache)
+    except PackageError:
+        raise
+    except Exception as error:  # whatever the system or a library says of what somebody else wrote
+        remedy = remedy_for(error, "check the path, or " + _AGAIN)
+        raise PackageError(os.fsdecode(folder), "a package that can be read", reason_of(error), remedy) from error
+
+
+def _read_package(root: Path, hub_cache: bool) -> PackageFiles:
     if not root.is_dir():
         raise PackageError(str(root), "a package folder", "a file" if root.exists() else "nothing", "check the path")
-    if not (root / MANIFEST).exists():
+    if not os.path.lexists(root / MANIFEST):
         raise PackageError(
             str(root), f"a package with {MANIFEST}", "a folder without it", "check the path or " + _AGAIN
         )
-    text = _read(root, MANIFEST, MAX_MANIFEST_BYTES)
+    blobs = blobs_of(root) if hub_cache else None
+    text = _read(root, MANIFEST, MAX_MANIFEST_BYTES, blobs)
     try:
         manifest = Manifest.from_json(text.decode("utf-8"))
     except UnicodeDecodeError:
         raise PackageError(f"{root}/{MANIFEST}", "UTF-8 text", "other bytes", _AGAIN) from None
     _check_listing(root, manifest)
-    files = {entry.path: _read_listed(root, entry) for entry in manifest.files}
+    _check_folder(root, {entry.path for entry in manifest.files}, blobs)
+    files = {entry.path: _read_listed(root, entry, blobs) for entry in manifest.files}
     _check_kernels(root, manifest)
     check_topology(files[TOPOLOGY], manifest, str(root))
     return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, MappingProxyType(files))
 
 
 def _check_listing(root: Path, manifest: Manifest) -> None:
-    listed = [entry.path for entry in manifest.files]
-    if len(listed) > MAX_FILES or len(set(listed)) != len(listed):
-        raise PackageError(f"{root}: files", f"at most {MAX_FILES} files, each once", str(len(listed)), _AGAIN)
+    listed = {entry.path for entry in manifest.files}
+    if len(manifest.files) > MAX_FILES or len(listed) != len(manifest.files):
+        raise PackageError(f"{root}: files", f"at most {MAX_FILES} files, each once", str(len(manifest.files)), _AGAIN)
     for entry in manifest.files:
         path = PurePosixPath(entry.path)
         if (
             path.is_absolute()
             or ".." in path.parts
             or "\\" in entry.path
-            or "\0" in entry.path
+            or not entry.path.isprintable()  # nor a surrogate, which no file system can name
+            or len(path.parts) > _MAX_PARTS
             or str(path) != entry.path
         ):
             raise PackageError(
                 f"{root}: files", "paths inside the package", short_repr(entry.path), "do not use this package"
             )
-        if not 0 <= entry.size <= MAX_FILE_BYTES:
-            raise PackageError(f"{root}/{entry.path}", f"at most {MAX_FILE_BYTES} bytes", str(entry.size), _AGAIN)
+        most = MAX_TOPOLOGY_BYTES if entry.path == TOPOLOGY else MAX_FILE_BYTES
+        if not 0 <= entry.size <= most:
+            raise PackageError(f"{root}/{entry.path}", f"at most {most} bytes", str(entry.size), _AGAIN)
     if sum(entry.size for entry in manifest.files) > MAX_PACKAGE_BYTES:
         raise PackageError(str(root), f"at most {MAX_PACKAGE_BYTES} bytes in all", "more", _AGAIN)
-    for found in _walk(root, ""):
-        if found != MANIFEST and found not in set(listed):
-            raise PackageError(
-                f"{root}/{found}", "only files that the manifest lists", "an unlisted file", "remove it or " + _AGAIN
-            )
 
 
-def _walk(root: Path, below: str) -> Iterator[str]:
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            path = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_symlink():
-                raise PackageError(f"{root}/{path}", "a file or folder", "a symbolic link", "do not use this package")
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(root, path)
-            else:
-                yield path
+def _check_folder(root: Path, listed: Set[str], blobs: Path | None) -> None:
+    """Refuses what the manifest does not list; a folder without a listed file is not looked into."""
+    folders = {str(folder) for path in listed for folder in PurePosixPath(path).parents}
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                path = f"{below}/{entry.name}" if below else entry.name
+                if entry.is_symlink() and blob_of(root / path, blobs) is None:
+                    raise _link(root, path)
+                if entry.is_dir(follow_symlinks=False) and path in folders:
+                    pending.append(path)
+                elif path != MANIFEST and path not in listed:
+                    raise PackageError(
+                        f"{root}/{path}",
+                        "only files that the manifest lists",
+                        f"an unlisted {'folder' if entry.is_dir(follow_symlinks=False) else 'file'}",
+                        "remove it or " + _AGAIN,
+                    )
 
 
-def _read_listed(root: Path, entry: FileEntry) -> bytes:
-    data = _read(root, entry.path, entry.size)
+def _link(root: Path, path: str) -> PackageError:
+    """The error for a link that is not followed."""
+    got, remedy = "a symbolic link", "do not use this package"
+    if blob_of(root / path, blobs_of(root)) is not None:
+        got = "a symbolic link into the Hub's cache"
+        remedy = "copy the package (cp -rL), or download it with local_dir=..., which makes files"
+    return PackageError(f"{root}/{path}", "a file or folder", got, remedy)
+
+
+def _read_listed(root: Path, entry: FileEntry, blobs: Path | None) -> bytes:
+    data = _read(root, entry.path, entry.size, blobs)
     if len(data) != entry.size:
         raise PackageError(f"{root}/{entry.path}", f"{entry.size} bytes", f"{len(data)} bytes", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
@@ -124,17 +156,20 @@ def _read_listed(root: Path, entry: FileEntry) -> bytes:
     return data
 
 
-def _read(root: Path, path: str, limit: int) -> bytes:
-    """Reads the bytes of a regular file, at most `limit`."""
+def _read(root: Path, path: str, limit: int, blobs: Path | None) -> bytes:
+    """Reads the bytes of a regular file, at most `limit`, or those of a blob that it is a link to."""
     where = f"{root}/{path}"
+    file = root / path
     try:
-        descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        if file.is_symlink():
+            file = blob_of(file, blobs) or file
+        data = read_regular(file, limit)
+    except NotAFileError as error:
+        if file.is_symlink():
+            raise _link(root, path) from None
+        raise PackageError(where, "a regular file", reason_of(error), "do not use this package") from None
     except OSError as error:
-        raise PackageError(where, "a readable file", error.strerror or str(error), _AGAIN) from None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise PackageError(where, "a regular file", "another kind of file", "do not use this package")
-        data = file.read(limit + 1)
+        raise PackageError(where, "a readable file", reason_of(error), remedy_for(error, _AGAIN)) from None
     if len(data) > limit:
         raise PackageError(where, f"at most {limit} bytes", "more", _AGAIN)
     return data

@@ -8,6 +8,8 @@ and `n.last_readers` [KV heads, blocks]. A piece's run numbers count from its he
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,11 @@ FILE = "schedule.safetensors"
 
 UNBOUNDED = 2**31 - 1
 """The row after the last one of a piece that has no end."""
+
+MAX_PIECES = 2**21
+"""The most pieces that the distinct schedules of a package may have together, each counting its distinct heads."""
+
+_MAX_RUNS = 2 * MAX_PIECES
 
 
 class Run(NamedTuple):
@@ -56,15 +63,23 @@ class HeadSchedule:
         last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
         return (*self.runs[piece.first_run : piece.end_run], last)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # kept, since layers of many heads are looked up by all of these
+        return hash((self.runs, self.pieces))
+
     def visible_blocks(self, num_rows: int) -> int:
         """The number of blocks that the first `num_rows` rows read together."""
         blocks = 0
+        before = [0, *accumulate(run.end - run.begin for run in self.runs)]
         for piece in self.pieces:
             end = min(piece.end_row, num_rows)
             if piece.first_row >= end:
                 break
-            runs = self.runs[piece.first_run : piece.end_run]
-            blocks += (sum(run.end - run.begin for run in runs) + 1 - piece.last_begin) * (end - piece.first_row)
+            runs = before[piece.end_run] - before[piece.first_run]
+            blocks += (runs + 1 - piece.last_begin) * (end - piece.first_row)
             if not piece.follows_row:  # the last run also grows with its row: add first_row + … + (end − 1)
                 blocks += (piece.first_row + end - 1) * (end - piece.first_row) // 2
         return blocks
@@ -126,7 +141,8 @@ def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[i
         missing = min(set(manifest.layers) - names.keys())
         raise matrices.fault(f"layer {missing}", "a kernel that names its schedule", "none")
     shared: dict[tuple[bytes, bytes], HeadSchedule] = {}
-    found = {name: _read(matrices, name, manifest.model, shared) for name in dict.fromkeys(names.values())}
+    room = _Room(matrices)
+    found = {name: _read(matrices, name, manifest.model, shared, room) for name in dict.fromkeys(names.values())}
     return {layer: found[name] for layer, name in sorted(names.items())}
 
 
@@ -134,8 +150,27 @@ def _matrix(rows: Iterable[tuple[int, ...]], columns: int) -> Matrix:
     return np.array(list(rows), dtype=np.int32).reshape(-1, columns)
 
 
+class _Room:
+    """The pieces and runs that may still be read, of all schedules together."""
+
+    def __init__(self, matrices: Matrices) -> None:
+        self._matrices = matrices
+        self._pieces = self._runs = 0
+
+    def take(self, pieces: int, runs: int) -> None:
+        """Refuses more than the limit."""
+        self._pieces += pieces
+        self._runs += runs
+        if self._pieces > MAX_PIECES or self._runs > _MAX_RUNS:
+            raise self._matrices.fault(
+                "",
+                f"at most {MAX_PIECES:,} pieces and {_MAX_RUNS:,} runs",
+                f"{self._pieces:,} and {self._runs:,} or more",
+            )
+
+
 def _read(
-    matrices: Matrices, name: str, model: ModelShape, shared: dict[tuple[bytes, bytes], HeadSchedule]
+    matrices: Matrices, name: str, model: ModelShape, shared: dict[tuple[bytes, bytes], HeadSchedule], room: _Room
 ) -> PackagedSchedule:
     """Reads one schedule; `shared` are the heads read before, by the bytes of their pieces and runs."""
     pieces, runs = matrices.read(f"{name}.pieces", 6), matrices.read(f"{name}.runs", 2)
@@ -154,6 +189,7 @@ def _read(
     for place in dict.fromkeys(map(tuple, places.tolist())):
         own, left = pieces[place[0] : place[1]], runs[place[2] :]
         num_runs = int(own[:, 3].max())
+        room.take(len(own), num_runs)  # heads may name the same pieces, so the file's size is no limit
         if num_runs > len(left):
             raise matrices.fault(f"{name}.runs", f"{num_runs} from {place[2]} on", str(len(left)))
         if own[0, 0] != 0 or (own[1:, 0] != own[:-1, 1]).any():

@@ -9,9 +9,10 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
-from surgeon.runtime.errors import SurgeonError, short_repr
+from surgeon.runtime.errors import SurgeonError, reason_of, remedy_for, short_repr
+from surgeon.runtime.package.files import read_any
 
 Document = TypeVar("Document")
 
@@ -43,20 +44,21 @@ def read_document(
     """
     file = Path(path)
     try:
-        with file.open("rb") as stream:
-            data = stream.read(limit + 1)  # its size is not asked for: a device or a pipe has none
+        data = read_any(file, limit)
+        if len(data) > limit:
+            raise fault(str(file), f"at most {limit} bytes", "a larger file", smaller)
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise fault(str(file), "UTF-8 text", f"a stray byte at {error.start}", "save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or str(error)
-        raise fault.error(str(file), "a readable file", reason, "check the path") from None
-    if len(data) > limit:
-        raise fault(str(file), f"at most {limit} bytes", "a larger file", smaller)
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a path with a null character
+        remedy = remedy_for(error, "check the path")
+        raise fault.error(str(file), "a readable file", reason_of(error), remedy) from None
     try:
         return parse(text)
     except fault.error as error:
         raise fault.error(f"{file}: {error.where}", error.expected, error.got, error.remedy) from None
+    except MemoryError as error:
+        raise fault.error(str(file), "a file that fits in memory", "a larger one", remedy_for(error, "")) from None
 
 
 def parse_json(text: str, where: str, fault: Fault) -> object:
@@ -97,8 +99,21 @@ def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fa
     for key, constant in constants.items():
         found = root.pop(key, None)
         if type(found) is not type(constant) or found != constant:
-            raise fault(f"{where}: {key}", repr(constant), short_repr(found))
+            maker = _maker(root) if key == "version" else ""
+            raise fault(f"{where}: {key}", repr(constant), f"{short_repr(found)}{maker}")
     return root
+
+
+def _maker(root: Mapping[str, object]) -> str:
+    """Names the version of surgeon that made a file, as pilots and manifests say it; nothing if this one does not."""
+    tools = root.get("tools")
+    said = [tool.get("version") for tool in tools if tool.get("name") == "surgeon"] if _are_objects(tools) else []
+    named = root.get("surgeon", said[0] if said else None)
+    return f", as surgeon {short_repr(named)} writes it" if isinstance(named, str) else ""
+
+
+def _are_objects(value: object) -> TypeGuard[list[dict[str, object]]]:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:

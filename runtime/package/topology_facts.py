@@ -54,10 +54,11 @@ def check_topology(data: bytes, manifest: Manifest, folder: str) -> None:
                 short_repr(value),
                 "do not use this package",
             )
+    spelled = [json.dumps(layer, sort_keys=True) for layer in layers]  # once: many kernels may name a layer
     schedules: dict[str, str] = {}
     for kernel in manifest.kernels:
         for layer in kernel.layers if kernel.schedule else ():
-            heads = json.dumps(layers[layer], sort_keys=True)
+            heads = spelled[layer]
             if schedules.setdefault(heads, kernel.schedule) != kernel.schedule:
                 raise PackageError(
                     f"{folder}/manifest.json: kernels",

@@ -15,7 +15,7 @@ from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.ops.attention import attention as attend_with
-from surgeon.runtime.transformers import masks
+from surgeon.runtime.transformers import masks, recall
 from surgeon.runtime.transformers.config_view import is_view
 from surgeon.runtime.transformers.layers import IMPLEMENTATIONS, own_attention
 from surgeon.runtime.transformers.paged_layer import PagedStates
@@ -33,10 +33,12 @@ class Site:
     """The binding of a full-attention layer's attention module in a patched model.
 
     It keeps `package` loaded; None means that the package does not cover the layer, which then attends as before.
+    `dense_rows`, in tokens, are those at a prompt's end that read every block; 0 leaves all to the topology.
     """
 
     package: Package | None
     layer: int
+    dense_rows: int
 
 
 def bind(module: torch.nn.Module, site: Site) -> None:
@@ -120,8 +122,8 @@ def attention(
     position, cache_leftpad = placed = masks.unpack(attention_mask, key.shape[2])
     masks.check_positions(attention_mask, extras.get("position_ids"), query.shape[2], placed)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    ahead = recall.tokens_ahead(position, query.shape[2]) if site.dense_rows else 0
+    rest = (position, cache_leftpad, scale, site.dense_rows, ahead)
     if isinstance(key, PagedStates) and value is key:
-        operands = Operands(query, key.new_keys, key.new_values, position, cache_leftpad, scale)
-        return key.layer.attend(operands, site.package), None
-    operands = Operands(query, key, value, position, cache_leftpad, scale)
-    return attend_with(site.package.kernels, site.layer, operands), None
+        return key.layer.attend(Operands(query, key.new_keys, key.new_values, *rest), site.package), None
+    return attend_with(site.package.kernels, site.layer, Operands(query, key, value, *rest)), None

@@ -3,6 +3,7 @@
 Source: `transformers.cache_utils`, Cache.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.transformers.layers import FULL, layer_type
 from surgeon.runtime.transformers.paged_layer import PagedLayer
 
@@ -18,7 +19,9 @@ from surgeon.runtime.transformers.paged_layer import PagedLayer
 class SurgeonCache(Cache):
     """A cache for a model patched with the package, on the CPU; pass it to `generate` as `past_key_values`.
 
-    A patched model computes with it, bit for bit, what it computes with a DynamicCache. Layers that no kernel runs are
+    It drops something only if the model was patched with `recall="pattern"`; under "dense", rows that ask read
+    everything, so that it keeps everything, and says so once. A patched model computes with it, bit for bit, what it
+    computes with a DynamicCache. Layers that no kernel runs are
     kept as a DynamicCache keeps them; the model's `config` is needed if some layers are not full attention. Once blocks
     are dropped, the cache cannot be cropped back to a row that reads them, unless `activate_past_recording` was called
     first, as assisted generation does.
@@ -29,7 +32,8 @@ class SurgeonCache(Cache):
         PackageError: the package does not say when blocks may be dropped.
     """
 
-    def __init__(self, package: Package, config: PreTrainedConfig | None = None) -> None:
+    def __init__(self, package: Package | str | os.PathLike[str], config: PreTrainedConfig | None = None) -> None:
+        package = loaded(package)
         package.prepare("cpu")
         number = package.manifest.model.num_hidden_layers
         layers: list[Any] = DynamicCache(config=config).layers if config else [DynamicLayer() for _ in range(number)]

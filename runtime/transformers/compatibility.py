@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surgeon.runtime.errors import PatchError, TargetError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
-from surgeon.runtime.transformers.fingerprint import fingerprint
+from surgeon.runtime.transformers.fingerprint import are_weights, weights_id
 from surgeon.runtime.transformers.layers import (
     FULL,
     IMPLEMENTATIONS,
@@ -65,21 +65,29 @@ def check_fit(model: torch.nn.Module, package: Package) -> tuple[LeftLayer, ...]
             "use a model type from the table in runtime/README.md, with this version of Transformers",
         )
     shape = package.manifest.model
-    _check_shape(model.config, shape)
-    _check_config(model.config)
+    check_config(model.config, shape)
     left = _left_layers(model, package)
     _check_sites(model, shape)
     _check_kernels(model, package, {layer.layer for layer in left})
     expected = shape.weights_sha256
-    if expected is not None and (got := fingerprint(model)) != expected:
+    if expected is not None and not are_weights(model, expected):
         raise PatchError(
             "weights",
             f"those that the topology was learned on, SHA-256 {expected}",
-            got,
-            "load those weights in their original dtype (quantise them after patch), or set model.weights_sha256 to "
-            "null and compile again",
+            weights_id(model),
+            "load those weights, in any dtype, or set model.weights_sha256 to null, for any weights, and compile again",
         )
     return left
+
+
+def check_config(config: PreTrainedConfig, shape: ModelShape) -> None:
+    """Checks that a model of this config has the shape that a package was compiled for, and causal softmax attention.
+
+    Raises:
+        PatchError: it has not.
+    """
+    _check_shape(config, shape)
+    _check_attention(config)
 
 
 def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
@@ -101,7 +109,7 @@ def _check_shape(config: PreTrainedConfig, shape: ModelShape) -> None:
             )
 
 
-def _check_config(config: PreTrainedConfig) -> None:
+def _check_attention(config: PreTrainedConfig) -> None:
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise PatchError(
             "model.config.attn_logit_softcapping",

@@ -1,12 +1,27 @@
-"""The fingerprint of a model's frozen weights: equal if and only if the weights are equal, bit for bit."""
+"""Two hashes of a model's weights: a fingerprint of every bit, and an identity that outlives a change of dtype.
+
+The fingerprint shows that weights have not changed. A topology records the identity, since the model that it was
+learned on may be loaded in another dtype, quantised, or with adapters on top.
+"""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 
 from surgeon.runtime.transformers.offload import fetched
+
+_HALF = 32  # hexadecimal digits
+_UNTOLD = "f" * _HALF
+_SIGNS = 2**20  # of each parameter: 7 billion weights take a second or two, and rows that are added later do not count
+_ADAPTED = ("base_layer", "original_module")  # where PEFT's layers keep the module that they stand for
+_PLAIN = (torch.Tensor, torch.nn.Parameter, DTensor)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -31,6 +46,75 @@ def fingerprint(model: torch.nn.Module) -> str:
         shape = "x".join(map(str, parameter.shape))
         total.update(f"{name} {dtype} {shape} {digests[id(parameter)]}\n".encode())
     return total.hexdigest()
+
+
+def weights_id(model: PreTrainedModel) -> str:
+    """The identity of the model's weights, as 64 lower-case hexadecimal digits: the same in fp32, bf16 and fp16.
+
+    It is made of signs, which no rounding changes. Digits 1 to 32 are of the input embedding, digits 33 to 64 of all
+    parameters; each half begins a SHA-256. The embedding's is that of its signs: a bit for each of its first 2**20
+    elements in row-major order, 1 if negative, eight in a byte with the first one highest. The other's is that of a
+    line for each parameter, sorted and named as in `fingerprint`: `name digest` and a line feed, where digest is the
+    SHA-256 of its signs. Adapters that PEFT put into the model do not count. Quantised weights have lost their signs: a
+    half that needs them is 32 times f. Sharded and offloaded models are taken as by `fingerprint`.
+
+    Raises:
+        ModelError: a parameter is not in memory (the meta device).
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = model.get_input_embeddings()
+    path = names[id(embedding)] + "."
+    words = _signs(model, _originals(embedding, path, path))
+    every = _signs(model, _originals(model, "", "")) if not _has_packed_buffers(model) else None
+    lines = None if every is None else "".join(f"{name} {digest}\n" for name, digest in sorted(every.items()))
+    halves = (
+        next(iter(words.values())) if words else _UNTOLD,
+        _UNTOLD if lines is None else hashlib.sha256(lines.encode()).hexdigest(),
+    )
+    return "".join(half[:_HALF] for half in halves)
+
+
+def are_weights(model: PreTrainedModel, expected: str) -> bool:
+    """True if the model's weights are those of an identity, as far as both tell, or of a fingerprint."""
+    found = weights_id(model)
+    halves = ((found[:_HALF], expected[:_HALF]), (found[_HALF:], expected[_HALF:]))
+    if all(one == other or _UNTOLD in (one, other) for one, other in halves):
+        return True
+    return _UNTOLD not in halves[1] and fingerprint(model) == expected
+
+
+def _originals(module: torch.nn.Module, path: str, name: str) -> Iterator[tuple[str, str]]:
+    """The paths of the parameters below a module, without adapters, and the names that they have without adapters."""
+    for adapted in _ADAPTED:
+        if (inner := module._modules.get(adapted)) is not None:
+            yield from _originals(inner, f"{path}{adapted}.", name)
+            return
+    yield from ((path + own, name + own) for own, parameter in module._parameters.items() if parameter is not None)
+    for own, child in module._modules.items():
+        if child is not None:
+            yield from _originals(child, f"{path}{own}.", f"{name}{own}.")
+
+
+def _signs(model: torch.nn.Module, parameters: Iterable[tuple[str, str]]) -> dict[str, str] | None:
+    """The digest of each parameter's signs, by its name; None if one of them is quantised."""
+    digests: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for path, name in sorted(parameters, key=lambda each: each[1]):
+        parameter = model.get_parameter(path)
+        if type(parameter) not in _PLAIN or type(parameter.data) not in _PLAIN or parameter.dtype not in _FLOATS:
+            return None
+        if id(parameter) not in digests:
+            tensor = fetched(model, path) if parameter.is_meta else parameter
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            negative = torch.signbit(whole.detach().reshape(-1)[:_SIGNS]).cpu().numpy()
+            digests[id(parameter)] = hashlib.sha256(np.packbits(negative).tobytes()).hexdigest()
+        found[name] = digests[id(parameter)]
+    return found
+
+
+def _has_packed_buffers(model: torch.nn.Module) -> bool:
+    """True if weights are packed into buffers, as GPTQ and AWQ do, and so are no parameters."""
+    return any(buffer.dtype in _PACKED and buffer.dim() > 1 for buffer in model.buffers())
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -7,6 +7,8 @@ which stores them and attends over what is held. Any other use of the wrapped st
 Source: `transformers.cache_utils`, CacheLayerMixin.
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from surgeon.runtime.ops.plain_inference import is_transformed
 
 _NO_GRAPH = "a SurgeonCache drops blocks as it goes: give a DynamicCache or a StaticCache for one graph"
 """The reason for a break in the graph at each layer of a compiled model."""
+
+_LOG = logging.getLogger("surgeon")
 
 
 class PagedStates(torch.Tensor):
@@ -67,7 +71,8 @@ class PagedLayer(CacheLayerMixin):
     """One layer of a SurgeonCache.
 
     Unlike in other cache layers, `keys` and `values` are None, since a pool of blocks holds the states. While
-    `record_past` is true, nothing is dropped until `crop` tells from which token the model goes on.
+    `record_past` is true, nothing is dropped until `crop` tells from which token the model goes on; under a model's
+    dense recall nothing is dropped at all.
     """
 
     is_sliding = False
@@ -80,6 +85,7 @@ class PagedLayer(CacheLayerMixin):
         self.package = package
         self.layer = layer
         self.record_past = False
+        self._keeps_all = False  # from the first call on whose rows ask for everything
         self._liveness = liveness
         self._kv_heads = package.kv_heads  # those that are cached; in a tensor-parallel model, this process's own
         self._block_size = package.manifest.block_size
@@ -127,10 +133,13 @@ class PagedLayer(CacheLayerMixin):
         Raises:
             PatchError: the tokens are not the next ones, or the padding has changed.
         """
-        query, keys, values, position, cache_leftpad, _ = operands
+        query, keys, values, position, cache_leftpad, *_ = operands
         assert position is not None
         assert cache_leftpad is not None
         first = self._begin(keys, position, cache_leftpad, package)
+        if operands.dense_rows and not self._keeps_all:
+            self._keeps_all = True
+            _say_once(package.id)
         operands = operands._replace(q=query.to(keys.dtype))
         new_keys, new_values = keys.detach(), values.detach()
         length = self._length + keys.shape[2]
@@ -144,7 +153,7 @@ class PagedLayer(CacheLayerMixin):
             operands = operands._replace(k=self._pool.keys, v=self._pool.values)
             attended = ops.attention_paged(package.kernels, self.layer, operands, self._pool.table)
         self._length = length
-        if not self.record_past:
+        if not (self.record_past or self._keeps_all):
             self._drop()
         return attended
 
@@ -224,7 +233,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._length, self._cache_leftpad, self._rows, self._pool = 0, [], [], None
+        self._length, self._cache_leftpad, self._rows, self._pool, self._keeps_all = 0, [], [], None, False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Does nothing: the first call of `attend` makes the pool."""
@@ -296,7 +305,17 @@ class PagedLayer(CacheLayerMixin):
         blocks_of = [max(0, -(-(length - first) // self._block_size)) for first in self._cache_leftpad]
         ends = torch.tensor(blocks_of, device="cpu")
         blocks = int(ends.max())
+        exist = torch.arange(blocks, device="cpu") < ends[:, None, None]
+        if self._keeps_all:
+            return exist.expand(-1, len(self._kv_heads), -1)
         live = self._liveness.live(torch.tensor(self._rows_at(length), device="cpu"), blocks)
-        return live[:, self._kv_heads.start : self._kv_heads.stop] & (
-            torch.arange(blocks, device="cpu") < ends[:, None, None]
-        )
+        return live[:, self._kv_heads.start : self._kv_heads.stop] & exist
+
+
+@cache
+def _say_once(_package: str) -> None:
+    """Says, once for each package, that its caches drop nothing."""
+    _LOG.warning(
+        'recall is dense, so a SurgeonCache keeps every block; patch(model, package, recall="pattern") lets it drop '
+        "those that the topology's later rows do not read"
+    )

@@ -1,17 +1,25 @@
 """Puts compiled attention into a Transformers model and takes it out again."""
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.transformers.attention import Site, bind, is_bound, register, release
 from surgeon.runtime.transformers.compatibility import LeftLayer, check_fit
 from surgeon.runtime.transformers.config_view import close_view, open_view
 from surgeon.runtime.transformers.layers import FULL, IMPLEMENTATIONS, find_attention, layer_of, layer_type
+from surgeon.runtime.transformers.recall import (
+    DENSE,
+    DENSE_ROWS,
+    forget_prompt_ends,
+    note_prompt_ends,
+    rows_that_ask,
+)
 from surgeon.runtime.transformers.tensor_parallel import local_kv_heads
 
 _ATTRIBUTE = "_surgeon_patch"
@@ -28,18 +36,36 @@ class _Patch:
     bound: tuple[torch.nn.Module, ...]
 
 
-def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
+def patch(
+    model: PreTrainedModel,
+    package: Package | str | os.PathLike[str],
+    recall: str = DENSE,
+    dense_rows: int = DENSE_ROWS,
+) -> tuple[LeftLayer, ...]:
     """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
 
-    Returns the layers that keep their own attention: those of another type, and those that the topology does not cover.
-    generate(), caches, chunked prefill and left padding work as before. Each process of a tensor-parallel model patches
-    its own part. Everything is checked first: after an error the model is unchanged. The model gets a view of its
-    config that names our attention: the config itself is not changed, so another model made from it keeps its
-    attention, and whatever is written to either while the model is patched persists after `unpatch`.
+    With `recall` "dense", the rows that ask read everything: the last `dense_rows` tokens of a call, by whole blocks,
+    thus the end of a prompt, short questions and decoding; only the rest of a prompt follows the topology. In
+    `generate()` they are counted from the prompt's end also where it is prefilled in chunks. With "pattern" every row
+    follows the topology, and a SurgeonCache drops what no later row reads: less memory and faster decoding, but the
+    model forgets what lies outside the pattern.
+
+    A package's folder is loaded. Returns the layers that keep their own attention: those of another type, and those
+    that the topology does not cover. generate(), caches, chunked prefill and left padding work as before. Each process
+    of a tensor-parallel model patches its own part. Everything is checked first: after an error the model is unchanged.
+    The model gets a view of its config that names our attention: the config itself is not changed, so another model
+    made from it keeps its attention, and whatever is written to either while the model is patched persists after
+    `unpatch`.
 
     Raises:
-        PatchError: the package does not fit the model, or the model or a part of it is already patched.
+        PatchError: the package does not fit the model, the model or a part of it is already patched, or the recall is
+            unknown.
+        PackageError, TargetError: as `load`, if the package is a folder.
     """
+    asking = rows_that_ask(recall, dense_rows)
+    package = loaded(package)
+    if not isinstance(model, torch.nn.Module):
+        raise PatchError("model", "a PreTrainedModel of Transformers", f"a {type(model).__qualname__}", "pass a model")
     for name, module in model.named_modules():
         if hasattr(module, _ATTRIBUTE) or is_bound(module):
             raise PatchError(
@@ -66,7 +92,9 @@ def patch(model: PreTrainedModel, package: Package) -> tuple[LeftLayer, ...]:
     for module, name in holders:
         setattr(module, name, view)
     for module in bound:
-        bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module)))
+        bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module), asking))
+    if asking:
+        note_prompt_ends(model)
     setattr(model, _ATTRIBUTE, _Patch(original, view, holders, bound))
     model._supports_flash_attn = False  # else continuous batching would silently use FlashAttention instead
     for layer in left:
@@ -92,6 +120,7 @@ def unpatch(model: torch.nn.Module) -> None:
     for module, name in record.holders:
         setattr(module, name, record.config)
     close_view(record.view)
+    forget_prompt_ends(patched)
     for module in record.bound:
         release(module)
     for name in ("_supports_flash_attn", _ATTRIBUTE):

@@ -29,7 +29,7 @@ BARS = {
     "smollm2-135m-35": Bar(1.06, 0.55, 1.0),
     "smollm2-135m-25": Bar(1.12, 0.50, 0.85),
     "smollm2-135m-15": Bar(1.20, 0.60, 0.95),
-    "smollm2-135m-25-4096": Bar(math.inf, 0.75, math.inf),
+    "smollm2-135m-22-4096": Bar(math.inf, 0.75, math.inf),
 }
 
 

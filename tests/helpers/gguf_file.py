@@ -24,10 +24,10 @@ TOKENS = [*sorted(ByteLevel.alphabet()), "th"]
 """The vocabulary: a token for every byte, and one that is merged from two."""
 
 
-def write_gguf(model: LlamaForCausalLM, file: Path) -> None:
-    """Writes the model, whose vocabulary must be `TOKENS`, in fp32."""
+def write_gguf(model: LlamaForCausalLM, file: Path, family: str = "llama") -> None:
+    """Writes the model, whose vocabulary must be `TOKENS`, in fp32; its header says that it is of the `family`."""
     config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, family)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)

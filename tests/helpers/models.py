@@ -84,9 +84,10 @@ def padded(lengths: Sequence[int], seed: int = 1) -> tuple[torch.Tensor, torch.T
     return ids * mask, mask
 
 
-def masked_model(model: Model, topology: Topology) -> Model:
+def masked_model(model: Model, topology: Topology, dense_rows: int = 0) -> Model:
     """A copy of the model with plain softmax attention under `topology.block_mask`, which a patched model must equal.
 
+    Rows of blocks that end after a call's last query minus `dense_rows` tokens see everything, if there are any.
     Sliding layers, and those that the topology does not cover, have the model's own mask.
     """
     AttentionInterface.register("explicit_mask", _explicit_attention)
@@ -97,6 +98,7 @@ def masked_model(model: Model, topology: Topology) -> Model:
         if hasattr(module, "layer_idx"):
             sliding = getattr(module, "sliding_window", None) is not None
             module.topology = None if sliding or module.layer_idx not in topology.covered else topology
+            module.dense_rows = dense_rows
     return masked
 
 
@@ -120,12 +122,13 @@ def _explicit_attention(
     scores = query @ key.transpose(2, 3) * scaling
     seen = attention_mask
     if module.topology is not None:
-        seen = torch.cat([_visible(module.topology, module.layer_idx, mask[0]) for mask in attention_mask])
+        layer, dense_rows = module.layer_idx, module.dense_rows
+        seen = torch.cat([_visible(module.topology, layer, mask[0], dense_rows) for mask in attention_mask])
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).nan_to_num(0.0)  # padding sees nothing
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-def _visible(topology: Topology, layer: int, causal: torch.Tensor) -> torch.Tensor:
+def _visible(topology: Topology, layer: int, causal: torch.Tensor, dense_rows: int) -> torch.Tensor:
     """Makes a mask, bool `[1, heads, queries, keys]`, from a sequence's causal mask with padding `[queries, keys]`."""
     keys = torch.arange(causal.shape[1])
     own = (causal * keys).amax(dim=1)  # the last key that a query sees is its own
@@ -133,6 +136,9 @@ def _visible(topology: Topology, layer: int, causal: torch.Tensor) -> torch.Tens
     query_block, key_block = ((index - first).clamp(min=0) // topology.block_size for index in (own, keys))
     blocks = torch.from_numpy(topology.block_mask(layer, int(query_block.max()) + 1))
     seen = blocks[:, query_block][:, :, key_block.clamp(max=blocks.shape[2] - 1)]
+    if dense_rows:
+        end = int(own.max()) - first + 1
+        seen = seen | ((query_block + 1) * topology.block_size > end - dense_rows)[:, None]
     return (seen & causal)[None]
 
 

@@ -42,6 +42,8 @@ def make_call(
     cache_leftpads: Sequence[int] = (0,),
     spare_keys: int = 0,
     dtype: str = "float32",
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
     target: str = "cuda:90",
     seed: int = 0,
 ) -> Call:
@@ -61,12 +63,15 @@ def make_call(
         text=source.files[0].text,
         name=Path(source.files[0].path).stem,
         tile_rows=tiling_of(spec).query_tile,
+        block_size=topology.block_size,
         q=q.astype(dtype),
         k=k.astype(dtype),
         v=v.astype(dtype),
         position=np.array(positions, dtype=np.int64),
         cache_leftpad=np.array(cache_leftpads, dtype=np.int64),
         scale=model.head_dim**-0.5,
+        dense_rows=dense_rows,
+        tokens_ahead=tokens_ahead,
     )
     if not source.table:
         return call
@@ -78,7 +83,8 @@ def expected(topology: Topology, call: Call) -> tuple[torch.Tensor, torch.Tensor
     """The reference's output and log-sum-exp in fp64."""
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
-    return reference.attention(topology, 0, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale)
+    places = call.position.tolist(), call.cache_leftpad.tolist()
+    return reference.attention(topology, 0, q, k, v, *places, call.scale, call.dense_rows, call.tokens_ahead)
 
 
 def check(pool: Executor, topology: Topology, call: Call) -> Any:

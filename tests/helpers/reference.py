@@ -12,7 +12,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def token_mask(
-    topology: Topology, layer: int, q_length: int, k_length: int, position: int, cache_leftpad: int
+    topology: Topology,
+    layer: int,
+    q_length: int,
+    k_length: int,
+    position: int,
+    cache_leftpad: int,
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
 ) -> torch.Tensor:
     """The keys that each query of one sequence sees, bool `[heads, q_length, k_length]`."""
     block_size = topology.block_size
@@ -20,7 +27,11 @@ def token_mask(
     key = torch.arange(k_length) - cache_leftpad
     num_blocks = max(1, math.ceil((position + q_length - cache_leftpad) / block_size))
     blocks = torch.from_numpy(topology.block_mask(layer, num_blocks))
-    visible = blocks[:, query.clamp(min=0) // block_size][:, :, key.clamp(0, num_blocks * block_size - 1) // block_size]
+    row = query.clamp(min=0) // block_size
+    visible = blocks[:, row][:, :, key.clamp(0, num_blocks * block_size - 1) // block_size]
+    if dense_rows:
+        prompt_end = position - cache_leftpad + q_length + tokens_ahead
+        visible = visible | ((row + 1) * block_size > prompt_end - dense_rows)[:, None]
     return visible & (key >= 0) & (key <= query[:, None])
 
 
@@ -33,6 +44,8 @@ def attention(
     position: Sequence[int] | None = None,
     cache_leftpad: Sequence[int] | None = None,
     scale: float | None = None,
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output `[batch, q_length, heads, head_dim]` and log-sum-exp `[batch, heads, q_length]`, both fp64.
 
@@ -47,7 +60,7 @@ def attention(
         start = k_length - q_length if position is None else position[sequence]
         first = 0 if cache_leftpad is None else cache_leftpad[sequence]
         end = start + q_length  # longer k and v may hold anything after this
-        mask = token_mask(topology, layer, q_length, end, start, first)
+        mask = token_mask(topology, layer, q_length, end, start, first, dense_rows, tokens_ahead)
         scores = q[sequence].double() @ k[sequence, :, :end].transpose(-1, -2) * (scale or head_dim**-0.5)
         scores = scores.masked_fill(~mask, -math.inf)
         out.append((torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v[sequence, :, :end]).transpose(0, 1))

@@ -70,7 +70,8 @@ def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
     )
     group, num_kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     num_heads = group * num_kv_heads
-    heads = st.lists(sparse_heads | st.just(topologies.DENSE), min_size=num_heads, max_size=num_heads)
+    window_heads = st.builds(topologies.window_head, near_length, near_length.map(lambda length: length + 1))
+    heads = st.lists(sparse_heads | window_heads | st.just(topologies.DENSE), min_size=num_heads, max_size=num_heads)
     return topologies.document(
         draw(st.lists(heads | st.just([]), min_size=1, max_size=3).filter(any)),
         trees,

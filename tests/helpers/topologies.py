@@ -30,6 +30,11 @@ def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1) 
     return {"dendrogram": dendrogram, "cut": cut, "sink": sink, "window": window}
 
 
+def window_head(sink: int = 0, window: int = 1) -> dict[str, Any]:
+    """A head without a tree."""
+    return {"sink": sink, "window": window}
+
+
 def tree(num_blocks: int, rng: np.random.Generator, contiguous: bool) -> list[list[float]]:
     """Linkage rows of a random binary tree with ties; merges neighbours or, if not contiguous, any two nodes."""
     nodes = [(block, 1) for block in range(num_blocks)]

@@ -66,6 +66,10 @@ def _missing() -> list[Fault]:
     faults += [Fault((*HEAD, key), REMOVED, f"{_spelled(HEAD)}: " + MISSING.format(key)) for key in HEAD_KEYS]
     return [
         *faults,
+        Fault(HEAD, {}, f"{_spelled(HEAD)}: " + MISSING.format("sink")),
+        Fault(HEAD, {"sink": 1}, f"{_spelled(HEAD)}: " + MISSING.format("window")),
+        Fault(HEAD, {"window": 1}, f"{_spelled(HEAD)}: " + MISSING.format("sink")),
+        Fault(HEAD, {"cut": 1.0}, f"{_spelled(HEAD)}: " + MISSING.format("dendrogram")),
         Fault(("layers", 0, "heads"), REMOVED, "layers[0]: " + MISSING.format("heads")),
         Fault(ROWS, REMOVED, "dendrograms[0]: " + MISSING.format("linkage")),
         Fault(("dendrograms", 1, "arity"), REMOVED, "dendrograms[1]: " + MISSING.format("arity")),
@@ -77,6 +81,7 @@ def _unknown() -> list[Fault]:
     root = ", ".join((*ROOT_KEYS, "beyond", "provenance"))
     model = ", ".join((*MODEL_KEYS, "weights_sha256"))
     head = ", ".join(HEAD_KEYS)
+    treeless = "sink, window, dendrogram, cut"
     return [
         Fault(("colour",), 1, "topology: " + UNKNOWN.format(root, "colour")),
         Fault(("a\nline \ud800",), 1, "topology: " + UNKNOWN.format(root, "a\nline \ud800")),
@@ -84,6 +89,7 @@ def _unknown() -> list[Fault]:
         Fault(("model", "rope"), None, "model: " + UNKNOWN.format(model, "rope")),
         Fault(("layers", 1, "norm"), {}, "layers[1]: " + UNKNOWN.format("heads", "norm")),
         Fault((*HEAD, "windwo"), 2, f"{_spelled(HEAD)}: " + UNKNOWN.format(head, "windwo")),
+        Fault(HEAD, {"sink": 1, "window": 1, "cuts": 1}, f"{_spelled(HEAD)}: " + UNKNOWN.format(treeless, "cuts")),
         Fault(("layers", 0, "heads", 1, "cut"), 1.0, "layers[0].heads[1]: " + UNKNOWN.format("dense", "cut")),
         Fault(("dendrograms", 0, "arity"), 2, "dendrograms[0]: " + UNKNOWN.format("linkage", "arity")),
         Fault(("dendrograms", 1, "linkage"), [], "dendrograms[1]: " + UNKNOWN.format("paths, arity", "linkage")),
@@ -120,7 +126,7 @@ def _model() -> list[Fault]:
     kind = 'model.model_type: expected a Transformers model type, got {}; use for example "llama"'
     weights = (
         "model.weights_sha256: expected 64 lower-case hexadecimal digits or null, got {}; "
-        "use surgeon.runtime.fingerprint"
+        "use surgeon.runtime.weights_id"
     )
     return [
         Fault(
@@ -278,6 +284,8 @@ def _layers() -> list[Fault]:
         Fault(("layers", 0, "heads"), [], "layers[0].heads: expected 1 to 512 entries, got 0; correct the list"),
         Fault(("layers", 0, "heads", 3), REMOVED, four.format(3), structural=False),
         Fault(("layers", 0, "heads", 4), {"dense": True}, four.format(5), structural=False),
+        Fault(HEAD, {"sink": -1, "window": 1}, f"{head}.sink: " + RANGE.format(0, 16384, -1)),
+        Fault(HEAD, {"sink": 1, "window": 0}, f"{head}.window: " + RANGE.format(1, 16384, 0)),
         Fault(HEAD, "dense", f"{head}: " + OBJECT.format("'dense'")),
         *(
             Fault(

@@ -26,12 +26,13 @@ class Call:
     q is `[batch, length, heads, head_dim]`, as projections leave it; k and v are `[batch, heads, length, head_dim]`;
     position and cache_leftpad are int64 `[batch]`. `heads` are the first and the end of the kernel's heads, empty for
     all; `table` holds rows, plans and segments of the table that it reads. The arrays hold the layer's KV heads from
-    `first_kv_head` on.
+    `first_kv_head` on. `dense_rows` and `tokens_ahead` are those of `Operands`.
     """
 
     text: str
     name: str
     tile_rows: int
+    block_size: int
     q: Array
     k: Array
     v: Array
@@ -41,6 +42,8 @@ class Call:
     heads: tuple[int, ...] = ()
     table: tuple[Array, ...] = ()
     first_kv_head: int = 0
+    dense_rows: int = 0
+    tokens_ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class DecodeCall:
     cache_leftpad: Array
     scale: float
     first_kv_head: int = 0
+    dense_rows: int = 0
+    tokens_ahead: int = 0
 
 
 AnyCall = TypeVar("AnyCall", Call, DecodeCall)
@@ -96,9 +101,13 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     """Runs a call; returns out `[batch, length, heads, head_dim]`, lse `[batch, heads, length]`, NaN if not written."""
     import torch
 
+    from surgeon.runtime.kernels.gpu.kernels import row_tiles
+    from surgeon.runtime.operands import Operands
+
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = torch.from_numpy(call.k), torch.from_numpy(call.v)
     batch, heads, length, _ = q.shape
+    dense_tail = Operands(q, k, v, None, None, call.scale, call.dense_rows, call.tokens_ahead).dense_tail
     out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text again when it first runs a function
@@ -106,7 +115,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
         first_head = call.first_kv_head * heads // k.shape[1]
         first, end = call.heads or (first_head, first_head + heads)
         own = range(max(first, first_head), min(end, first_head + heads))
-        kernel[(len(own), batch, -(-length // call.tile_rows) + 1)](
+        kernel[(len(own), batch, row_tiles(length, call.tile_rows, call.block_size, dense_tail))](
             q,
             k,
             v,
@@ -118,6 +127,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
             *k.stride()[:3],
             *v.stride()[:3],
             length,
+            dense_tail,
             call.first_kv_head,
             k.shape[1],
             int(write_lse),
@@ -129,19 +139,33 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
 
 
 def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
-    """Runs a decoding call like `launch`, through the partial results of `num_splits` splits, NaN where not written."""
+    """Runs a decoding call like `launch`, through the partial results of `num_splits` splits."""
     import torch
+
+    batch, _, heads, _ = call.q.shape
+    out = torch.full(call.q.shape, torch.nan, dtype=torch.from_numpy(call.q).dtype)
+    lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
+    partial, partial_lse = map(torch.from_numpy, launch_splits(call))
+    with tempfile.TemporaryDirectory() as folder:
+        combine = _load(call.combine_text, "combine", Path(folder))
+        combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
+    return out.numpy(), lse.numpy()
+
+
+def launch_splits(call: DecodeCall) -> tuple[Array, Array]:
+    """The partial results of a decoding call's splits and their log-sum-exp, NaN where not written."""
+    import torch
+
+    from surgeon.runtime.operands import Operands
 
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = torch.from_numpy(call.k), torch.from_numpy(call.v)
     batch, heads, _, head_dim = q.shape
-    out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
-    lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
     partial = torch.full((batch, heads, call.num_splits, head_dim), torch.nan)
     partial_lse = torch.full((batch, heads, call.num_splits), torch.nan)
+    dense_tail = Operands(q, k, v, None, None, call.scale, call.dense_rows, call.tokens_ahead).dense_tail
     with tempfile.TemporaryDirectory() as folder:
         decode = _load(call.decode_text, "decode", Path(folder))
-        combine = _load(call.combine_text, "combine", Path(folder))
         decode[(k.shape[1], batch, call.num_splits)](
             q,
             k,
@@ -153,6 +177,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            dense_tail,
             call.first_kv_head,
             call.scale,
             torch.from_numpy(call.rows),
@@ -160,8 +185,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
             torch.from_numpy(call.segments),
             call.rows.shape[1],
         )
-        combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
-    return out.numpy(), lse.numpy()
+    return partial.numpy(), partial_lse.numpy()
 
 
 def _load(text: str, name: str, folder: Path) -> Any:

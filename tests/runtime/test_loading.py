@@ -35,6 +35,25 @@ def tensors(dtype: torch.dtype = torch.float32, length: int = 100) -> tuple[torc
     return q, k, v
 
 
+def test_a_package_says_what_it_is(folder: Path) -> None:
+    package = load(folder)
+    seen = (1 + 2 * 7 + 1 + 2 + 3 * 6) / (2 * 36)  # sink and window of 1 and of 2 blocks, of 8
+    assert (
+        repr(package)
+        == str(package)
+        == (
+            f"<Package for llama: 2 of 2 layers, {seen:.1%} of the blocks at 512 tokens, cpu (fp32 bf16 fp16), "
+            f"id {package.id[:12]}>"
+        )
+    )
+
+
+def test_a_part_of_a_package_says_so(tmp_path: Path) -> None:
+    topology = window_topology([1, 2], num_kv_heads=2, head_dim=32)
+    package = load(compile_package(topology, tmp_path / "kernels", dtypes=["fp32"]))
+    assert "1 of 1 layers, KV heads range(1, 2), " in repr(package.part(range(1, 2)))
+
+
 SERVING = """
 import sys
 class Missing:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from surgeon.compiler.specs.artifacts import Binary, CpuSource
+from surgeon.compiler.system.atomic_files import naming
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
 from surgeon.runtime.errors import BuildError
@@ -128,7 +129,8 @@ def _run(
     """Runs the compiler in a folder of its own, with relative names, and returns the file it made."""
     with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
         for name, content in files.items():
-            (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            with naming(Path(folder) / name):
+                (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
         mode = () if "-shared" in flags else ("-c",)
         command = [compiler.command, *flags, *mode, *inputs, "-o", "out"]
         result = subprocess.run(

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
+from surgeon.compiler.system.atomic_files import naming
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.installation import required
 from surgeon.runtime.package.interface import ALIGNMENT, POINTEES
@@ -151,7 +152,8 @@ def _load(source: GpuSource, folder: Path) -> ModuleType:
     """Imports the rendered module from a file, since Triton reads a kernel's text back from its file."""
     (file,) = source.files
     path = folder / Path(file.path).name
-    path.write_text(file.text, encoding="utf-8")
+    with naming(path):
+        path.write_text(file.text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

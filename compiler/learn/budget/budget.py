@@ -55,7 +55,8 @@ def learn_pattern(runs: Runs, sequences: Sequences, grid: Grid, shape: tuple[int
         TopologyError: the density is out of reach.
     """
     pairs = visible_pairs(grid.blocks, grid.sink)
-    floor = window_floor(grid.blocks, grid.sink, grid.density)
+    # Rows that ask see everything, so that no head has to remember for them by itself.
+    floor = 1 if grid.asking else window_floor(grid.blocks, grid.sink, grid.density)
     uniform = uniform_windows(*shape, grid.blocks, grid.sink, grid.density)
     budget = grid.density * causal_pairs(grid.blocks) * uniform.size
 

@@ -2,12 +2,13 @@
 
 The compiled kernels need a package, and have a backward pass only on a CPU. This works wherever torch does and takes
 any pattern of blocks. Its backward pass uses the formula of `runtime/kernels/backward.py`, which goes through padded
-sequences and chunks one tile at a time; here all rows of a head are one batch, a few launches on a GPU instead of
-hundreds.
+sequences and chunks one tile at a time; here the rows of a head that see similarly many blocks are one batch, a few
+launches on a GPU instead of hundreds.
 
 Source: the backward pass of FlashAttention-2 (arXiv 2307.08691), a head at a time instead of a tile at a time.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -45,12 +46,13 @@ class _BlockSparse(torch.autograd.Function):
         output = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=q.dtype, device=q.device)
         for head in range(q.shape[0]):
-            keys, hidden = _gathered(visible[head], q.shape[1] // blocks)
-            scores = _scores(_split(q[head], blocks), _split(k[head // group], blocks), keys, hidden, scale)
-            total = torch.logsumexp(scores, dim=-1)
-            weights = torch.exp(scores - total[..., None])
-            output[head] = (weights @ _take(_split(v[head // group], blocks), keys)).flatten(0, 1)
-            lse[head] = total.flatten()
+            queries, out, sums = (_split(tensor[head], blocks) for tensor in (q, output, lse))
+            for rows, keys, hidden in _gathered(visible[head], q.shape[1] // blocks):
+                scores = _scores(queries[rows], _split(k[head // group], blocks), keys, hidden, scale)
+                total = torch.logsumexp(scores, dim=-1)
+                weights = torch.exp(scores - total[..., None])
+                out[rows] = weights @ _take(_split(v[head // group], blocks), keys)
+                sums[rows] = total
         ctx.save_for_backward(q, k, v, output, lse, visible)
         ctx.scale = scale
         return output
@@ -63,33 +65,38 @@ class _BlockSparse(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for head in range(q.shape[0]):
             shared = head // group
-            keys, hidden = _gathered(visible[head], q.shape[1] // blocks)
-            queries, gradient = _split(q[head], blocks), _split(upstream[head], blocks)
-            k_seen, v_seen = _take(_split(k[shared], blocks), keys), _take(_split(v[shared], blocks), keys)
-            scores = _scores(queries, _split(k[shared], blocks), keys, hidden, ctx.scale)
-            weights = torch.exp(scores - _split(lse[head], blocks)[..., None])
-            mean = (gradient * _split(output[head], blocks)).sum(dim=-1, keepdim=True)
-            inner = weights * (gradient @ v_seen.transpose(1, 2) - mean) * ctx.scale
-            dq[head] = (inner @ k_seen).flatten(0, 1)
-            _add(_split(dk[shared], blocks), keys, inner.transpose(1, 2) @ queries)
-            _add(_split(dv[shared], blocks), keys, weights.transpose(1, 2) @ gradient)
+            parts = (q[head], upstream[head], output[head], lse[head], dq[head])
+            all_queries, all_gradients, out, sums, to = (_split(tensor, blocks) for tensor in parts)
+            for rows, keys, hidden in _gathered(visible[head], q.shape[1] // blocks):
+                queries, gradient = all_queries[rows], all_gradients[rows]
+                k_seen, v_seen = _take(_split(k[shared], blocks), keys), _take(_split(v[shared], blocks), keys)
+                scores = _scores(queries, _split(k[shared], blocks), keys, hidden, ctx.scale)
+                weights = torch.exp(scores - sums[rows][..., None])
+                mean = (gradient * out[rows]).sum(dim=-1, keepdim=True)
+                inner = weights * (gradient @ v_seen.transpose(1, 2) - mean) * ctx.scale
+                to[rows] = inner @ k_seen
+                _add(_split(dk[shared], blocks), keys, inner.transpose(1, 2) @ queries)
+                _add(_split(dv[shared], blocks), keys, weights.transpose(1, 2) @ gradient)
         return dq, dk, dv, None, None
 
 
-def _gathered(visible: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's visible blocks, `[blocks, most]`, and a mask of its hidden keys, bool `[blocks, size, most, size]`.
+def _gathered(visible: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields groups of rows of blocks that see similarly many blocks: the rows, their visible blocks, the hidden keys.
 
-    A row with fewer blocks than the fullest one repeats its own block, hidden. The own block is hidden above the
-    diagonal.
+    Those are `[rows]`, `[rows, most]`, and a mask, bool `[rows, size, most, size]`. A row with fewer blocks than the
+    fullest of its group repeats its own block, hidden. The own block is hidden above the diagonal.
     """
     counts = visible.sum(dim=1)
-    row = torch.arange(visible.shape[0], device=visible.device)
-    order = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
-    absent = torch.arange(order.shape[1], device=visible.device) >= counts[:, None]
-    keys = torch.where(absent, row[:, None], order)
+    order = visible.int().argsort(dim=1, descending=True, stable=True)
     above = torch.ones(size, size, dtype=torch.bool, device=visible.device).triu(1)
-    diagonal = (keys == row[:, None])[:, None, :, None] & above[:, None, :]
-    return keys, absent[:, None, :, None] | diagonal
+    level = (counts - 1).clamp(min=1).log2().floor()
+    for value in level.unique():
+        rows = (level == value).nonzero()[:, 0]
+        most = int(counts[rows].max())
+        absent = torch.arange(most, device=visible.device) >= counts[rows, None]
+        keys = torch.where(absent, rows[:, None], order[rows, :most])
+        diagonal = (keys == rows[:, None])[:, None, :, None] & above[:, None, :]
+        yield rows, keys, absent[:, None, :, None] | diagonal
 
 
 def _split(tensor: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -1,49 +1,77 @@
 """The model that a topology is learned on: read, checked, and frozen."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from surgeon.runtime.errors import ModelError, short_repr
+from surgeon.compiler.learn.measure.checkpoint_files import SPREADING, DeviceMap, check_devices, check_files
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for, short_repr
 from surgeon.runtime.evaluate.processes import all_processes
 from surgeon.runtime.installation import required
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.layers import find_attention, layer_of
 
-DeviceMap = str | Mapping[str, str | int]
-"""A device for the whole model, a strategy to spread it, or a device, possibly "disk", for each of its modules."""
-
-_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 _REMEDY = "use a Llama or another decoder with full attention"
 
 
-def read_model(name: str, device_map: DeviceMap | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(
+    name: str, device_map: DeviceMap | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads an fp32 model that a topology can be learned for, and its tokenizer; arguments as in `read_checkpoint`.
 
     Raises:
         ModelError: it cannot be read, or is not a decoder that a topology can describe.
     """
-    model, tokenizer = read_checkpoint(name, torch.float32, device_map)
+    model, tokenizer = read_checkpoint(name, torch.float32, device_map, tokenizer)
     check_decoder(model)
     return model, tokenizer
 
 
 def read_checkpoint(
-    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+    name: str,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads a model and its tokenizer: `name` is a folder, a GGUF file, or a name that Transformers can resolve.
 
-    Without a `device_map` the model is on the CPU. Each of several processes has a whole model, on a device of its own.
+    A `tokenizer` that has been read is not read again. Without a `device_map` the model is on the CPU. Each of several
+    processes has a whole model, on a device of its own.
 
     Raises:
         ModelError: it cannot be read or placed as requested, or a required package is missing.
     """
+    check_placement(device_map)
+    where, options = located(name)
+    check_files(Path(name))
+    check_devices(device_map)
+    try:
+        with _without_warnings():  # what they would say of missing weights, we say below
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+            )
+            model, found = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)
+    except Exception as error:  # each format's library raises classes of its own
+        raise unreadable(name, error) from None
+    _check_complete(name, found["missing_keys"])
+    return model, tokenizer
+
+
+def check_placement(device_map: DeviceMap | None) -> None:
+    """Checks that models may be placed as a `device_map` says, before one is read.
+
+    Raises:
+        ModelError: several processes would share one model's devices, or accelerate is missing.
+    """
     processes = all_processes().count
-    if processes > 1 and (device_map in _SPREADING or isinstance(device_map, Mapping)):
+    if processes > 1 and (device_map in SPREADING or isinstance(device_map, Mapping)):
         raise ModelError(
             "--device-map",
             "one device for the model of each process",
@@ -52,27 +80,54 @@ def read_checkpoint(
         )
     if device_map is not None:
         required("accelerate", ModelError, "--device-map", "leave it out")
-    where: str | Path = name
-    options: dict[str, Any] = {}
-    if Path(name).suffix == ".gguf":
-        for package in ("gguf", "accelerate"):  # Transformers needs both
-            required(package, ModelError, name)
-        where, options = Path(name).parent, {"gguf_file": Path(name).name}
+
+
+def located(name: str) -> tuple[str | Path, dict[str, Any]]:
+    """The arguments of `from_pretrained` for a folder, a GGUF file, or a name that Transformers can resolve.
+
+    Raises:
+        ModelError: a package that reads GGUF files is missing.
+    """
+    if Path(name).suffix.lower() != ".gguf":
+        return name, {}
+    for package in ("gguf", "accelerate"):  # Transformers needs both
+        required(package, ModelError, name)
+    return Path(name).parent, {"gguf_file": Path(name).name}
+
+
+def unreadable(name: str, error: Exception) -> ModelError:
+    """The error for a model that Transformers cannot read, whatever it raises."""
+    return ModelError(
+        name,
+        "a causal language model with its tokenizer",
+        short_repr(reason_of(error), 200),
+        remedy_for(error, "check the path or the name, and that all files are whole"),
+    )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device_map, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuses a checkpoint without some of the weights, in whose place there would be random ones.
+
+    A weight that is tied to another is not missed: the library leaves it out.
+    """
+    if missing:
+        first, more = min(missing), len(missing) - 1
         raise ModelError(
-            name, "a causal language model with its tokenizer", short_repr(reason, 200), "check the path or the name"
-        ) from None
-    except (AssertionError, RuntimeError) as error:  # as torch and accelerate report a missing device
-        if device_map is None:
-            raise
-        raise ModelError(
-            "--device-map", "devices that exist", short_repr(f"{device_map}: {error}", 200), "name others, or none"
-        ) from None
-    return model, tokenizer
+            name,
+            "all weights of the model that its config.json describes",
+            f"none for {first}" + (f" and {more} more" if more else ""),
+            "complete the checkpoint, or correct the names of its weights",
+        )
 
 
 @contextmanager

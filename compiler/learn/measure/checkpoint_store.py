@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from surgeon.compiler.system.atomic_files import write_file
-from surgeon.runtime.errors import ModelError
+from surgeon.runtime.errors import ModelError, reason_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,12 +76,14 @@ class CheckpointStore:
 
     def _read(self, file: Path) -> tuple[Tensors, float]:
         try:
+            if not file.is_file():  # a pipe would be waited for
+                raise OSError("not a file")
             with safetensors.safe_open(file, "pt") as kept:
                 seconds = float(kept.metadata()["cpu_seconds"])
                 return {name: kept.get_tensor(name) for name in sorted(kept.keys())}, seconds
-        except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the library says of a damaged file
             raise ModelError(
-                str(file), "the result of an earlier step", str(error), f"delete {self._folder} and start again"
+                str(file), "the result of an earlier step", reason_of(error), f"delete {self._folder} and start again"
             ) from None
 
 

@@ -62,28 +62,31 @@ def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def sparse_divergence(
-    model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, visible: Sequence[torch.Tensor]
+    model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, visible: Sequence[torch.Tensor], scored: int = 0
 ) -> float:
     """Mean KL divergence, in nats per token, of the dense model's next-token distribution from the pattern's.
 
     `dense` holds the dense model's last hidden states; `visible` holds bool `[heads, blocks, blocks]` for each layer.
+    Only the last `scored` tokens count; all do if it is 0.
     """
     with torch.inference_mode(), _attending(model, visible, None):
-        return _divergence(model, dense, _states(model, tokens))[0] / tokens.shape[1]
+        counted = _states(model, tokens)[-scored:]
+        return _divergence(model, dense[-scored:], counted)[0] / len(counted)
 
 
 def observe_dense(
-    model: PreTrainedModel, tokens: torch.Tensor, generator: torch.Generator, observe: Observer
+    model: PreTrainedModel, tokens: torch.Tensor, generator: torch.Generator, observe: Observer, scored: int = 0
 ) -> torch.Tensor:
     """Calls `observe` for each layer, last layer first, with gradients of the log-likelihood of sampled next tokens.
 
     The next tokens are drawn from the model's own distribution, so that the mean outer product of these gradients is
-    the Fisher information. Returns the last hidden states.
+    the Fisher information. Only those after the last `scored` tokens are drawn; all are if it is 0. Returns the last
+    hidden states.
     """
     with _attending(model, None, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
-        gradient = _sampled_gradient(model, states.detach(), generator)
-        states.backward(gradient)
+        counted = states[-scored:]
+        counted.backward(_sampled_gradient(model, counted.detach(), generator))
     return states.detach()
 
 
@@ -93,16 +96,18 @@ def observe_sparse(
     dense: torch.Tensor,
     visible: Sequence[torch.Tensor],
     observe: Observer,
+    scored: int = 0,
 ) -> float:
-    """Calls `observe` for each layer, last layer first, with gradients of the divergence summed over the tokens.
+    """Calls `observe` for each layer, last layer first, with gradients of the divergence summed over the scored tokens.
 
     Returns the mean divergence; arguments as for `sparse_divergence`.
     """
     with _attending(model, visible, observe), _bounded(model, tokens.shape[1]):
         states = _states(model, tokens, differentiable=True)
-        total, gradient = _divergence(model, dense, states.detach(), differentiate=True)
-        states.backward(gradient)
-    return total / tokens.shape[1]
+        counted = states[-scored:]
+        total, gradient = _divergence(model, dense[-scored:], counted.detach(), differentiate=True)
+        counted.backward(gradient)
+    return total / len(counted)
 
 
 def pull_masks(

@@ -73,7 +73,7 @@ class Runs:
     ) -> None:
         self._model, self._grid, self._store, self._progress = model, grid, store, progress
         self._identity, self._processes = identity, processes_of(model)
-        windows = window_patterns(grid.blocks, grid.sink)
+        windows = grid.with_asking(window_patterns(grid.blocks, grid.sink))
         projections = [module.get_submodule("o_proj") for _, module in find_attention(model)]
         self._window_changes: Quantities = {"changes": lambda layer: responses(layer, windows)[0]}
         self._window_costs: Quantities = {
@@ -97,7 +97,7 @@ class Runs:
         masks = pattern.masks(self._grid)
 
         def compute(tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
-            found = sparse_divergence(self._model, tokens, dense, masks)
+            found = sparse_divergence(self._model, tokens, dense, masks, self._grid.scored)
             return {"divergence": torch.tensor(found, dtype=torch.float64)}
 
         each = self._measure("validate", pattern, sequences, f"validating {what}", compute)
@@ -147,7 +147,9 @@ class Runs:
 
         def compute(tokens: torch.Tensor) -> Tensors:
             generator = torch.Generator().manual_seed(seed)
-            return _by_layer(quantities, partial(observe_dense, self._model, tokens, generator))
+            return _by_layer(
+                quantities, partial(observe_dense, self._model, tokens, generator, scored=self._grid.scored)
+            )
 
         def find(tokens: torch.Tensor) -> Tensors:
             return self._once(step, tokens, partial(compute, tokens), seed=seed)
@@ -167,7 +169,9 @@ class Runs:
         masks = pattern.masks(self._grid)
 
         def compute(tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
-            return _by_layer(quantities, partial(observe_sparse, self._model, tokens, dense, masks))
+            return _by_layer(
+                quantities, partial(observe_sparse, self._model, tokens, dense, masks, scored=self._grid.scored)
+            )
 
         return _total(self._measure(step, pattern, sequences, what, compute, **key))
 
@@ -203,6 +207,8 @@ class Runs:
     def _once(self, step: str, tokens: torch.Tensor, compute: Callable[[], Tensors], **key: object) -> Tensors:
         grid = self._grid
         described: dict[str, Any] = {"step": step, "tokens": tokens[0].tolist(), "block_size": grid.block_size}
+        if grid.asking:  # left out otherwise, so that what was kept before there was dense recall is found
+            described |= {"asking": grid.asking, "scored": grid.scored}
         return self._store.once(described | {"sink": grid.sink} | self._identity | key, compute)
 
 

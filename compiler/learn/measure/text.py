@@ -1,6 +1,5 @@
 """The text that a topology is learned on: read, tokenized, and divided by use."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from surgeon.runtime.errors import ModelError
+from surgeon.compiler.learn.measure.text_file import TextFile, read_text_file
+from surgeon.runtime.errors import ModelError, reason_of, remedy_for
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,22 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenText:
     Raises:
         ModelError: it cannot be read, is not text, or is empty.
     """
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(str(path), "a readable text file", reason, "check the path") from None
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelError(
-            str(path), "UTF-8 text", f"a stray byte at {error.start}", "convert it, or name a text file"
-        ) from None
-    if "\0" in text:
-        raise ModelError(str(path), "text", f"a null character at {text.index(chr(0))}", "name a text file")
-    if not text.strip():
-        raise ModelError(str(path), "a text", "an empty file", "name a file with text in it")
+    return tokenize(read_text_file(path), tokenizer)
+
+
+def tokenize(file: TextFile, tokenizer: PreTrainedTokenizerBase) -> TokenText:
+    """Turns a text into tokens.
+
+    Raises:
+        ModelError: the tokenizer does not take it.
+    """
     # The tokenizer warns about texts longer than the model's context; the model only gets sequences from them.
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return TokenText(path.name, hashlib.sha256(data).hexdigest(), torch.tensor(ids))
+    try:
+        ids = tokenizer(file.text, verbose=False)["input_ids"]
+    except Exception as error:  # each kind of tokenizer raises classes of its own
+        remedy = remedy_for(error, "name another text, or check the model's tokenizer")
+        raise ModelError(file.name, "a text that the model's tokenizer reads", reason_of(error), remedy) from None
+    return TokenText(file.name, file.sha256, torch.tensor(ids))
 
 
 def divide(

@@ -12,15 +12,37 @@ from surgeon.compiler.learn.patterns.windows import Windows, visible_pairs, wind
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.pairs import cluster_pairs
 
+_QUESTION = 128  # tokens at a prompt's end that see everything, as a patched model's do by default
+_ANSWER = 256  # tokens that follow
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of learning: tokens per block, blocks per sequence, sink blocks, and the density to reach."""
+    """The grid of learning: tokens per block, blocks per sequence, sink blocks, and the density to reach.
+
+    Under dense recall, the last `asking` rows of blocks see everything; `scored` is the number of tokens at the end
+    whose distributions count, 0 for all.
+    """
 
     block_size: int
     blocks: int
     sink: int
     density: float
+    asking: int = 0
+    scored: int = 0
+
+    @classmethod
+    def for_answers(cls, block_size: int, blocks: int, sink: int, density: float) -> "Grid":
+        """The grid of a prompt, whose end asks, and of the tokens that follow it, which alone are scored."""
+        length = block_size * blocks
+        scored = min(_ANSWER, length // 8)
+        asked = min(_QUESTION, length // 16)
+        return cls(block_size, blocks, sink, density, blocks - (length - scored - asked) // block_size, scored)
+
+    def with_asking(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks `[..., blocks, blocks]` whose last `asking` rows see every block up to their own."""
+        rows = torch.arange(self.blocks)[:, None]
+        return masks | ((rows >= self.blocks - self.asking) & (torch.arange(self.blocks) <= rows))
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class Pattern:
         masks = [windows[torch.from_numpy(layer) - 1] for layer in self.windows]
         for (layer, head), cut in self.cuts.items():
             masks[layer][head] |= cut.mask()
-        return masks
+        return [grid.with_asking(mask) for mask in masks]
 
     def visible_pairs(self, grid: Grid) -> npt.NDArray[np.float64]:
         """Counts the pairs of blocks that each head sees, `[layers, heads]`."""

@@ -6,23 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
-from surgeon.compiler.learn.patterns.trees import interval_tree
 from surgeon.compiler.system.atomic_files import write_file
+from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.read import parse_topology
-from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 
 
 def pattern_topology(model: ModelShape, grid: Grid, pattern: Pattern, provenance: Mapping[str, Any]) -> Topology:
-    """Builds the topology of a learned pattern. Equal trees are shared; a head without a cut names the first tree."""
-    trees = {interval_tree(grid.blocks): 0}
+    """Builds the topology of a learned pattern. Equal trees are shared; a head without a cut has none."""
+    trees: dict[Dendrogram, int] = {}
 
-    def head(layer: int, index: int) -> SparseHead:
-        cut = pattern.cuts.get((layer, index))
-        tree = 0 if cut is None else trees.setdefault(cut.tree, len(trees))
-        return SparseHead(tree, 0.0 if cut is None else cut.height, grid.sink, int(pattern.windows[layer, index]))
+    def head(layer: int, index: int) -> Head:
+        cut, window = pattern.cuts.get((layer, index)), int(pattern.windows[layer, index])
+        if cut is None:
+            return WindowHead(grid.sink, window)
+        return SparseHead(trees.setdefault(cut.tree, len(trees)), cut.height, grid.sink, window)
 
     layers = tuple(tuple(head(layer, index) for index in range(len(row))) for layer, row in enumerate(pattern.windows))
     return Topology(model, grid.block_size, grid.blocks, tuple(trees), layers, "window", provenance)
@@ -41,6 +42,9 @@ def scaled(topology: Topology, blocks: int) -> Topology:
     def head(present: Head, where: str) -> Head:
         if isinstance(present, DenseHead):
             return present
+        window = max(1, min(blocks, round(present.window * factor)))
+        if isinstance(present, WindowHead):
+            return dataclasses.replace(present, window=window)
         if len(topology.dendrograms[present.dendrogram].clusters(present.cut)) < topology.num_blocks:
             raise TopologyError(
                 f"{where}.cut",
@@ -48,14 +52,13 @@ def scaled(topology: Topology, blocks: int) -> Topology:
                 str(present.cut),
                 "learn for this length",
             )
-        window = max(1, min(blocks, round(present.window * factor)))
-        return dataclasses.replace(present, dendrogram=0, cut=0.0, window=window)
+        return WindowHead(present.sink, window)
 
     layers = tuple(
         tuple(head(present, f"layers[{layer}].heads[{index}]") for index, present in enumerate(heads))
         for layer, heads in enumerate(topology.layers)
     )
-    return dataclasses.replace(topology, num_blocks=blocks, dendrograms=(interval_tree(blocks),), layers=layers)
+    return dataclasses.replace(topology, num_blocks=blocks, dendrograms=(), layers=layers)
 
 
 def write_topology(topology: Topology, file: Path) -> None:

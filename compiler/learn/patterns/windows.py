@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from surgeon.compiler.learn.patterns.reach import check_reachable
 from surgeon.compiler.topology.pairs import causal_pairs, window_pairs
-from surgeon.runtime.errors import TopologyError
 
 Windows = npt.NDArray[np.int64]
 """A window, in blocks, for each layer and head: `[layers, heads]`."""
@@ -31,10 +31,9 @@ def uniform_windows(layers: int, heads: int, blocks: int, sink: int, density: fl
     Raises:
         TopologyError: the sink and the own block alone exceed the density.
     """
+    check_reachable(blocks, sink, density)
     pairs = visible_pairs(blocks, sink)
     wanted = density * causal_pairs(blocks)
-    if wanted < pairs[0]:
-        raise unreachable(density, float(pairs[0]) / causal_pairs(blocks))
     common = int(np.searchsorted(pairs, wanted * (1 + 1e-12), side="right"))
     windows = np.full(layers * heads, common, dtype=np.int64)
     if common < blocks:
@@ -52,20 +51,9 @@ def window_floor(blocks: int, sink: int, density: float) -> int:
     Raises:
         TopologyError: the sink and the own block alone exceed the density.
     """
+    check_reachable(blocks, sink, density)
     pairs = visible_pairs(blocks, sink)
     wanted = density * causal_pairs(blocks)
-    if wanted < pairs[0]:
-        raise unreachable(density, float(pairs[0]) / causal_pairs(blocks))
     affordable = int(np.searchsorted(pairs, wanted * (1 + 1e-12), side="right"))
     nearest = int(np.abs(pairs - wanted * 2 / 3).argmin()) + 1
     return min(affordable, nearest)
-
-
-def unreachable(density: float, least: float) -> TopologyError:
-    """Makes the error for a density below the cost of the sink and of every block's own pair."""
-    return TopologyError(
-        "--density",
-        f"at least {least:.4f}: the sink and every block itself",
-        f"{density}",
-        "raise the density, use smaller blocks, or learn for a greater length",
-    )

@@ -80,7 +80,8 @@ def train_digits(
     always = window_patterns(grid.blocks, grid.sink)[window - 1]
     processes = processes_of(model)
     # "schedule" is the older name of the settings, kept here so that steps kept by older versions are found.
-    described = {**identity, "grid": dataclasses.asdict(grid), "schedule": dataclasses.asdict(settings), "seed": seed}
+    described_grid = {name: getattr(grid, name) for name in ("block_size", "blocks", "sink", "density")}
+    described = {**identity, "grid": described_grid, "schedule": dataclasses.asdict(settings), "seed": seed}
     logits = torch.stack([collapsed_logits(shape[1], grid.blocks, settings.arity) for _ in range(shape[0])])
     state: Tensors = {"logits": logits, "cuts": torch.zeros(shape), "divergences": torch.zeros(0)}
     for begin in range(0, settings.steps, _SAVED_EVERY):

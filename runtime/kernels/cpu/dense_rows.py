@@ -7,6 +7,7 @@ Elsewhere the kernel runs whatever it takes, which a slow one makes worse than d
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from surgeon.runtime.kernels.cpu.rates import DECODE, Rates, rate_of, rates_of
 from surgeon.runtime.package.manifest import Manifest
@@ -40,6 +41,12 @@ class DenseRows:
         return cls(manifest, schedules, tokens, variant, level, rates_of(variant, level))
 
     @property
+    def most_tokens(self) -> int:
+        """The tokens that a call may see densely where the caller asks for it; what lies beyond is refused."""
+        manifest = self.manifest
+        return manifest.num_blocks * manifest.block_size if manifest.beyond == "error" else 2**62
+
+    @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """The storage types of the package's CPU kernels."""
         return tuple(dict.fromkeys(kernel.dtype for kernel in self.manifest.kernels if kernel.target == "cpu"))

@@ -48,6 +48,7 @@ class CpuKernels:
             library = libraries[kernel.file]
             for layer in kernel.layers:
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
+        self.block_size = manifest.block_size
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
         self.variants: tuple[str, ...] = first.variants
@@ -72,7 +73,7 @@ class CpuKernels:
         queries, keys = operands.q.shape[2], operands.k.shape[2]
         if operands.q.dtype in self._torch_dtypes and lse is None:
             end = sdpa.visible_end(operands)
-            if end is not None and queries <= end <= min(self.dense_rows.tokens[layer], keys):
+            if end is not None and queries <= end <= min(self._dense_tokens(layer, operands, end), keys):
                 dtype = _NAMES[operands.q.dtype]
                 if self.dense_rows.torch_is_faster(dtype, queries, end):
                     time = 1 / self.dense_rows.rate(dtype, queries, end)
@@ -82,6 +83,13 @@ class CpuKernels:
                     return sdpa.attend(sdpa.rotated(operands, *rotary) if rotary else operands, end)
         library, kernel = self._kernels[layer, operands.q.dtype]
         return library.attend(kernel, operands, lse, first_kv_head, rotary)
+
+    def _dense_tokens(self, layer: int, operands: Operands, end: int) -> int:
+        """The tokens from the start that a layer sees densely in a call of sequences that end at `end`."""
+        first = operands.first_dense_row(end, self.block_size)
+        if first is not None and first <= (end - operands.q.shape[2]) // self.block_size:
+            return self.dense_rows.most_tokens
+        return self.dense_rows.tokens[layer]
 
     def attend_paged(
         self, layer: int, operands: Operands, block_table: torch.Tensor, first_kv_head: int = 0

@@ -22,7 +22,7 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
-_CALL = struct.Struct("@11P11q5qf5i0q")
+_CALL = struct.Struct("@11P11q6qf5i0q")
 """`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
 
 The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
@@ -109,7 +109,7 @@ class CpuLibrary:
             TopologyError: a row of blocks lies beyond what the topology covers.
             PatchError: a query reads a block that is not held.
         """
-        q, k, v, position, cache_leftpad, scale = operands
+        q, k, v, position, cache_leftpad, scale, *_ = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
         out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
@@ -143,6 +143,7 @@ class CpuLibrary:
             k_length,
             max_blocks,
             pool_blocks,
+            operands.dense_tail,
             scale,
             _CODES[q.dtype],
             self._variant,

@@ -22,14 +22,14 @@ def visible_end(operands: Operands) -> int | None:
 
 def attend(operands: Operands, end: int) -> torch.Tensor:
     """Causal attention of the last queries over the first `end` keys, with the result of `Package.attention`."""
-    q, k, v, *_, scale = operands
+    q, k, v = operands[:3]
     queries = q.shape[2]
     mask = None
     if 1 < queries < end:
         mask = torch.ones(queries, end, dtype=torch.bool, device="cpu").tril(end - queries)
     _LOG.debug("attention of %d queries over %d keys by scaled_dot_product_attention", queries, end)
     k, v, causal = k[:, :, :end], v[:, :, :end], queries == end
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=operands.scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 

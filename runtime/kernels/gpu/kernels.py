@@ -125,7 +125,7 @@ class GpuKernels:
             TopologyError: no position is given, and there are fewer keys than queries or more than the topology covers.
             TargetError: the driver refuses the launch.
         """
-        q, k, v, position, cache_leftpad, scale = operands
+        q, k, v, position, cache_leftpad, scale, *_ = operands
         batch, heads, q_length, head_dim = q.shape
         kv_heads, k_length = k.shape[1:3]
         self._check_lengths(q_length, k_length, position, cache_leftpad)
@@ -144,6 +144,7 @@ class GpuKernels:
             "cache_leftpad": cache_leftpads.data_ptr(),
             "position": positions.data_ptr(),
             "num_queries": q_length,
+            "dense_tail": operands.dense_tail,
             "first_kv_head": first_kv_head,
             "num_kv_heads": kv_heads,
             "write_lse": int(lse is not None),
@@ -165,10 +166,9 @@ class GpuKernels:
                 own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
                 if not own:
                     continue
-                # Tiles begin at multiples of their size in the sequence; if the first query does not, there is one more
-                # tile.
-                lengths["row_tiles"] = -(-q_length // kernel.tile_rows) + 1
-                kernel.launch(lengths | {"query_heads": len(own)}, stream, values)
+                lengths["query_heads"] = len(own)
+                lengths["row_tiles"] = row_tiles(q_length, kernel.tile_rows, self._block_size, operands.dense_tail)
+                kernel.launch(lengths, stream, values)
             return out
         splits = self._splits(batch * kv_heads, k_length)
         partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
@@ -278,6 +278,16 @@ def _load(
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
     return _Kernel(functions[code], names, launch.grid, launch.tile_rows, range(first, end))
+
+
+def row_tiles(q_length: int, tile_rows: int, block_size: int, dense_tail: int) -> int:
+    """The number of programs that share a head's queries in a prefill kernel whose tiles have `tile_rows` of them.
+
+    Tiles begin at multiples of their size in the sequence; if the first query does not, there is one more tile. If the
+    dense rows of blocks begin inside a tile, it has two programs.
+    """
+    may_share = tile_rows > block_size and dense_tail > -block_size
+    return -(-q_length // tile_rows) + 1 + may_share
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:

@@ -30,24 +30,14 @@ def fuse_rotary(graph: Graph, head_dim: int) -> int:
     """
     fused = 0
     for site in graph.find_nodes(op="call_function", target=torch.ops.surgeon.attention.default):
-        q, k, v, _position, cache_leftpad, scale, package, layer = site.args
+        q, k, v, _position, *rest = site.args
         rotated_q, rotated_k = _rotated(q, head_dim), _rotated(k, head_dim)
         if rotated_q is None or rotated_k is None:
             continue
         if (rotated_q.cos, rotated_q.sin) != (rotated_k.cos, rotated_k.sin):
             continue
         with graph.inserting_before(site):
-            arguments = (
-                rotated_q.x,
-                rotated_k.x,
-                v,
-                rotated_q.cos,
-                rotated_q.sin,
-                cache_leftpad,
-                scale,
-                package,
-                layer,
-            )
+            arguments = (rotated_q.x, rotated_k.x, v, rotated_q.cos, rotated_q.sin, *rest)
             new = graph.call_function(torch.ops.surgeon.attention_rotary.default, arguments)
         new.meta = dict(site.meta)
         site.replace_all_uses_with(new)

@@ -94,8 +94,9 @@ class _GivenLayer(CacheLayerMixin):
 def serving_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     """Exports `ServingStep` of a patched model, with any batch, number of new tokens and capacity of the cache.
 
-    The program contains the model's weights but not the package: where it runs, `load` the package first, with the same
-    options, and keep a reference to it.
+    It recalls as the model was patched to; rows that ask are counted back from the end of a call's new tokens, padding
+    included. The program contains the model's weights but not the package: where it runs, `load` the package first,
+    with the same options, and keep a reference to it.
 
     Raises:
         PatchError: the model is not patched in every layer, or torch.export cannot trace it.

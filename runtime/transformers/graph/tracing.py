@@ -1,6 +1,7 @@
 """Turns a frozen model into one graph in which every attention is a compiled kernel for its layer."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import cast
 
@@ -8,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.runtime.errors import PatchError, short_repr
-from surgeon.runtime.loading import Package
+from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.ops.input_checks import valid_keys
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.graph.fuse_rotary import fuse_rotary
 from surgeon.runtime.transformers.patching import is_patched, patch, unpatch
+from surgeon.runtime.transformers.recall import DENSE, DENSE_ROWS
 from surgeon.runtime.transformers.tensor_parallel import is_sharded
 
 _SITES = (torch.ops.surgeon.attention.default, torch.ops.surgeon.attention_rotary.default)
@@ -31,18 +33,25 @@ class _Logits(torch.nn.Module):
         return cast(torch.Tensor, self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits)
 
 
-def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
+def trace(
+    model: PreTrainedModel,
+    package: Package | str | os.PathLike[str],
+    recall: str = DENSE,
+    dense_rows: int = DENSE_ROWS,
+) -> torch.fx.GraphModule:
     """Traces the model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.
 
     `input_ids` is int64 `[batch, length]` for any batch and length, `attention_mask` of the same shape is 0 for padding
     on the left and 1 for tokens, and the logits are `[batch, length, vocabulary]`; there is no cache. Layers that
     `patch` would leave alone keep their attention. The graph stays on the model's device. Its parameters have the
     model's names and share the model's memory, without gradients. The model, patched or not, is left unchanged.
+    `recall` and `dense_rows` are those of `patch`.
 
     Raises:
         PatchError: the package does not fit the model, torch.export cannot trace it, or one of its attention calls
             would not run on the kernels.
     """
+    package = loaded(package)
     if is_sharded(model):
         raise PatchError(
             type(model).__name__,
@@ -53,7 +62,7 @@ def trace(model: PreTrainedModel, package: Package) -> torch.fx.GraphModule:
     shadow = _shadow(model)
     if is_patched(shadow):
         unpatch(shadow)
-    left = patch(shadow, package)
+    left = patch(shadow, package, recall, dense_rows)
     graph = _export(shadow.eval())
     if model.device.type == "cpu":
         fuse_rotary(graph.graph, package.manifest.model.head_dim)

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def test_compile_refuses_a_missing_topology(tmp_path: Path, capsys: pytest.Captu
             r"\nerror: \x1b[1mno\x1b[0m",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "/a/b: Permission denied"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "surgeon compile: No space left on device; free some"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"), 1, "/a -> /b: Invalid"),
         (OSError("odd"), 1, "odd"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -142,10 +144,79 @@ def test_a_failed_compile_has_its_status(
     assert words in fails(capsys, status, "compile", topology_file, "--out", topology_file.parent / "kernels")
 
 
-def test_an_error_of_ours_keeps_its_traceback(topology_file: Path, compiler: Compiler) -> None:
-    compiler.error = ZeroDivisionError("a bug")
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["compile", str(topology_file), "--out", str(topology_file.parent / "kernels")])
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ZeroDivisionError("a bug\nand more"),
+            "ZeroDivisionError: a bug; nobody foresaw this: set SURGEON_TRACEBACK=1",
+        ),
+        (AssertionError(), "AssertionError: AssertionError; "),
+        (RuntimeError("\x1b[31m" + "x" * 10_000), r"RuntimeError: \x1b[31mxxx"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (Panic("index out of bounds"), "Panic: index out of bounds"),
+        (MemoryError(), "expected enough memory, got too little; free some memory, or use a machine with more"),
+    ],
+)
+def test_whatever_is_raised_is_one_line_unless_a_traceback_is_asked_for(
+    error: BaseException,
+    words: str,
+    topology_file: Path,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiler.error = error
+    arguments = ["compile", str(topology_file), "--out", str(topology_file.parent / "kernels")]
+    line = fails(capsys, 1, *arguments)
+    assert line.startswith("surgeon: surgeon compile: ")
+    assert words in line
+    assert len(line) < 500
+    assert cli.main_compile(arguments[1:]) == 1
+    assert capsys.readouterr().err.startswith("surgeon: surgeon-compile: ")
+    monkeypatch.setenv("SURGEON_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "free some space, or use another disk"),
+        (errno.EDQUOT, "free some space, or use another disk"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EROFS, "use a place that can be written"),
+    ],
+)
+def test_an_error_of_the_system_says_where_and_what_to_do(
+    code: int, remedy: str, topology_file: Path, compiler: Compiler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler.error = OSError(code, os.strerror(code), "/a/b")
+    line = fails(capsys, 1, "compile", topology_file, "--out", topology_file.parent / "kernels")
+    assert line.startswith(f"surgeon: /a/b: {os.strerror(code)}; ")
+    assert remedy in line
+
+
+@pytest.mark.parametrize("options", [[], ["--dump", "dump"]], ids=["package", "dump"])
+def test_a_disk_that_fills_up_is_named(
+    options: list[str], topology_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file may have only a few bytes: writing it fails as on a full disk, with an error that names no file."""
+    monkeypatch.chdir(topology_file.parent)
+    monkeypatch.setenv("SURGEON_CACHE", str(topology_file.parent / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        line = fails(capsys, 1, "compile", topology_file, "--out", "kernels", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ": File too large; raise the limit on the size of files (ulimit -f), or use another disk" in line
+    assert line.startswith(f"surgeon: {'dump/1-topology.json' if options else tempfile.gettempdir()}")
+    assert not Path("kernels").exists()
 
 
 @pytest.mark.parametrize(
@@ -189,8 +260,9 @@ def test_compile_refuses_a_folder_with_other_things(topology_file: Path, capsys:
 
 
 def test_compile_reports_an_out_that_cannot_be_made(topology_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = fails(capsys, 1, "compile", topology_file, "--out", topology_file / "kernels")
-    assert line == f"surgeon: {topology_file}: File exists\n"
+    out = topology_file / "kernels"
+    line = fails(capsys, 2, "compile", topology_file, "--out", out)
+    assert line.startswith(f"surgeon: {out}: expected a place in a folder that exists, got none; ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -199,4 +271,4 @@ def test_compile_reports_an_out_that_may_not_be_written(
 ) -> None:
     closed = topology_file.parent / "closed"
     closed.mkdir(mode=0o500)
-    assert "Permission denied" in fails(capsys, 1, "compile", topology_file, "--out", closed / "kernels")
+    assert "Permission denied" in fails(capsys, 2, "compile", topology_file, "--out", closed / "kernels")

@@ -12,7 +12,7 @@ from command_line import RUN
 ROOT = Path(__file__).parents[3]
 PILOT = ROOT / "benchmarks" / "results" / "pilot-smollm2-135m-25.json"
 TOPOLOGY = ROOT / "benchmarks" / "topologies" / "smollm2-135m-25.json"
-MODEL: list[str | Path] = ["--text", "no.txt", "--density", "0.5"]
+MODEL: list[str | Path] = ["--text", ROOT / "benchmarks" / "text" / "lighthouse.txt", "--density", "0.5"]
 
 
 def refusal(missing: str, *arguments: str | Path, cwd: Path, **environment: str) -> str:

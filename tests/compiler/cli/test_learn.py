@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+from models import tiny_llama
+from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.topology.read import read_topology
+from surgeon.runtime import load, patch
+from surgeon.runtime.errors import PatchError
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
@@ -39,6 +45,15 @@ def test_equal_windows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(command(folder, tmp_path / "w.json", "--method", "window")) == 0
     assert "w.json: window, " in capsys.readouterr().out
     assert read_topology(tmp_path / "w.json").provenance["method"] == "window"
+
+
+def test_what_was_learned_fits_the_model_in_any_dtype_and_no_other(folder: Path, tmp_path: Path) -> None:
+    assert main(command(folder, tmp_path / "w.json", "--method", "window")) == 0
+    package = load(compile_package(read_topology(tmp_path / "w.json"), tmp_path / "kernels", dtypes=["fp32"]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        patch(LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype), package)
+    with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
+        patch(tiny_llama(seed=7), package)
 
 
 @pytest.mark.parametrize(

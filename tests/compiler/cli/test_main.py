@@ -44,6 +44,14 @@ def test_both_scripts_are_declared() -> None:
     [
         ([], ["required: COMMAND", "see surgeon --help"]),
         (["assemble"], ["invalid choice: 'assemble'", "compile"]),
+        (["asess", "m"], ["invalid choice: 'asess'", "did you mean assess?", "see surgeon --help"]),
+        (["--versoin"], ["--versoin", "did you mean --version?", "see surgeon --help"]),
+        (["learn", "m", "--lenght=5"], ["--lenght; did you mean --length?", "see surgeon learn --help"]),
+        (["learn", "m", "--denstiy", ".5"], ["--denstiy; did you mean --density?", "see surgeon learn --help"]),
+        (["compile", "t.json", "--ouut", "k"], ["--ouut; did you mean --out?", "see surgeon compile --help"]),
+        (["compile", "t.json", "--out", "k", "--zebra"], ["arguments: --zebra; see surgeon compile --help"]),
+        (["learn", "m", "--method", "budgt"], ["did you mean budget?", "see surgeon learn --help"]),
+        (["inspect", "a", "b"], ["arguments: b; see surgeon inspect --help"]),
         (["compile", "t.json"], ["required: --out", "see surgeon compile --help"]),
         (["compile", "--out", "k"], ["required: topology.json"]),
         (["compile", "t.json", "--out", ""], ["--out", "empty name"]),
@@ -83,6 +91,16 @@ def test_a_broken_topology_is_one_line(
     assert "bad.json" in line
     assert words in line
     assert not (tmp_path / "kernels").exists()
+
+
+def test_the_single_command_suggests_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main_compile(["t.json", "--jbos", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "surgeon: unrecognized arguments: --jbos; did you mean --jobs?; see surgeon-compile --help\n"
+
+
+def test_what_follows_two_dashes_is_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--absent: expected a readable file" in fails(capsys, 2, "inspect", "--", "--absent")
 
 
 def test_control_characters_of_the_input_reach_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def test_several_head_sizes_and_a_table_to_start_from(
         (["--layer", "-1"], "--layer"),
         (["--head-dim", "48"], "head_dim: expected one of 16, 32, 64, 80, 96, 128, 256, got 48"),
         (["--tiles", "nothing.json"], "nothing.json: expected a readable file"),
-        (["--out", "nowhere/tiles.json"], "nowhere: expected a folder, got nothing"),
+        (["--out", "nowhere/tiles.json"], "expected a place in a folder that exists, got none"),
     ],
 )
 @pytest.mark.usefixtures("gpu")

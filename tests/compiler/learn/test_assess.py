@@ -9,8 +9,9 @@ import pytest
 
 from models import tiny_llama, tokens
 from surgeon.compiler.cli.assess import picture
-from surgeon.compiler.cli.main import main
+from surgeon.compiler.cli.main import INTERRUPTED, main
 from surgeon.compiler.learn.assess import assess, expected_curve, stability, summarize
+from surgeon.compiler.learn.measure import runs
 from surgeon.compiler.learn.measure.runs import Costs
 from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.learn.patterns.pattern import Grid
@@ -82,3 +83,47 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(said["cost"]) == 3
     assert main([*command, "--length", "100"]) == 2
     assert "expected a multiple of the block" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_continues_and_then_clears_its_steps_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path))
+    shape = ["--length", "128", "--block", "16", "--density", "0.5", "--json"]
+    command = ["assess", str(folder / "model"), "--text", str(folder / "a.txt"), *shape]
+
+    def interrupted(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "sparse_divergence", interrupted)
+        assert main(command) == INTERRUPTED
+    kept = list(tmp_path.rglob("*.safetensors"))
+    assert kept
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "observe_dense", None)  # what was done is not repeated
+        assert main(command) == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+    again = capsys.readouterr().out
+    assert main([*command, "--work", str(tmp_path / "steps")]) == 0
+    assert capsys.readouterr().out == again
+    assert list((tmp_path / "steps").iterdir()), "a folder that was named stays"
+
+
+def test_the_length_that_is_measured_may_be_shorter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--length", "512", "--measured-length", "128", "--block", "16", "--density", "0.5"]
+    command = ["assess", str(folder / "model"), "--text", str(folder / "a.txt"), *shape]
+    assert main(command) == 0
+    assert "measured at 128 tokens; at 512 equal windows have " in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["length"], said["grid"]["blocks"]) == (512, 8)
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SURGEON_CACHE", "/proc/nothing")
+    shape = ["--length", "128", "--block", "16", "--density", "0.5"]
+    assert main(["assess", str(folder / "model"), "--text", str(folder / "a.txt"), *shape]) == 0
+    assert "What equal windows at 50%" in capsys.readouterr().out

@@ -14,9 +14,9 @@ from surgeon.compiler.learn.measure import runs
 from surgeon.compiler.learn.measure.checkpoint import check_decoder
 from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.topology.read import parse_topology
-from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.compiler.topology.topology import Topology, WindowHead
 from surgeon.compiler.topology.write import spelled
-from surgeon.runtime import fingerprint
+from surgeon.runtime import fingerprint, weights_id
 from surgeon.runtime.errors import ModelError, TopologyError
 
 LENGTH, SIZE = 128, 16
@@ -31,7 +31,7 @@ def texts() -> list[TokenText]:
 
 
 def windows(topology: Topology) -> list[int]:
-    return [head.window for layer in topology.layers for head in layer if isinstance(head, SparseHead)]
+    return [head.window for layer in topology.layers for head in layer if isinstance(head, WindowHead)]
 
 
 def test_it_beats_equal_windows_and_says_what_it_did(tmp_path: Path) -> None:
@@ -45,6 +45,7 @@ def test_it_beats_equal_windows_and_says_what_it_did(tmp_path: Path) -> None:
     assert 0.45 < said["density"] <= 0.5
     assert said["validation"]["divergence"] < said["validation"]["equal_windows"]
     assert said["weights_sha256"] == before
+    assert topology.model.weights_sha256 == weights_id(model)
     assert said["texts"] == [{"name": name, "sha256": name * 64, "tokens": 8 * LENGTH} for name in "ab"]
     assert said["sequences"] == {"calibrate": 4, "validate": 4, "refine": [2, 2]}
     assert said["rounds"]
@@ -60,6 +61,25 @@ def test_equal_seeds_give_equal_topologies() -> None:
     assert first.sha256 == again.sha256
     other = learn(tiny_llama(), texts(), Request(0.5, LENGTH, SIZE, seed=1), EFFORT)
     assert other.sha256 != first.sha256
+
+
+def test_for_answers_by_default_and_for_text_on_request() -> None:
+    """For answers, the last layer keeps least, since nothing reads what its rows of the prompt compute."""
+    answers, text = (
+        learn(tiny_llama(), texts(), dataclasses.replace(REQUEST, purpose=purpose), EFFORT)
+        for purpose in (None, "text")
+    )
+    assert (answers.provenance["for"], text.provenance["for"]) == ("answers", "text")
+    kept = [sum(getattr(head, "window", 0) for head in layer) for layer in answers.layers]
+    assert kept[2] == 4 < kept[0]
+    assert answers.provenance["validation"]["divergence"] < text.provenance["validation"]["divergence"]
+
+
+@pytest.mark.parametrize("method", ["ultrametric", "window"])
+def test_other_methods_do_not_learn_for_answers(method: str) -> None:
+    request = dataclasses.replace(REQUEST, method=method, purpose="answers")
+    with pytest.raises(TopologyError, match=f"--for answers: expected --method budget, got --method {method}"):
+        learn(tiny_llama(), texts(), request, EFFORT)
 
 
 class Interrupting:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import packages
+from hub_cache import cached
 from models import padded, sparse_topology, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli import main as cli
@@ -76,6 +77,30 @@ def test_a_changed_file_is_not_loaded(package: Path, tmp_path: Path) -> None:
     library.write_bytes(data)
     with pytest.raises(PackageError, match=r"attention\.so: expected SHA-256"):
         kernels.get_local_kernel(tmp_path / "out", backend="cpu")
+
+
+@pytest.mark.usefixtures("_offline")
+def test_it_is_imported_from_the_hubs_cache(package: Path, tmp_path: Path) -> None:
+    snapshot = cached(export(package, tmp_path / "out"), tmp_path / "hub" / "kernels--me--attention")
+    inside = snapshot / "build" / "torch-cpu" / "package"
+    assert (inside / "manifest.json").is_symlink()
+    kernel = kernels.get_local_kernel(snapshot, backend="cpu")
+    q, k, v = (torch.randn(1, heads, 70, 32) for heads in (4, 2, 2))
+    assert torch.equal(kernel.attention(1, q, k, v), load(package).attention(1, q, k, v))
+    with pytest.raises(PackageError, match=r"got a symbolic link into the Hub's cache; copy the package \(cp -rL\)"):
+        load(inside)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_link_out_of_the_repository_is_not_followed(package: Path, tmp_path: Path) -> None:
+    snapshot = cached(export(package, tmp_path / "out"), tmp_path / "hub" / "kernels--me--attention")
+    library = snapshot / "build" / "torch-cpu" / "package" / "cpu" / "attention.so"
+    library.unlink()
+    library.symlink_to(package / "cpu" / "attention.so")  # the same bytes
+    with pytest.raises(
+        PackageError, match=r"attention\.so: expected a file or folder, got a symbolic link; do not use"
+    ):
+        kernels.get_local_kernel(snapshot, backend="cpu")
 
 
 def test_two_exports_are_equal(light: Path, tmp_path: Path) -> None:

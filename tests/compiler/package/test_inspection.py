@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import packages
+import surgeon.runtime
 import topologies
 from surgeon.compiler import read_topology
 from surgeon.compiler.cli import main as cli
@@ -184,7 +185,8 @@ def test_a_package_as_json(tmp_path: Path) -> None:
     assert found["targets"] == ["cpu"]
     assert [kernel["dtype"] for kernel in found["kernels"]] == ["fp32", "bf16", "fp16"]
     assert found["bytes"] == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    assert found["tools"] == [{"name": "g++", "version": "g++ (Debian) 12"}]
+    own = {"name": "surgeon", "version": surgeon.runtime.__version__}
+    assert found["tools"] == [{"name": "g++", "version": "g++ (Debian) 12"}, own]
     np.testing.assert_allclose(found["density"], [topology.density(0), topology.density(1)])
 
 

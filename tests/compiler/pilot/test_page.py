@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models import sparse_topology
+from models import SHAPE, sparse_topology
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.pilot.page import report
 from surgeon.compiler.pilot.pilot_charts import curves
@@ -33,7 +33,7 @@ from surgeon.runtime.evaluate.pilot_file import (
     PilotText,
     Threshold,
 )
-from topologies import build, head, random_topology, tree
+from topologies import build, head, random_topology, tree, window_head
 
 EVIL = '<script>alert("1")</script>&$x$'
 
@@ -117,6 +117,14 @@ def test_the_page_shows_all_of_it() -> None:
     assert all(f"Layer {layer}" in page.text["masks"] for layer in range(3))
     assert "learned: method" in page.text["provenance"]
     assert "12.5" not in page.text["verdict"]
+
+
+def test_a_topology_without_trees_has_none_to_show() -> None:
+    treeless = build([[window_head(1, 2)] * 4] * 3, **SHAPE)
+    page = Page(report(pilot(sha256=treeless.sha256), treeless))
+    assert page.figures["dendrograms"] == 0
+    assert "None: no head has clusters." in page.text["dendrograms"]
+    assert page.figures["masks"] == 3
 
 
 def several(name: str = "a model") -> list[tuple[str, Pilot]]:

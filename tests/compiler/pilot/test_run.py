@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import surgeon.runtime
 from models import sparse_topology, tiny_config, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
@@ -43,6 +44,7 @@ def test_it_writes_its_file_prints_a_table_and_passes(
     assert len(pilot.columns[2].passkeys) == 10
     assert pilot.weights_unchanged
     assert pilot.passed
+    assert pilot.surgeon == surgeon.runtime.__version__
 
 
 def test_a_missed_threshold_is_status_3(

@@ -1,6 +1,7 @@
 import os
 import random
 import resource
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def test_a_damaged_entry_is_a_miss(tmp_path: Path, damage: bytes) -> None:
     cache = Cache(tmp_path)
     cache.put("key", b"data")
     (tmp_path / "key").write_bytes(damage)
+    assert cache.get("key") is None
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_a_miss_and_is_not_waited_for(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    cache = Cache(tmp_path)
+    make(tmp_path / "key")
     assert cache.get("key") is None
 
 

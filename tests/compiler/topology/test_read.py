@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_a_missing_file(file: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    assert file_error(tmp_path) == f"{tmp_path}: expected a readable file, got Is a directory; check the path"
+    assert file_error(tmp_path) == f"{tmp_path}: expected a readable file, got a folder; check the path"
 
 
 def test_a_path_with_a_null_character() -> None:
@@ -171,6 +172,11 @@ def test_a_file_that_is_too_large_is_not_parsed(file: Path) -> None:
         stream.truncate(read.MAX_FILE_BYTES + 1)
     limit = f"expected at most {read.MAX_FILE_BYTES} bytes, got a larger file"
     assert file_error(file) == f"{file}: {limit}; share dendrograms between heads"
+
+
+def test_a_pipe_that_may_never_have_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert file_error(tmp_path / "pipe") == f"{tmp_path}/pipe: expected a readable file, got a pipe; check the path"
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no endless device")

@@ -42,7 +42,9 @@ def test_a_fault_of_meaning_is_left_to_the_reader(fault: Fault) -> None:
 
 
 def test_every_property_of_a_tree_head_and_root_has_a_description() -> None:
-    parts = {"root": SCHEMA} | {name: SCHEMA["$defs"][name] for name in ("linkage", "paths", "sparse_head")}
+    parts = {"root": SCHEMA} | {
+        name: SCHEMA["$defs"][name] for name in ("linkage", "paths", "sparse_head", "window_head")
+    }
     for part in parts.values():
         for name, schema in part["properties"].items():
             if "$ref" in schema:

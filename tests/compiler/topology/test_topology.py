@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 import strategies
 import topologies
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.read import parse_topology
-from surgeon.compiler.topology.topology import DenseHead, SparseHead, Topology
+from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology
+from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import TopologyError
 
 
-def visible(topology: Topology, head: DenseHead | SparseHead, i: int, j: int) -> bool:
+def visible(topology: Topology, head: Head, i: int, j: int) -> bool:
     """The definition: j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut), and `beyond` for rows past the tree."""
     if j > i:
         return False
@@ -24,6 +26,8 @@ def visible(topology: Topology, head: DenseHead | SparseHead, i: int, j: int) ->
         return True
     if i >= topology.num_blocks:
         return topology.beyond == "dense"
+    if not isinstance(head, SparseHead):
+        return False
     return topologies.distance(topology.dendrograms[head.dendrogram], i, j) <= head.cut
 
 
@@ -48,6 +52,20 @@ def test_a_shorter_length_is_a_corner_of_a_longer_one_and_no_row_is_empty(topolo
     shorter = (topology.num_blocks + 1) // 2
     np.testing.assert_array_equal(topology.block_mask(0, shorter), whole[:, :shorter, :shorter])
     assert whole.any(axis=2).all()
+
+
+@pytest.mark.parametrize("beyond", ["window", "dense", "error"])
+def test_a_head_without_a_tree_is_one_whose_cut_leaves_single_blocks(beyond: str) -> None:
+    shapes = [(0, 1), (1, 2), (2, 9), (8, 3)]
+    treeless = topologies.build([[topologies.window_head(*shape) for shape in shapes]], num_blocks=4, beyond=beyond)
+    heads = [topologies.head(0, 0.0, *shape) for shape in shapes]
+    with_tree = topologies.build([heads], [SCATTERED], num_blocks=4, beyond=beyond)
+    length = 4 if beyond == "error" else 9
+    np.testing.assert_array_equal(treeless.block_mask(0, length), with_tree.block_mask(0, length))
+    np.testing.assert_array_equal(treeless.density(0, length), with_tree.density(0, length))
+    assert schedule_layers(treeless) == schedule_layers(with_tree)
+    again = parse_topology(spelled(treeless))
+    assert (again.layers, again.dendrograms, again.sha256) == (treeless.layers, (), treeless.sha256)
 
 
 SCATTERED = {"linkage": [[0, 2, 0.5, 2], [1, 3, 0.5, 2], [4, 5, 2.0, 4]]}

@@ -94,7 +94,7 @@ def test_a_model_beside_itself(sequences: list[torch.Tensor]) -> None:
 def test_a_patched_model_and_its_weights(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
     dense, patched = tiny_llama(), tiny_llama()
     before = fingerprint(patched)
-    patch(patched, compiled["one cluster"].package)
+    patch(patched, compiled["one cluster"].package, recall="pattern")
     same = compare(dense, patched, sequences)
     assert same.divergence.value < 1e-9
     assert same.agreement.value == 1.0

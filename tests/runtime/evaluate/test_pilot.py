@@ -47,7 +47,7 @@ def letters() -> PreTrainedTokenizerFast:
 def piloted(package: Compiled, sequences: list[torch.Tensor], tasks: tuple[Passkey, ...] = ()) -> tuple[Column, ...]:
     dense = tiny_llama()
     patched = twin(dense)
-    patch(patched, package.package)
+    patch(patched, package.package, recall="pattern")
     candidates = [Candidate("dense", dense, None, 1.0), Candidate("patched", patched, package.package, 0.5)]
     return run_pilot(candidates, sequences, tasks, rounds=2)
 
@@ -57,7 +57,7 @@ def test_its_figures_are_those_of_a_direct_comparison(
 ) -> None:
     dense, patched = piloted(compiled["sparse"], sequences)
     model, other = tiny_llama(), tiny_llama()
-    patch(other, compiled["sparse"].package)
+    patch(other, compiled["sparse"].package, recall="pattern")
     expected = compare(model, other, sequences)
     assert dense.perplexity == expected.dense_perplexity
     assert patched.perplexity == expected.patched_perplexity
@@ -93,7 +93,7 @@ def test_a_collapsed_topology_is_the_model_itself(compiled: dict[str, Compiled],
 def test_twins_share_weights_and_not_settings(compiled: dict[str, Compiled]) -> None:
     model = tiny_llama()
     other = twin(model)
-    patch(other, compiled["sparse"].package)
+    patch(other, compiled["sparse"].package, recall="pattern")
     assert [a.data_ptr() for a in model.parameters()] == [b.data_ptr() for b in other.parameters()]
     assert (model.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "surgeon")
 
@@ -185,6 +185,8 @@ def test_the_file_holds_all_and_nothing_else_is_read(
         ("{", "pilot: line 1 column 2: expected JSON"),
         ("[]", "pilot: expected an object"),
         (broken({"version": 2}), "pilot: version: expected 1, got 2"),
+        (broken({"version": 2, "surgeon": "9.1"}), "pilot: version: expected 1, got 2, as surgeon '9.1' writes it"),
+        (broken({"surgeon": 2}), "pilot: surgeon: expected a value of type str, got 2"),
         (broken({"more": 1}), "pilot: expected the keys"),
         (broken({"length": "96"}), "pilot: length: expected a value of type int"),
         (broken({"seconds": math.nan}), "pilot: seconds: expected a finite number, got nan"),

@@ -176,7 +176,7 @@ def test_autocast(package: Package, dtype: torch.dtype) -> None:
 def test_opcheck_with_gradients(package: Package, name: str) -> None:
     tensors = inputs(20, 40, torch.float32)
     places = (torch.tensor([20, 3, 0]), torch.tensor([0, 2, 1]))
-    torch.library.opcheck(getattr(torch.ops.surgeon, name).default, (*tensors, *places, 0.2, package.id, 1))
+    torch.library.opcheck(getattr(torch.ops.surgeon, name).default, (*tensors, *places, 0.2, 0, 0, package.id, 1))
 
 
 def test_compiled_training_step(package: Package) -> None:

@@ -26,7 +26,7 @@ def arguments(
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, 90, 2, 32, generator=generator).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, 2, 1, 120, 32, generator=generator).to(dtype)
-    return q, k, v, torch.tensor([30, 12]), torch.tensor([0, 5]), 0.2, package.id, 1
+    return q, k, v, torch.tensor([30, 12]), torch.tensor([0, 5]), 0.2, 0, 0, package.id, 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +40,7 @@ def test_opcheck(package: Package, name: str, dtype: torch.dtype) -> None:
 
 def test_under_torch_compile(package: Package) -> None:
     def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.ops.surgeon.attention(q * 2, k, v, None, None, 0.2, package.id, 0).sum(-1)  # type: ignore[no-any-return]
+        return torch.ops.surgeon.attention(q * 2, k, v, None, None, 0.2, 0, 0, package.id, 0).sum(-1)  # type: ignore[no-any-return]
 
     q, k, v, *_ = arguments(package)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
@@ -51,7 +51,7 @@ def test_under_torch_compile(package: Package) -> None:
 def test_rotary_backward_is_an_error_and_not_a_lost_gradient(package: Package) -> None:
     q, k, v = (torch.randn(2, heads, 40, 32) for heads in (2, 1, 1))
     cos, sin = torch.randn(2, 1, 40, 32)
-    out = torch.ops.surgeon.attention_rotary(q.requires_grad_(), k, v, cos, sin, None, 0.2, package.id, 0)
+    out = torch.ops.surgeon.attention_rotary(q.requires_grad_(), k, v, cos, sin, None, 0.2, 0, 0, package.id, 0)
     with pytest.raises(PatchError, match="expected a forward pass only, got a call of backward"):
         out.sum().backward()
 
@@ -59,7 +59,7 @@ def test_rotary_backward_is_an_error_and_not_a_lost_gradient(package: Package) -
 def test_a_package_that_is_not_loaded(package: Package) -> None:
     q, k, v, *_ = arguments(package)
     with pytest.raises(PackageError, match=r"expected package 0123 loaded in this process, got none"):
-        torch.ops.surgeon.attention(q, k, v, None, None, 0.2, "0123", 0)
+        torch.ops.surgeon.attention(q, k, v, None, None, 0.2, 0, 0, "0123", 0)
 
 
 def test_a_package_lives_as_long_as_someone_holds_it(tmp_path: Path) -> None:
@@ -70,16 +70,16 @@ def test_a_package_lives_as_long_as_someone_holds_it(tmp_path: Path) -> None:
     q, k, v, *_ = arguments(held)
     del held
     gc.collect()
-    torch.ops.surgeon.attention(q, k, v, None, None, 0.2, identity, 0)
+    torch.ops.surgeon.attention(q, k, v, None, None, 0.2, 0, 0, identity, 0)
     del again
     gc.collect()
     with pytest.raises(PackageError, match=r"call surgeon\.runtime\.load on its folder first"):
-        torch.ops.surgeon.attention(q, k, v, None, None, 0.2, identity, 0)
+        torch.ops.surgeon.attention(q, k, v, None, None, 0.2, 0, 0, identity, 0)
 
 
 def test_cuda_and_meta_tensors(package: Package) -> None:
     q, k, v, *_ = arguments(package)
-    out = torch.ops.surgeon.attention(q.to("meta"), k.to("meta"), v.to("meta"), None, None, 0.2, package.id, 0)
+    out = torch.ops.surgeon.attention(q.to("meta"), k.to("meta"), v.to("meta"), None, None, 0.2, 0, 0, package.id, 0)
     assert out.shape == (2, 90, 2, 32)
     assert out.is_contiguous()
 

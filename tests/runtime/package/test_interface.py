@@ -55,8 +55,8 @@ def changed(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
         ("decode", True, changed(table=""), r"table: expected a table for the phase decode, got ''"),
         ("combine", False, changed(table="x"), r"table: expected no table for the phase combine, got 'x'"),
         ("prefill", False, changed(arguments=()), r"arguments\[0\]: expected q pointer, got none"),
-        ("prefill", False, changed(table="x"), r"arguments\[21\]: expected table_rows pointer, got 'global_scratch po"),
-        ("prefill", True, changed(table=""), r"arguments\[21\]: expected global_scratch pointer, got 'table_rows po"),
+        ("prefill", False, changed(table="x"), r"arguments\[22\]: expected table_rows pointer, got 'global_scratch po"),
+        ("prefill", True, changed(table=""), r"arguments\[22\]: expected global_scratch pointer, got 'table_rows po"),
         (
             "combine",
             False,

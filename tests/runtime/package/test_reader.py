@@ -1,5 +1,6 @@
 """Every fault of a package with its message: the reader trusts nothing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from surgeon.compiler import compile_package
+from surgeon.runtime import __version__
 from surgeon.runtime.errors import PackageError
+from surgeon.runtime.package import reader
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import read_package
 from topologies import window_topology
@@ -100,7 +103,9 @@ def test_a_manifest_too_large(package: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_another_version(package: Path) -> None:
     rewrite(package, lambda root: root.update(version=2))
     refused(
-        package, "manifest.json: version: expected 1, got 2; compile the package again with this version of surgeon"
+        package,
+        f"manifest.json: version: expected 1, got 2, as surgeon {__version__!r} writes it; "
+        "compile the package again with this version of surgeon",
     )
 
 
@@ -180,13 +185,100 @@ def test_a_symbolic_link_to_a_folder(package: Path, tmp_path: Path) -> None:
 def test_a_manifest_that_is_a_link(package: Path, tmp_path: Path) -> None:
     (package / "manifest.json").rename(tmp_path / "manifest.json")
     (package / "manifest.json").symlink_to(tmp_path / "manifest.json")
-    refused(package, "manifest.json: expected a readable file")
+    refused(package, "manifest.json: expected a file or folder, got a symbolic link; do not use this package")
 
 
 def test_a_pipe(package: Path) -> None:
     (package / "topology.json").unlink()
     os.mkfifo(package / "topology.json")
     refused(package, "topology.json: expected a regular file")
+
+
+def test_a_folder_in_place_of_a_file(package: Path) -> None:
+    (package / "topology.json").unlink()
+    (package / "topology.json").mkdir()
+    refused(package, "topology.json: expected a regular file, got a folder")
+    rewrite(package, lambda root: root["files"].append(root["files"][0] | {"path": "topology.json/x"}))  # type: ignore[index, attr-defined]
+    refused(package, "topology.json: expected a regular file, got a folder")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["a pipe", "a folder"])
+def test_a_manifest_that_is_no_file(package: Path, make: Callable[[Path], object]) -> None:
+    (package / "manifest.json").unlink()
+    make(package / "manifest.json")
+    refused(package, "manifest.json: expected a regular file, got a ")
+
+
+def test_a_folder_without_a_listed_file_is_not_looked_into(package: Path) -> None:
+    here = package / "cpu"
+    for _ in range(15):
+        here /= "n" * 200
+        here.mkdir()
+    refused(package, "cpu/nnn", "expected only files that the manifest lists, got an unlisted folder")
+
+
+@pytest.mark.parametrize("path", ["cpu/\udcff", "cpu/\n", "/".join("123456789"), "n/" * 100_000 + "n"])
+def test_a_path_that_no_package_has(package: Path, path: str) -> None:
+    rewrite(package, lambda root: root["files"][0].update(path=path))  # type: ignore[index]
+    refused(package, "files: expected paths inside the package")
+
+
+def test_a_file_whose_name_is_no_text(package: Path) -> None:
+    os.close(os.open(os.fsencode(package) + b"/cpu/\xff", os.O_CREAT))
+    refused(package, "cpu/\udcff: expected only files that the manifest lists")
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EMFILE, "raise the limit: ulimit -n"),
+        (errno.EACCES, "change its permissions"),
+        (errno.EIO, "compile the package again"),
+    ],
+)
+@pytest.mark.parametrize("call", ["open", "scandir"])
+def test_an_error_of_the_system_says_what_to_do(
+    package: Path, call: str, code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, fail)
+    refused(package, f"got {os.strerror(code)}; ", remedy)
+
+
+def test_too_little_memory(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("surgeon.runtime.package.reader.read_regular", fail)
+    refused(package, "expected a package that can be read, got MemoryError; free some memory")
+
+
+def test_a_path_that_is_too_long_for_the_system(tmp_path: Path) -> None:
+    refused(tmp_path / ("n" * 5000), "got File name too long; use a shorter name")
+
+
+def test_a_thousand_files_take_no_time_that_grows_with_their_square(package: Path) -> None:
+    """Counted in calls: a set made anew for each file would be a million."""
+    names = [f"cpu/{number}" for number in range(1000)]
+    for name in names:
+        (package / name).write_bytes(b"")
+    empty = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    rewrite(package, lambda root: root["files"].extend({"path": name} | empty for name in names))  # type: ignore[attr-defined]
+    hashed = 0
+
+    class Name(str):
+        def __hash__(self) -> int:
+            nonlocal hashed
+            hashed += 1
+            return super().__hash__()
+
+    manifest = manifest_of(package)
+    files = tuple(replace(entry, path=Name(entry.path)) for entry in manifest.files)
+    reader._check_listing(package, replace(manifest, files=files))
+    reader._check_folder(package, {Name(name) for name in (entry.path for entry in files)}, None)
+    assert len(files) < hashed < 10 * len(files)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,37 @@ def test_rows_that_see_every_block() -> None:
     assert HeadSchedule(runs, (Piece(0, UNBOUNDED, 0, 0, 0, True),)).dense_rows == 0
 
 
+def test_counted_blocks_are_those_of_the_rows() -> None:
+    topology = random_topology(np.random.default_rng(5), num_layers=2, num_heads=14, num_kv_heads=7, num_blocks=40)
+    for layer in schedule_layers(topology):
+        for made in layer.heads:
+            for rows in (1, 17, 40, 55):
+                expanded = sum(run.end - run.begin for row in range(rows) for run in made.row(row))
+                assert made.visible_blocks(rows) == expanded
+
+
+def test_heads_that_name_the_same_pieces_do_not_get_around_the_limit(
+    files: PackageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each head is another place in the file, with as many pieces; the file grows by a row of `heads`."""
+    tensors = safetensors.numpy.load(files.files[FILE])
+    name = files.manifest.kernels[0].schedule
+    pieces = np.array([[0, 5, 0, 1, 0, 0], [5, UNBOUNDED, 0, 1, -1, 1]], dtype=np.int32)
+    tensors[f"{name}.pieces"], tensors[f"{name}.runs"] = pieces, np.array([[0, 1]] * 3, dtype=np.int32)
+    tensors[f"{name}.heads"] = np.array([[0, 2, 0], [0, 2, 1], [0, 2, 2]], dtype=np.int32)
+    changed = with_file(files, safetensors.numpy.save(tensors))
+    others = 0
+    for limit in range(20):
+        monkeypatch.setattr("surgeon.runtime.package.schedule.MAX_PIECES", limit)
+        changed = dataclasses.replace(changed)
+        try:
+            _ = changed.schedules
+        except PackageError as error:
+            assert "expected at most" in str(error)  # noqa: PT017
+            others = limit + 1
+    assert 6 <= others < 20
+
+
 @pytest.mark.parametrize("data", [b"", b"no tensors", b"\xff" * 64])
 def test_a_file_without_tensors(files: PackageFiles, data: bytes) -> None:
     with pytest.raises(PackageError, match=rf"{FILE}: expected a safetensors file"):

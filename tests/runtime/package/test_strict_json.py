@@ -87,6 +87,13 @@ def test_the_remedy_of_a_programs_file_is_that_of_every_place() -> None:
         ("[]", r"root: expected an object, got \[\]"),
         ("{}", "root: format: expected 'f', got None"),
         ('{"format": "f", "version": 2}', "root: version: expected 1, got 2"),
+        (
+            '{"format": "f", "version": 2, "surgeon": "0.9"}',
+            "expected 1, got 2, as surgeon '0.9' writes it; correct it",
+        ),
+        ('{"format": "f", "version": 2, "tools": [{"name": "surgeon", "version": "1.0"}]}', "got 2, as surgeon '1.0' "),
+        ('{"format": "f", "version": 2, "tools": [[], 1]}', "expected 1, got 2; correct it"),
+        ('{"format": "f", "version": 2, "tools": [{"name": "surgeon"}]}', "expected 1, got 2; correct it"),
         ('{"format": "f", "version": true}', "root: version: expected 1, got True"),
         ('{"format": "f", "version": 1.0}', "root: version: expected 1, got 1.0"),
     ],

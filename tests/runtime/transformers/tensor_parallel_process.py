@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from models import padded
-from surgeon.runtime import fingerprint, load, patch, trace, unpatch
+from surgeon.runtime import fingerprint, load, patch, trace, unpatch, weights_id
 from surgeon.runtime.errors import PatchError
 
 WHOLE_KEYS = {f"model.layers.*.self_attn.{name}": "replicate" for name in ("k_proj", "v_proj")}
@@ -33,12 +33,13 @@ def answers(folder: Path) -> dict[str, Any]:
     model = split_model(folder / "model")
     before = model(ids, attention_mask=mask).logits
     package = load(folder / "package", strict=True)
-    patch(model, package)
+    patch(model, package, recall="pattern")
     found = {
         "heads": [module._surgeon_site.package.kv_heads for module in attentions(model)],
         "logits": model(ids, attention_mask=mask).logits,
         "fingerprint": fingerprint(model),
-        "trace": refusal(lambda: trace(model, package)),
+        "weights_id": weights_id(model),
+        "trace": refusal(lambda: trace(model, package, recall="pattern")),
     }
     for cache in (None, "static"):
         found[f"generated {cache}"] = model.generate(
@@ -51,7 +52,7 @@ def answers(folder: Path) -> dict[str, Any]:
 def fused(folder: Path) -> dict[str, Any]:
     """The results of a patched model whose queries, keys and values come from one projection."""
     model = split_model(folder / "fused")
-    patch(model, load(folder / "fused-package"))
+    patch(model, load(folder / "fused-package"), recall="pattern")
     ids, mask = padded((70, 41, 5))
     heads = [module._surgeon_site.package.kv_heads for module in attentions(model)]
     return {"fused heads": heads, "fused logits": model(ids, attention_mask=mask).logits}
@@ -72,7 +73,7 @@ def refusal(action: Any) -> str:
 def refused(folder: Path, model: str, plan: str | dict[str, str]) -> str:
     split = split_model(folder / model, plan)
     config = split.config
-    text = refusal(lambda: patch(split, load(folder / f"{model}-package")))
+    text = refusal(lambda: patch(split, load(folder / f"{model}-package"), recall="pattern"))
     untouched = split.config is config and not any(hasattr(module, "_surgeon_site") for module in attentions(split))
     return text if untouched else f"{text}, but something was touched"
 

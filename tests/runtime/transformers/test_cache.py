@@ -65,7 +65,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["dense", "sparse", "windows"])
 def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str, how: str) -> None:
     ids, mask = padded((90, 61, 3))
-    patch(model, packages[name].package)
+    patch(model, packages[name].package, recall="pattern")
     torch.manual_seed(7)
     expected = generated(model, ids, mask, **GENERATIONS[how])
     torch.manual_seed(7)
@@ -84,7 +84,7 @@ def test_chunks_change_no_bit(
 ) -> None:
     """Reads chunks of uneven lengths, some of them nothing but padding for the shorter sequence."""
     ids, mask = padded(lengths)
-    patch(model, packages[name].package)
+    patch(model, packages[name].package, recall="pattern")
     full, cache = DynamicCache(config=model.config), SurgeonCache(packages[name].package)
     steps = sorted({0, 1, 17, 18, 32, 60, 61, lengths[0] - 1, lengths[0]})
     for begin, end in itertools.pairwise(step for step in steps if 0 <= step <= lengths[0]):
@@ -98,7 +98,7 @@ def test_a_block_is_held_as_long_as_a_later_token_reads_it(
     model: LlamaForCausalLM, packages: dict[str, Compiled], name: str
 ) -> None:
     ids, topology = tokens(1, 160), packages[name].topology
-    patch(model, packages[name].package)
+    patch(model, packages[name].package, recall="pattern")
     cache = SurgeonCache(packages[name].package)
     for begin, end in itertools.pairwise((0, 47, 48, *range(49, 100), 141, 160)):
         model(ids[:, begin:end], past_key_values=cache)
@@ -112,7 +112,7 @@ def test_a_block_is_held_as_long_as_a_later_token_reads_it(
 
 def test_windows_take_the_same_memory_at_every_length(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
     """The memory stays the same far beyond the topology's 64 tokens."""
-    patch(model, packages["windows"].package)
+    patch(model, packages["windows"].package, recall="pattern")
     cache = SurgeonCache(packages["windows"].package)
     kept = []
     for begin in range(0, 480, BLOCK):
@@ -128,7 +128,7 @@ def test_windows_take_the_same_memory_at_every_length(model: LlamaForCausalLM, p
 
 
 def test_a_conversation_goes_on(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package)
+    patch(model, packages["sparse"].package, recall="pattern")
     full, cache = DynamicCache(config=model.config), SurgeonCache(packages["sparse"].package)
     ids = tokens(1, 33)
     for turn in range(3):
@@ -140,7 +140,7 @@ def test_a_conversation_goes_on(model: LlamaForCausalLM, packages: dict[str, Com
 
 
 def test_a_cached_prompt_is_copied(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package)
+    patch(model, packages["sparse"].package, recall="pattern")
     prompt = SurgeonCache(packages["sparse"].package)
     ids = tokens(1, 70)
     model(ids[:, :60], past_key_values=prompt)
@@ -155,7 +155,7 @@ def test_a_cached_prompt_is_copied(model: LlamaForCausalLM, packages: dict[str, 
 def test_assisted_generation(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str) -> None:
     """The assistant is wrong at nearly every token, so that the cache is cropped again and again."""
     ids = tokens(1, 40)
-    patch(model, packages[name].package)
+    patch(model, packages[name].package, recall="pattern")
     expected = generated(model, ids, torch.ones_like(ids))
     assistant = tiny_llama(tiny_config(num_hidden_layers=1), seed=1)
     cache = SurgeonCache(packages[name].package)
@@ -175,7 +175,7 @@ def test_assisted_generation(model: LlamaForCausalLM, packages: dict[str, Compil
 
 
 def test_cropping(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["windows"].package)
+    patch(model, packages["windows"].package, recall="pattern")
     cache = SurgeonCache(packages["windows"].package)
     ids = tokens(1, 100)
     expected = model(ids).logits
@@ -204,7 +204,7 @@ def test_cropping(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> Non
 
 
 def test_sequences_are_chosen_and_repeated(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package)
+    patch(model, packages["sparse"].package, recall="pattern")
     ids, mask = padded((70, 50, 33))
     full, cache = DynamicCache(config=model.config), SurgeonCache(packages["sparse"].package)
     for each in (full, cache):
@@ -225,7 +225,7 @@ def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     package = load(compile_package(sparse_topology(), tmp_path / "kernels", dtypes=(name,)), strict=True)
     model = tiny_llama().to(dtype)
     ids, mask = padded((90, 61))
-    patch(model, package)
+    patch(model, package, recall="pattern")
     cache = SurgeonCache(package)
     expected = generated(model, ids, mask)
     assert torch.equal(generated(model, ids, mask, past_key_values=cache), expected)
@@ -238,13 +238,13 @@ def test_a_dtype_that_runs_in_a_wider_one(
     package = load(compile_package(sparse_topology(), tmp_path / "kernels", dtypes=("fp32",)))
     model = model.bfloat16()
     ids, mask = padded((40, 25))
-    patch(model, package)
+    patch(model, package, recall="pattern")
     expected = generated(model, ids, mask)
     assert torch.equal(generated(model, ids, mask, past_key_values=SurgeonCache(package)), expected)
 
 
 def test_under_autocast(model: LlamaForCausalLM, packages: dict[str, Compiled], tmp_path: Path) -> None:
-    patch(model, load(compile_package(sparse_topology(), tmp_path / "kernels")))
+    patch(model, load(compile_package(sparse_topology(), tmp_path / "kernels")), recall="pattern")
     ids, mask = padded((40, 25))
     cache = SurgeonCache(packages["sparse"].package)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -255,7 +255,7 @@ def test_under_autocast(model: LlamaForCausalLM, packages: dict[str, Compiled], 
 def test_dense_beyond_the_topology_drops_nothing(model: LlamaForCausalLM, tmp_path: Path) -> None:
     topology = sparse_topology(beyond="dense")
     package = load(compile_package(topology, tmp_path / "kernels", dtypes=("fp32",)))
-    patch(model, package)
+    patch(model, package, recall="pattern")
     ids, mask = padded((90, 61))
     cache = SurgeonCache(package)
     assert torch.equal(generated(model, ids, mask, past_key_values=cache), generated(model, ids, mask))
@@ -265,7 +265,7 @@ def test_dense_beyond_the_topology_drops_nothing(model: LlamaForCausalLM, tmp_pa
 
 def test_beyond_an_error(model: LlamaForCausalLM, tmp_path: Path) -> None:
     package = load(compile_package(sparse_topology(beyond="error"), tmp_path / "kernels", dtypes=("fp32",)))
-    patch(model, package)
+    patch(model, package, recall="pattern")
     ids, cache = tokens(1, 65), SurgeonCache(package)
     expected = model(ids[:, :64]).logits
     found = [model(part, past_key_values=cache).logits for part in (ids[:, :50], ids[:, 50:64])]
@@ -304,7 +304,7 @@ def test_no_other_attention_takes_what_is_held(model: LlamaForCausalLM, packages
 
 
 def test_unpatched_in_between(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package)
+    patch(model, packages["sparse"].package, recall="pattern")
     ids, cache = tokens(1, 40), SurgeonCache(packages["sparse"].package)
     model(ids[:, :30], past_key_values=cache)
     unpatch(model)
@@ -313,7 +313,7 @@ def test_unpatched_in_between(model: LlamaForCausalLM, packages: dict[str, Compi
 
 
 def test_the_cache_of_another_topology(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package)
+    patch(model, packages["sparse"].package, recall="pattern")
     with pytest.raises(PatchError, match="SurgeonCache: layer 0: expected a model patched with its package"):
         model(tokens(1, 20), past_key_values=SurgeonCache(packages["windows"].package))
 

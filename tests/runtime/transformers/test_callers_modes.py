@@ -56,7 +56,7 @@ def logits(model: LlamaForCausalLM, cache: object, ids: torch.Tensor, mask: torc
 def test_logits_do_not_change(model: LlamaForCausalLM, compiled: dict[str, Compiled], how: str) -> None:
     ids, mask = padded((130, 61, 117))
     package = compiled["sparse"].package
-    patch(model, package)
+    patch(model, package, recall="pattern")
     expected = logits(model, SurgeonCache(package), ids, mask)
     with MODES[how]():
         assert torch.equal(logits(model, SurgeonCache(package), ids, mask), expected)
@@ -77,7 +77,7 @@ def test_a_layers_attention_does_not_change(compiled: dict[str, Compiled], how: 
 def test_a_cache_goes_on_in_another_mode(model: LlamaForCausalLM, compiled: dict[str, Compiled], first: Mode) -> None:
     ids, mask = padded((130, 61, 117))
     package = compiled["sparse"].package
-    patch(model, package)
+    patch(model, package, recall="pattern")
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, past_key_values=DynamicCache()).logits[:, 100:]
     cache = SurgeonCache(package)

@@ -20,7 +20,7 @@ def model(compiled: dict[str, Compiled], one_thread: None) -> Iterator[LlamaForC
     torch.compiler.reset()
     counters.clear()
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     with torch.no_grad():
         yield model
     torch.compiler.reset()
@@ -84,7 +84,7 @@ def decoded(run: Any, cache: Cache, ends: tuple[int, ...]) -> torch.Tensor:
 def test_under_autocast(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     """In one graph, which casts queries, keys and values as the model does without it."""
     unpatch(model)
-    patch(model, load(compiled["sparse"].package._files.folder))  # runs bf16, but in fp32 kernels
+    patch(model, load(compiled["sparse"].package._files.folder), recall="pattern")  # runs bf16, but in fp32 kernels
     exact = decoded(model, DynamicCache(config=model.config), (38, 39))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = decoded(model, DynamicCache(config=model.config), (38, 39))

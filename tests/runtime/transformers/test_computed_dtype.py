@@ -103,8 +103,8 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def test_a_quantised_model_is_patched(compiled: dict[str, Compiled], kind: Any) -> None:
     model = quantised(tiny_llama(), kind)
     masked = masked_model(model, compiled["sparse"].topology)
-    graph = trace(model, compiled["sparse"].package)
-    patch(model, compiled["sparse"].package)
+    graph = trace(model, compiled["sparse"].package, recall="pattern")
+    patch(model, compiled["sparse"].package, recall="pattern")
     ids, mask = padded((70, 41))
     real = mask.bool()
     expected = masked(ids, attention_mask=mask).logits[real]
@@ -119,7 +119,7 @@ def test_a_quantised_model_is_patched(compiled: dict[str, Compiled], kind: Any) 
 def test_quantised_before_or_after_is_the_same(compiled: dict[str, Compiled]) -> None:
     before, after = quantised(tiny_llama(), Int8), tiny_llama()
     for model in (before, after):
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
     quantised(after, Int8)
     assert torch.equal(before(tokens(1, 70)).logits, after(tokens(1, 70)).logits)
 
@@ -127,7 +127,7 @@ def test_quantised_before_or_after_is_the_same(compiled: dict[str, Compiled]) ->
 def test_a_cache_of_a_served_program_has_the_computed_dtype(compiled: dict[str, Compiled]) -> None:
     model = quantised(tiny_llama(), Float8)
     model.model.embed_tokens.weight.requires_grad_(False)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     program = serving_program(model)
     floats = {value.dtype for value in map(_example, program.graph.find_nodes(op="placeholder")) if value.ndim == 4}
     assert floats == {torch.float32}
@@ -148,7 +148,7 @@ def test_the_dtype_is_that_of_keys_and_values(compiled: dict[str, Compiled], kin
         r"layers.0.self_attn.q_proj: expected queries, keys and values in torch.float32, .* got torch.bfloat16; .*"
     )
     with pytest.raises(PatchError, match=f"{message}--dtype bf16$"):
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
     assert attributes(model) == before
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -158,19 +158,19 @@ def test_a_norm_or_an_embedding_decides_where_layers_keep_their_inputs_dtype(com
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             module.float()  # as peft.prepare_model_for_kbit_training does
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     unpatch(model)
     embedding = model.get_input_embeddings()
     model.bfloat16()
     model.set_input_embeddings(torch.nn.Sequential(embedding))
     with pytest.raises(PatchError, match=r"got torch.bfloat16"):
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
 
 
 def test_a_layer_that_cannot_run_is_named(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     quantised(model, Broken)
     with pytest.raises(PatchError) as caught:
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
     assert "self_attn.q_proj: expected a layer that takes torch.float32 on cpu, got RuntimeError: " in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -189,7 +189,7 @@ def test_eight_bit_weights_under_bf16_differ_by_rounding_alone(half: Package, co
     def logits(model: LlamaForCausalLM, package: Package) -> tuple[torch.Tensor, torch.Tensor]:
         """Those on the kernels and those under the explicit mask, one row a token."""
         masked = masked_model(model, sparse_topology())
-        patch(model, package)
+        patch(model, package, recall="pattern")
         found, expected = (run(ids, attention_mask=mask).logits[real].float() for run in (model, masked))
         return found, expected
 
@@ -231,11 +231,11 @@ def test_qlora(compiled: dict[str, Compiled]) -> None:
 
     first, wrapped_first = (quantised(tiny_llama(), Packed) for _ in range(2))
     expected = losses(adapted(masked_model(first, compiled["sparse"].topology)))
-    patch(first, compiled["sparse"].package)
+    patch(first, compiled["sparse"].package, recall="pattern")
     assert losses(adapted(first)) == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0] - 0.3
     wrapper = adapted(wrapped_first)
-    patch(wrapper.get_base_model(), compiled["sparse"].package)
+    patch(wrapper.get_base_model(), compiled["sparse"].package, recall="pattern")
     assert losses(wrapper) == pytest.approx(expected, abs=1e-4)
 
 
@@ -252,7 +252,7 @@ def test_torchao(half: Package) -> None:
     model = tiny_llama().bfloat16()
     torchao.quantize_(model, torchao.Float8WeightOnlyConfig(), filter_fn=lambda _, name: name in linears(model))
     masked = masked_model(model, sparse_topology())
-    patch(model, half)
+    patch(model, half, recall="pattern")
     ids = tokens(1, 130)
     found, expected = (run(ids).logits.float() for run in (model, masked))
     assert (found - expected).abs().mean() < 0.15
@@ -273,5 +273,5 @@ def test_bitsandbytes(compiled: dict[str, Compiled], bits: int) -> None:
 
     model = quantised(tiny_llama(), layer)
     masked = masked_model(model, compiled["sparse"].topology)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     torch.testing.assert_close(model(tokens(1, 70)).logits, masked(tokens(1, 70)).logits, atol=TOLERANCE, rtol=0)

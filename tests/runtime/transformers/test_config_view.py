@@ -53,7 +53,7 @@ def test_copies_of_a_view() -> None:
 def test_another_attention_for_a_patched_model_is_refused(
     model: LlamaForCausalLM, compiled: dict[str, Compiled]
 ) -> None:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     with pytest.raises(
         PatchError, match=r"attn_implementation: expected 'surgeon'.*got 'eager'; call unpatch\(model\) first"
     ):
@@ -64,7 +64,7 @@ def test_another_attention_for_a_patched_model_is_refused(
 def test_what_is_written_while_patched_stays(
     model: LlamaForCausalLM, compiled: dict[str, Compiled], tmp_path: Path
 ) -> None:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     model.resize_token_embeddings(105, mean_resizing=False)
     model.config.pad_token_id = 104
     model.save_pretrained(tmp_path / "patched")
@@ -87,7 +87,7 @@ def test_a_model_made_from_the_config_has_an_attention_of_its_own(
     model.set_attn_implementation(implementation)
     ids, mask = padded((70, 41, 5))
     dense = model(ids, attention_mask=mask).logits[mask.bool()]
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     other = make(model.config).eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(ids, attention_mask=mask).logits[mask.bool()], dense, atol=2e-5, rtol=0)
@@ -102,14 +102,14 @@ def test_a_model_that_was_wrapped_while_patched_is_unpatched(compiled: dict[str,
     ids, mask = padded((70, 41, 5))
     dense = model(ids, attention_mask=mask).logits
     config = model.config
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     unpatch(model if inner else wrapped)
     assert model.config is config
     assert torch.equal(wrapped(ids, attention_mask=mask).logits, dense)
     with pytest.raises(PatchError, match="expected a patched model, got one that is not"):
         unpatch(wrapped)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     assert not torch.allclose(wrapped(ids, attention_mask=mask).logits, dense, atol=0.1)
 
 
@@ -117,7 +117,7 @@ def test_what_holds_kernels_says_that_it_cannot_be_pickled(
     model: LlamaForCausalLM, compiled: dict[str, Compiled]
 ) -> None:
     package = compiled["sparse"].package
-    patch(model, package)
+    patch(model, package, recall="pattern")
     for held in (model, SurgeonCache(package), package):
         for save in (pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())):
             with pytest.raises(PatchError, match=r"pickle: expected .* no loaded kernels.*after unpatch\(model\)"):

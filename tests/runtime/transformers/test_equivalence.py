@@ -23,7 +23,7 @@ TOLERANCE = 5e-5  # of fp32 logits whose largest are about 10
 @pytest.fixture(params=["dense", "one cluster"])
 def patched(request: pytest.FixtureRequest, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
     model = tiny_llama()
-    patch(model, compiled[request.param].package)
+    patch(model, compiled[request.param].package, recall="pattern")
     return model
 
 
@@ -165,5 +165,5 @@ def test_patched_and_unpatched_again_and_again(patched: LlamaForCausalLM, compil
         copied = copy.deepcopy(patched)
         unpatch(copied)
         assert torch.equal(copied(ids).logits, own("sdpa")(ids).logits)
-        patch(copied, compiled["dense"].package)
+        patch(copied, compiled["dense"].package, recall="pattern")
         close(copied(ids).logits, first)

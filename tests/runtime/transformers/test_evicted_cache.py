@@ -23,7 +23,7 @@ REFUSED = r"position_ids\[\d, -1\]: expected at most \d+, since the cache holds 
 
 @pytest.fixture
 def patched(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model
 
 

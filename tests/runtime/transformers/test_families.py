@@ -55,7 +55,7 @@ def check(model: PreTrainedModel, topology: Topology, package: Package, left: di
         cache: reference.generate(ids, attention_mask=mask, max_new_tokens=30, cache_implementation=cache)
         for cache in (None, "static")
     }
-    assert {layer.layer: layer.reason for layer in patch(model, package)} == left
+    assert {layer.layer: layer.reason for layer in patch(model, package, recall="pattern")} == left
     found = model(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
     for cache, sequences in continued.items():
@@ -79,7 +79,7 @@ def test_patched(name: str, compiled_for: Compile) -> None:
 def test_traced(name: str, compiled_for: Compile) -> None:
     topology = families.of_family(sparse_topology(), name)
     model = families.tiny(name)
-    graph = trace(model, compiled_for(topology))
+    graph = trace(model, compiled_for(topology), recall="pattern")
     reference = masked_model(model, topology)
     for lengths in (LENGTHS, (1,)):
         ids, mask = padded(lengths)
@@ -93,7 +93,7 @@ def test_a_topology_of_some_layers(layers: tuple[int, ...], compiled_for: Compil
     check(tiny_llama(), topology, compiled_for(topology), dict.fromkeys(layers, "not covered by the topology"))
     model, (ids, mask) = tiny_llama(), padded(LENGTHS)
     expected = masked_model(model, topology)(ids, attention_mask=mask).logits[mask.bool()]
-    graph = trace(model, compiled_for(topology))
+    graph = trace(model, compiled_for(topology), recall="pattern")
     torch.testing.assert_close(graph(ids, mask)[mask.bool()], expected, atol=TOLERANCE, rtol=0)
 
 
@@ -104,7 +104,7 @@ def test_a_layer_that_is_not_covered_is_what_it_was(implementation: str, static:
     model = tiny_llama()
     model.set_attn_implementation(implementation)
     patched = copy.deepcopy(model)
-    patch(patched, compiled_for(uncovered(sparse_topology(), 0, 1)))
+    patch(patched, compiled_for(uncovered(sparse_topology(), 0, 1)), recall="pattern")
     for lengths in ((75, 20), (60,)):
         ids, mask = padded(lengths)
         caches = [
@@ -134,7 +134,7 @@ def test_layers_that_are_not_covered_share_a_mask(compiled_for: Compile, monkeyp
 
     monkeypatch.setattr(masks, "_dense", counted)
     model, (ids, mask) = tiny_llama(), padded(LENGTHS)
-    patch(model, compiled_for(uncovered(sparse_topology(), 0, 1)))
+    patch(model, compiled_for(uncovered(sparse_topology(), 0, 1)), recall="pattern")
     for calls in (1, 2):
         model(ids, attention_mask=mask)
         assert len(made) == calls
@@ -146,7 +146,7 @@ def test_generation_with_sliding_layers(how: dict[str, Any], compiled_for: Compi
     topology = families.of_family(sparse_topology(), "gemma3")
     model, (ids, mask) = families.tiny("gemma3"), padded(LENGTHS)
     reference = masked_model(model, topology)
-    patch(model, compiled_for(topology))
+    patch(model, compiled_for(topology), recall="pattern")
     sequences = []
     for made in (reference, model):
         set_seed(7)
@@ -163,7 +163,7 @@ def test_a_sliding_layer_may_be_left_out(compiled_for: Compile) -> None:
 def test_layers_that_keep_their_attention_are_logged(compiled_for: Compile, caplog: pytest.LogCaptureFixture) -> None:
     topology = families.of_family(sparse_topology(), "gemma2")
     with caplog.at_level("INFO", "surgeon"):
-        patch(families.tiny("gemma2"), compiled_for(topology))
+        patch(families.tiny("gemma2"), compiled_for(topology), recall="pattern")
     assert caplog.messages == ["layer 1 keeps its attention: sliding_attention"]
 
 
@@ -172,7 +172,7 @@ def test_an_attention_that_no_layer_can_keep_is_refused(compiled_for: Compile) -
     model.config._attn_implementation = "flex_attention"
     message = r"layers.2.self_attn, which keeps its attention: expected one of sdpa, eager, got 'flex_attention'; call"
     with pytest.raises(PatchError, match=message):
-        patch(model, compiled_for(families.of_family(sparse_topology(), "qwen2")))
+        patch(model, compiled_for(families.of_family(sparse_topology(), "qwen2")), recall="pattern")
 
 
 @pytest.mark.parametrize(
@@ -193,5 +193,5 @@ def test_refused(name: str, changes: dict[str, Any], message: str, compiled_for:
     model = families.tiny(name, **changes)
     before = {key: dict(vars(module)) for key, module in model.named_modules()}
     with pytest.raises(PatchError, match=message):
-        patch(model, compiled_for(families.of_family(sparse_topology(), name)))
+        patch(model, compiled_for(families.of_family(sparse_topology(), name)), recall="pattern")
     assert {key: dict(vars(module)) for key, module in model.named_modules()} == before

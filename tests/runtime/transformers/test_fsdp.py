@@ -38,9 +38,9 @@ def sharded(model: LlamaForCausalLM, precision: MixedPrecisionPolicy | None = No
 def test_logits_tokens_and_gradients(compiled: dict[str, Compiled], first: str) -> None:
     package = compiled["sparse"].package
     whole, model = tiny_llama(), tiny_llama()
-    patch(whole, package)
+    patch(whole, package, recall="pattern")
     for step in ("patch", "shard") if first == "patch" else ("shard", "patch"):
-        patch(model, package) if step == "patch" else sharded(model)
+        patch(model, package, recall="pattern") if step == "patch" else sharded(model)
     assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
     assert fingerprint(model) == fingerprint(whole)
     ids, mask = padded((50, 33))
@@ -64,7 +64,7 @@ def test_mixed_precision(tmp_path: Path, compiled: dict[str, Compiled]) -> None:
     package = load(compiled["sparse"].package._files.folder)
     whole, model = tiny_llama().bfloat16(), tiny_llama()
     for each in (whole, sharded(model, MixedPrecisionPolicy(param_dtype=torch.bfloat16))):
-        patch(each, package)
+        patch(each, package, recall="pattern")
     ids, mask = padded((50, 33))
     found, expected = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, whole))
     assert found.dtype == torch.bfloat16

@@ -33,7 +33,7 @@ def expected(compiled: dict[str, Compiled]) -> LlamaForCausalLM:
 def patched(compiled: dict[str, Compiled]) -> LlamaForCausalLM:
     """The same model on the kernels."""
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model
 
 
@@ -109,7 +109,7 @@ def test_assisted_decoding(
 ) -> None:
     helper = tiny_llama(tiny_config(), seed=0 if assistant != "another model" else 3)
     if assistant != "an unpatched one":
-        patch(helper, compiled["sparse"].package)
+        patch(helper, compiled["sparse"].package, recall="pattern")
     ids = tokens(1, 50)
     with counted(patched) as lengths:
         # The assistant's mask would have a hole where the padding token was generated, which is refused.

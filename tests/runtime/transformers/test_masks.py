@@ -104,7 +104,7 @@ def test_a_patched_model_on_a_gpu_never_waits(
     monkeypatch.setattr("surgeon.runtime.transformers.compatibility._check_kernels", lambda *_: None)
     with torch.device("meta"):
         model = tiny_llama()
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
         cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
         mask = torch.ones(2, 9, dtype=torch.long)
         with NoWaiting(), torch.no_grad():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 @pytest.fixture
 def patched(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
-    patch(model, compiled["dense"].package)
+    patch(model, compiled["dense"].package, recall="pattern")
     return model
 
 
@@ -66,7 +66,7 @@ def test_a_call_is_refused(patched: LlamaForCausalLM, arguments: dict[str, Any],
 
 def test_dropout_is_refused(compiled: dict[str, Compiled]) -> None:
     model = tiny_llama(tiny_config(attention_dropout=0.1))
-    patch(model, compiled["dense"].package)
+    patch(model, compiled["dense"].package, recall="pattern")
     model(tokens(1, 8))
     with pytest.raises(
         PatchError, match=r"attention of layer 0: expected no dropout, got dropout 0.1; call model.eval"

@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from models import Compiled, attributes, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
 from surgeon.compiler import compile_package
-from surgeon.runtime import fingerprint, load, patch, unpatch
+from surgeon.runtime import Package, SurgeonCache, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime.errors import PackageError, PatchError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -47,14 +48,14 @@ def reference(model: LlamaForCausalLM, name: str, compiled: dict[str, Compiled])
 def test_logits(model: LlamaForCausalLM, compiled: dict[str, Compiled], name: str, lengths: tuple[int, ...]) -> None:
     ids, mask = padded(lengths)
     expected = logits(reference(model, name, compiled), ids, mask)
-    patch(model, compiled[name].package)
+    patch(model, compiled[name].package, recall="pattern")
     torch.testing.assert_close(logits(model, ids, mask), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_logits_without_a_mask(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     ids = tokens(2, 50)
     expected = logits(reference(model, "sparse", compiled), ids)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     torch.testing.assert_close(logits(model, ids), expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(logits(model, ids, use_cache=False), expected, atol=TOLERANCE, rtol=0)
 
@@ -63,12 +64,12 @@ def test_sparse_is_not_dense(model: LlamaForCausalLM, compiled: dict[str, Compil
     """Guards the other tests: these weights and masks make a difference that those would notice."""
     ids, mask = padded(LENGTHS)
     dense = logits(model, ids, mask)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     assert (logits(model, ids, mask) - dense).abs().max() > 1e4 * TOLERANCE
 
 
 def test_left_padding_changes_nothing(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     ids, mask = padded(LENGTHS)
     together = logits(model, ids, mask)
     alone = [logits(model, ids[i : i + 1, -length:]) for i, length in enumerate(LENGTHS)]
@@ -77,7 +78,7 @@ def test_left_padding_changes_nothing(model: LlamaForCausalLM, compiled: dict[st
 
 def test_right_padding_changes_nothing_before_it(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     ids = tokens(2, 40)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     expected = logits(model, ids[:1, :23])
     mask = torch.ones_like(ids)
     mask[0, 23:] = 0
@@ -89,7 +90,7 @@ def test_right_padding_changes_nothing_before_it(model: LlamaForCausalLM, compil
 def test_generate(model: LlamaForCausalLM, compiled: dict[str, Compiled], name: str, cache: str | None) -> None:
     ids, mask = padded((50, 33, 3))
     expected = generated(reference(model, name, compiled), ids, mask)
-    patch(model, compiled[name].package)
+    patch(model, compiled[name].package, recall="pattern")
     assert torch.equal(generated(model, ids, mask, cache_implementation=cache), expected)
 
 
@@ -99,7 +100,7 @@ def test_generate_in_other_ways(
 ) -> None:
     ids, mask = padded((50, 33, 3))
     expected = generated(masked_model(model, compiled["sparse"].topology), ids, mask, **arguments)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     assert torch.equal(generated(model, ids, mask, **arguments), expected)
 
 
@@ -108,7 +109,7 @@ def test_chunked_prefill_and_decode(model: LlamaForCausalLM, compiled: dict[str,
     """Reads chunks of uneven lengths, the first of them nothing but padding for the shorter sequence."""
     ids, mask = padded((75, 20))
     expected = masked_model(model, compiled["sparse"].topology)(ids, attention_mask=mask).logits
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     cache: Cache = StaticCache(model.config, max_cache_len=90) if static else DynamicCache(config=model.config)
     chunks = []
     for begin, end in ((0, 17), (17, 60), (60, 61), (61, 74), (74, 75)):
@@ -119,7 +120,7 @@ def test_chunked_prefill_and_decode(model: LlamaForCausalLM, compiled: dict[str,
 
 def test_a_mask_of_the_whole_static_cache(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     ids, mask = padded((40, 20))
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     expected = logits(model, ids, mask)
     longer = torch.cat((mask, torch.ones(2, 24, dtype=torch.int64)), dim=1)
     cache = StaticCache(model.config, max_cache_len=64)
@@ -130,7 +131,7 @@ def test_a_mask_of_the_whole_static_cache(model: LlamaForCausalLM, compiled: dic
 @pytest.mark.slow
 def test_under_torch_compile(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     ids, mask = padded(LENGTHS)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     expected = logits(model, ids, mask)
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(whole, ids, mask), expected, atol=TOLERANCE, rtol=0)
@@ -141,11 +142,11 @@ def test_two_models_of_one_config(compiled: dict[str, Compiled]) -> None:
     first, second = tiny_llama(config), tiny_llama(config)
     ids, mask = padded(LENGTHS)
     expected = logits(second, ids, mask)
-    patch(first, compiled["sparse"].package)
+    patch(first, compiled["sparse"].package, recall="pattern")
     assert torch.equal(logits(second, ids, mask), expected)
     assert not torch.allclose(logits(first, ids, mask), expected, atol=0.1)
     assert config._attn_implementation == "sdpa"
-    patch(second, compiled["dense"].package)
+    patch(second, compiled["dense"].package, recall="pattern")
     assert not torch.allclose(logits(first, ids, mask), logits(second, ids, mask), atol=0.1)
     unpatch(first)
     torch.testing.assert_close(logits(second, ids, mask), expected, atol=TOLERANCE, rtol=0)
@@ -155,7 +156,7 @@ def test_unpatch_restores_everything(model: LlamaForCausalLM, compiled: dict[str
     ids, mask = padded(LENGTHS)
     expected = logits(model, ids, mask)
     config, settings, before = model.config, model.config.to_dict(), attributes(model)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     assert model.config is not config
     assert model.model.layers[0].self_attn.config is model.config
     unpatch(model)
@@ -170,7 +171,7 @@ def test_unpatch_restores_everything(model: LlamaForCausalLM, compiled: dict[str
 def test_weights_are_neither_copied_nor_changed(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     before = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
     hashed = fingerprint(model)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     generated(model, *padded((9, 4)), new_tokens=3)
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, (parameter, _) in before.items())
@@ -181,7 +182,7 @@ def test_weights_are_neither_copied_nor_changed(model: LlamaForCausalLM, compile
 def test_a_copy_of_a_patched_model(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     ids, mask = padded(LENGTHS)
     dense = logits(model, ids, mask)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     other = copy.deepcopy(model)
     unpatch(model)
     assert not torch.allclose(logits(other, ids, mask), dense, atol=0.1)
@@ -194,7 +195,46 @@ def test_a_patched_model_keeps_its_package_loaded(model: LlamaForCausalLM, tmp_p
     ids, mask = padded(LENGTHS)
     folder = compile_package(sparse_topology(beyond="dense"), tmp_path / "kernels", dtypes=("fp32",))
     expected = logits(masked_model(model, sparse_topology(beyond="dense")), ids, mask)
-    patch(model, load(folder))
+    patch(model, load(folder), recall="pattern")
     load(folder)
     gc.collect()
     torch.testing.assert_close(logits(model, ids, mask), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_folder_is_loaded(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    folder = compiled["sparse"].package._files.folder
+    expected = patched_logits(model, compiled["sparse"].package)
+    torch.testing.assert_close(patched_logits(model, str(folder)), expected, atol=0, rtol=0)
+    torch.testing.assert_close(trace(model, folder, recall="pattern")(tokens(1, 70)), expected, atol=1e-4, rtol=1e-4)
+    patch(model, folder, recall="pattern")
+    try:
+        cache = SurgeonCache(folder)
+        found = model(tokens(1, 70), past_key_values=cache).logits
+    finally:
+        unpatch(model)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def patched_logits(model: LlamaForCausalLM, package: Package | str) -> torch.Tensor:
+    patch(model, package, recall="pattern")
+    try:
+        logits: torch.Tensor = model(tokens(1, 70)).logits
+    finally:
+        unpatch(model)
+    return logits
+
+
+@pytest.mark.parametrize("package", [None, 3, sparse_topology()])
+def test_what_is_no_package_is_refused(model: LlamaForCausalLM, package: Any) -> None:
+    for into in (patch, trace):
+        with pytest.raises(PatchError, match=r"package: expected a package or its folder, got a .*; pass surgeon"):
+            into(model, package)
+    with pytest.raises(PackageError, match="expected a package folder, got nothing"):
+        patch(model, "no/such/folder")
+
+
+def test_a_model_in_the_place_of_the_package_is_told(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
+    with pytest.raises(PatchError, match="expected a package or its folder, got a LlamaForCausalLM"):
+        patch(compiled["sparse"].package, model)  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="model: expected a PreTrainedModel of Transformers, got a str"):
+        patch("path/to/llama", compiled["sparse"].package)  # type: ignore[arg-type]

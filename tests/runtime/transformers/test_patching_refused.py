@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from gpu_standin import on_gpu
 from models import Compiled, attributes, tiny_config, tiny_llama, tokens
-from surgeon.runtime import Package, fingerprint, patch, unpatch
+from surgeon.runtime import Package, fingerprint, patch, unpatch, weights_id
 from surgeon.runtime.errors import PatchError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -46,17 +46,32 @@ def test_another_model_is_refused(
 ) -> None:
     before = attributes(model)
     with pytest.raises(PatchError, match=message):
-        patch(model, with_shape(compiled["dense"].package, **changes))
+        patch(model, with_shape(compiled["dense"].package, **changes), recall="pattern")
     assert attributes(model) == before
 
 
-def test_the_weights_it_was_learned_on_are_taken(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    package = with_shape(compiled["dense"].package, weights_sha256=fingerprint(model))
+@pytest.mark.parametrize(("identity", "factor"), [(weights_id, -1.0), (fingerprint, 1.001)])
+def test_the_weights_it_was_learned_on_are_taken(
+    model: LlamaForCausalLM, compiled: dict[str, Compiled], identity: Callable[[LlamaForCausalLM], str], factor: float
+) -> None:
+    package = with_shape(compiled["dense"].package, weights_sha256=identity(model))
+    patch(model, package, recall="pattern")
+    unpatch(model)
+    with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
+        patch(tiny_llama(seed=5), package)
+    model.model.norm.weight[3] *= factor
+    with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
+        patch(model, package, recall="pattern")
+
+
+def test_the_weights_it_was_learned_on_are_taken_in_another_dtype_and_with_adapters(
+    model: LlamaForCausalLM, compiled: dict[str, Compiled]
+) -> None:
+    peft = pytest.importorskip("peft")
+    package = with_shape(compiled["dense"].package, weights_sha256=weights_id(model))
+    model.to(torch.bfloat16).float().add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     patch(model, package)
     unpatch(model)
-    model.model.norm.weight[3] += 1e-3
-    with pytest.raises(PatchError, match="weights: expected those that the topology was learned on"):
-        patch(model, package)
 
 
 def sliding(model: LlamaForCausalLM) -> None:
@@ -147,14 +162,14 @@ def test_a_model_that_does_more_is_refused(
     change(model)
     before = attributes(model)
     with pytest.raises(PatchError, match=message):
-        patch(model, compiled["dense"].package)
+        patch(model, compiled["dense"].package, recall="pattern")
     assert attributes(model) == before
 
 
 def test_what_is_no_model_is_refused(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     wrapper: Any = torch.nn.Sequential(model)
     with pytest.raises(PatchError, match="Sequential: expected a PreTrainedModel of Transformers"):
-        patch(wrapper, compiled["dense"].package)
+        patch(wrapper, compiled["dense"].package, recall="pattern")
 
 
 def test_an_attention_of_its_own_is_refused(compiled: dict[str, Compiled]) -> None:
@@ -162,30 +177,30 @@ def test_an_attention_of_its_own_is_refused(compiled: dict[str, Compiled]) -> No
         _supports_attention_backend = False
 
     with pytest.raises(PatchError, match="Handmade: expected a model whose attention goes through"):
-        patch(Handmade(tiny_config()), compiled["dense"].package)
+        patch(Handmade(tiny_config()), compiled["dense"].package, recall="pattern")
 
 
 def test_patching_twice_is_refused(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    patch(model, compiled["dense"].package)
+    patch(model, compiled["dense"].package, recall="pattern")
     with pytest.raises(PatchError, match=r"LlamaForCausalLM: expected a model that is not patched.*unpatch\(model\)"):
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
     unpatch(model)
-    patch(model.model, compiled["dense"].package)
+    patch(model.model, compiled["dense"].package, recall="pattern")
     with pytest.raises(PatchError, match="model: expected a model that is not patched"):
-        patch(model, compiled["sparse"].package)
+        patch(model, compiled["sparse"].package, recall="pattern")
 
 
 def test_unpatching_an_unpatched_model_is_refused(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     with pytest.raises(PatchError, match="LlamaForCausalLM: expected a patched model, got one that is not"):
         unpatch(model)
-    patch(model, compiled["dense"].package)
+    patch(model, compiled["dense"].package, recall="pattern")
     unpatch(model)
     with pytest.raises(PatchError, match="expected a patched model"):
         unpatch(model)
 
 
 def test_choosing_the_attention_by_name_is_refused(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
-    patch(tiny_llama(), compiled["dense"].package)
+    patch(tiny_llama(), compiled["dense"].package, recall="pattern")
     model.set_attn_implementation("surgeon")
     with pytest.raises(
         PatchError, match=r"LlamaAttention: expected .* bound to a kernel package.*surgeon.runtime.patch"
@@ -201,4 +216,4 @@ def test_a_model_on_a_gpu_that_the_package_has_no_kernels_for(
     attention.q_proj.weight = torch.nn.Parameter(on_gpu(attention.q_proj.weight.data), requires_grad=False)
     message = r"layers.1.self_attn on cuda:0: expected kernels for cuda:90, this device's target, got only cpu; move"
     with pytest.raises(PatchError, match=message):
-        patch(model, compiled["dense"].package)
+        patch(model, compiled["dense"].package, recall="pattern")

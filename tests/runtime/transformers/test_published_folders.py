@@ -53,7 +53,7 @@ def test_it_is_patched(tmp_path: Path, name: str) -> None:
     model = published(tmp_path / "model", name)
     topology, package = compiled(tmp_path, name)
     reference = masked_model(model, topology)
-    assert [layer.layer for layer in patch(model, package)] == LEFT[name]
+    assert [layer.layer for layer in patch(model, package, recall="pattern")] == LEFT[name]
     ids, mask = padded((70, 41, 5))
     found, expected = (run(ids, attention_mask=mask).logits[mask.bool()] for run in (model, reference))
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
@@ -67,7 +67,7 @@ def test_capped_scores_are_refused(tmp_path: Path) -> None:
     """As in every published Gemma 2."""
     model = published(tmp_path / "model", "gemma2", attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     with pytest.raises(PatchError, match=r"attn_logit_softcapping: expected scores that enter .*, got 50.0"):
-        patch(model, compiled(tmp_path, "gemma2")[1])
+        patch(model, compiled(tmp_path, "gemma2")[1], recall="pattern")
 
 
 def test_a_model_of_text_and_images_is_refused(tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_a_model_of_text_and_images_is_refused(tmp_path: Path) -> None:
     config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
     model = Gemma3ForConditionalGeneration(config)
     with pytest.raises(PatchError, match=r"model.config.model_type: expected 'gemma3_text', .*, got 'gemma3'"):
-        patch(model, compiled(tmp_path, "gemma3")[1])
+        patch(model, compiled(tmp_path, "gemma3")[1], recall="pattern")

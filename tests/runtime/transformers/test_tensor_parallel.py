@@ -11,7 +11,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from models import SHAPE, Compiled, padded, sparse_topology, tiny_config, tiny_llama
 from processes import torchrun
 from surgeon.compiler import Topology, compile_package
-from surgeon.runtime import fingerprint, load, patch
+from surgeon.runtime import fingerprint, load, patch, weights_id
 from surgeon.runtime.errors import PatchError
 from topologies import dense_topology
 
@@ -62,7 +62,7 @@ def test_a_part_of_a_paged_cache(compiled: dict[str, Compiled]) -> None:
     block_table = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 1, 4)
     part = package.part(range(1, 2))
     position = torch.tensor([58, 58])
-    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, block_table, position, None, 32**-0.5, part.id, 1)
+    found = torch.ops.surgeon.attention_paged(q[:, 2:], *slots, block_table, position, None, 32**-0.5, 0, 0, part.id, 1)
     torch.testing.assert_close(found, package.attention(1, q, k, v)[:, :, 2:], atol=1e-6, rtol=0)
 
 
@@ -99,7 +99,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, compiled: dict[str, Compiled
     """The results of each of two processes; see tensor_parallel_process.py."""
     folder, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("found")
     tiny_llama().save_pretrained(folder / "model")
-    compile_package(compiled["sparse"].topology, folder / "package", dtypes=("fp32",))
+    sparse = compiled["sparse"].topology
+    known = dataclasses.replace(sparse.model, weights_sha256=weights_id(tiny_llama()))
+    compile_package(dataclasses.replace(sparse, model=known), folder / "package", dtypes=("fp32",))
     for name, heads, kv_heads in (("one-head", 4, 1), ("three-heads", 6, 3)):
         config = tiny_config(
             num_hidden_layers=1, hidden_size=96, num_attention_heads=heads, num_key_value_heads=kv_heads
@@ -118,7 +120,7 @@ def test_two_processes_answer_as_one(
     found: list[dict[str, Any]], compiled: dict[str, Compiled], one_thread: None
 ) -> None:
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     ids, mask = padded((70, 41, 5))
     prompt, prompt_mask = padded((50, 33, 3))
     with torch.no_grad():
@@ -129,6 +131,7 @@ def test_two_processes_answer_as_one(
             tokens = model.generate(prompt, attention_mask=prompt_mask, max_new_tokens=24, do_sample=False)
             assert torch.equal(process[f"generated {cache}"], tokens)
         assert process["fingerprint"] == fingerprint(model)
+        assert process["weights_id"] == weights_id(model)
         assert process["same again"]
 
 
@@ -137,7 +140,7 @@ def test_a_gathered_projection_gives_every_process_all_heads(
     found: list[dict[str, Any]], tmp_path: Path, one_thread: None
 ) -> None:
     model, (ids, mask) = fused_model(), padded((70, 41, 5))
-    patch(model, load(compile_package(fused_topology(), tmp_path / "package", dtypes=("fp32",))))
+    patch(model, load(compile_package(fused_topology(), tmp_path / "package", dtypes=("fp32",))), recall="pattern")
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
     for process in found:

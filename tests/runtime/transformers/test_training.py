@@ -26,7 +26,7 @@ def models(compiled: dict[str, Compiled]) -> tuple[LlamaForCausalLM, LlamaForCau
     """The patched model and the reference that it must equal."""
     model = tiny_llama()
     masked = masked_model(model, compiled["sparse"].topology)
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model, masked
 
 

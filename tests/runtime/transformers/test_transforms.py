@@ -21,7 +21,7 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture
 def patched(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model
 
 

@@ -1,6 +1,7 @@
 """Decoding kernels: correct in Triton's interpreter, and compiled for GPUs that this machine need not have."""
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,13 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
-from triton_interpreter import DecodeCall, interpreter, launch_decode, part_of, query_heads
+from triton_interpreter import DecodeCall, launch_decode, launch_splits, part_of, query_heads
 
 pytest.importorskip("triton")
 
 Array = npt.NDArray[Any]
 BLOCK = 16
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
 
 
 def specs_of(topology: Topology, target: str = "cuda:90") -> tuple[GpuSpec, ...]:
@@ -48,6 +43,8 @@ def make_call(
     num_splits: int = 3,
     spare_keys: int = 5,
     dtype: str = "float32",
+    dense_rows: int = 0,
+    tokens_ahead: int = 0,
     layer: int = 0,
     seed: int = 0,
 ) -> DecodeCall:
@@ -78,6 +75,8 @@ def make_call(
         position=np.array(positions, dtype=np.int64),
         cache_leftpad=np.array(cache_leftpads, dtype=np.int64),
         scale=model.head_dim**-0.5,
+        dense_rows=dense_rows,
+        tokens_ahead=tokens_ahead,
     )
 
 
@@ -85,8 +84,9 @@ def check(pool: Executor, topology: Topology, call: DecodeCall, layer: int = 0) 
     out, lse = pool.submit(launch_decode, call, True).result()
     q = torch.from_numpy(call.q).transpose(1, 2)
     k, v = (torch.from_numpy(tensor).nan_to_num(0.0) for tensor in (call.k, call.v))
+    places = call.position.tolist(), call.cache_leftpad.tolist()
     expected_out, expected_lse = reference.attention(
-        topology, layer, q, k, v, call.position.tolist(), call.cache_leftpad.tolist(), call.scale
+        topology, layer, q, k, v, *places, call.scale, call.dense_rows, call.tokens_ahead
     )
     assert np.isfinite(out).all()
     assert reference.relative_error(torch.from_numpy(out), expected_out) <= TOLERANCE[call.q.dtype.name]
@@ -161,6 +161,39 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads:
         part, part_lse = pool.submit(launch_decode, part_of(call, own), True).result()
         np.testing.assert_array_equal(part, out[:, :, heads])
         np.testing.assert_array_equal(part_lse, lse[:, heads])
+
+
+@pytest.mark.parametrize("num_splits", [1, 12])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (8, 1)])
+def test_a_query_that_sees_every_key(pool: Executor, num_heads: int, num_kv_heads: int, num_splits: int) -> None:
+    topology = shaped(topologies.window_topology, [1, 2] * (num_heads // 2), num_kv_heads=num_kv_heads)
+    call = make_call(
+        topology,
+        num_splits=num_splits,
+        dense_rows=1,
+        positions=[0, BLOCK - 1, BLOCK, 9 * BLOCK + 5, 7],
+        cache_leftpads=[0, 0, 0, BLOCK + 9, 9],
+    )
+    check(pool, topology, call)
+
+
+@pytest.mark.parametrize("block_size", [16, 256])  # the second has several tiles
+def test_splits_of_a_query_that_sees_every_key_are_even(pool: Executor, block_size: int) -> None:
+    topology = shaped(topologies.window_topology, [1, 2], num_kv_heads=1, block_size=block_size)
+    call = make_call(topology, positions=[5 * block_size - 1], num_splits=5, dense_rows=128)
+    check(pool, topology, call)
+    for split in range(5):  # which has a block of its own, and gives NaN if that is NaN
+        k = call.k.copy()
+        k[:, :, split * block_size : (split + 1) * block_size] = np.nan
+        partial, _ = pool.submit(launch_splits, dataclasses.replace(call, k=k)).result()
+        assert np.isnan(partial).any(axis=(0, 1, 3)).tolist() == [number == split for number in range(5)]
+
+
+@pytest.mark.parametrize("tokens_ahead", [1, 4, 5, 9, 30])
+def test_a_query_before_the_end_of_its_prompt(pool: Executor, tokens_ahead: int) -> None:
+    topology = mixed(4, 2, seed=3)
+    positions = [6 * BLOCK, 6 * BLOCK + 11, 6 * BLOCK + 12, 7 * BLOCK - 1]
+    check(pool, topology, make_call(topology, positions=positions, dense_rows=4, tokens_ahead=tokens_ahead))
 
 
 def test_rows_that_the_topology_refuses_are_nan(pool: Executor) -> None:

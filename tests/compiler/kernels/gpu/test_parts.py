@@ -1,6 +1,5 @@
 """Prefill kernels for some of a layer's KV heads: equal to those for all, in Triton's interpreter."""
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +12,9 @@ from gpu_sources import prefill_sources
 from prefill_calls import check, kernel_spec, make_call
 from surgeon.compiler.kernels.gpu.row_trees import num_leaves
 from surgeon.compiler.topology.topology import Topology
-from triton_interpreter import interpreter, launch, part_of, query_heads
+from triton_interpreter import launch, part_of, query_heads
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
 
 
 def mixed(block_size: int, num_heads: int, num_kv_heads: int) -> Topology:

@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from surgeon.compiler.specs.tiles import TargetTiles, Tile, tiles_of
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.package.target import Target
-from triton_interpreter import interpreter, launch
+from triton_interpreter import launch
 
 triton = pytest.importorskip("triton")
 
@@ -34,12 +34,6 @@ BLOCK = 128  # at least a tile of queries
 
 
 # In the interpreter
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
 
 
 def shaped(build: Callable[..., Topology], *arguments: Any, **shape: Any) -> Topology:

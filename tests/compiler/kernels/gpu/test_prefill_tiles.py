@@ -1,6 +1,5 @@
 """Prefill kernels whose tiles are several rows of blocks, and those that read a table: in Triton's interpreter."""
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -17,22 +16,9 @@ from surgeon.compiler.schedule.segment_tables import TableShape
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
-from triton_interpreter import interpreter, launch
+from triton_interpreter import launch
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
-    with interpreter() as executor:
-        yield executor
-
-
-@pytest.fixture(params=["code", "table"])
-def schedule_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes the kernels hold their schedules as code or as tables."""
-    monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0 if request.param == "table" else 10_000)
-    return str(request.param)
 
 
 def mixed(block_size: int, seed: int = 0, **shape: Any) -> Topology:

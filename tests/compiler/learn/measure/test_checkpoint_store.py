@@ -1,11 +1,16 @@
 """The checkpoint store: finished steps are found again, with the time that they took."""
 
+import os
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
+from surgeon.runtime.errors import ModelError
 
 BUSY = 0.05
 
@@ -32,3 +37,24 @@ def test_a_step_found_says_what_it_took(tmp_path: Path) -> None:
     assert BUSY <= second.found_seconds < 100 * BUSY
     second.once({"step": "another"}, busy)
     assert second.computed == 1
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"x"), lambda file: (file.unlink(), os.mkfifo(file))])
+def test_a_damaged_result_says_what_to_delete(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    CheckpointStore(tmp_path).keep({"step": 1}, {"a": torch.arange(3)}, 0.0)
+    (file,) = tmp_path.iterdir()
+    damage(file)
+    with pytest.raises(ModelError, match=rf"{file}: expected the result of an earlier step, .*; delete {tmp_path} and"):
+        CheckpointStore(tmp_path).find({"step": 1})
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    store, limits = CheckpointStore(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            store.keep({"step": 1}, {"a": torch.zeros(1000)}, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value.filename).startswith(f"{tmp_path}/")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Texts: the refusals, and the division into sequences."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,22 @@ def test_sequences_are_spread_over_a_text() -> None:
     assert len(spread(text, 10, 99)) == 10
     with pytest.raises(ModelError, match="at least 106 tokens"):
         spread(text, 106, 1)
+
+
+def test_a_text_that_is_not_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match=r"pipe: expected a readable text file, got a pipe; check the path"):
+        read(tmp_path / "pipe")
+    monkeypatch.setattr("surgeon.compiler.learn.measure.text.MAX_TEXT_BYTES", 10)
+    (tmp_path / "a.txt").write_text("a" * 11)
+    with pytest.raises(ModelError, match=r"a.txt: expected at most 10 bytes, got a larger text; name a part of it"):
+        read(tmp_path / "a.txt")
+
+
+def test_what_a_tokenizer_raises_is_one_line(tmp_path: Path) -> None:
+    def tokenizer(_: str, **__: Any) -> dict[str, list[int]]:
+        raise TypeError("no such\nstate")
+
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(ModelError, match=r"a.txt: expected a text that the model's tokenizer reads, got no such; name"):
+        read_text(tmp_path / "a.txt", tokenizer)  # type: ignore[arg-type]

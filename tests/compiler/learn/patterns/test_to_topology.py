@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from models import sparse_topology
-from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
+from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled, write_topology
+from surgeon.compiler.learn.patterns.trees import residue_tree
 from surgeon.compiler.topology.read import parse_topology, read_topology
-from surgeon.compiler.topology.topology import SparseHead, Topology
+from surgeon.compiler.topology.topology import SparseHead, Topology, WindowHead
 from surgeon.compiler.topology.write import spelled
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
+from topologies import window_topology
 
 
 def made(blocks: int = 8) -> Topology:
@@ -39,15 +41,28 @@ def test_what_breaks_the_format_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("blocks", [4, 12, 16, 17])
 def test_windows_scale_and_sinks_stay(blocks: int) -> None:
     heads = [head for layer in scaled(made(), blocks).layers for head in layer]
-    assert [head.sink for head in heads if isinstance(head, SparseHead)] == [1] * 4
+    assert [head.sink for head in heads if isinstance(head, WindowHead)] == [1] * 4
     expected = [max(1, round(window * blocks / 8)) for window in (1, 3, 8, 2)]
-    assert [head.window for head in heads if isinstance(head, SparseHead)] == expected
+    assert [head.window for head in heads if isinstance(head, WindowHead)] == expected
     assert parse_topology(spelled(scaled(made(), blocks))).num_blocks == blocks
 
 
 def test_a_topology_with_clusters_is_not_scaled() -> None:
     with pytest.raises(TopologyError, match=r"layers\[0\].heads\[2\].cut: expected clusters of single blocks"):
         scaled(sparse_topology(), 8)
+
+
+def test_only_heads_with_clusters_have_a_tree() -> None:
+    assert made().dendrograms == ()
+    cut = Cut(residue_tree(8, 2), 1.0)
+    pattern = Pattern(np.array([[1, 3], [8, 2]]), {(1, 0): cut})
+    topology = pattern_topology(made().model, Grid(64, 8, 1, 0.5), pattern, {})
+    assert topology.dendrograms == (cut.tree,)
+    assert topology.layers == ((WindowHead(1, 1), WindowHead(1, 3)), (SparseHead(0, 1.0, 1, 8), WindowHead(1, 2)))
+
+
+def test_a_cut_that_leaves_single_blocks_is_scaled_to_a_window() -> None:
+    assert scaled(window_topology([2], num_blocks=8), 16).layers == ((WindowHead(1, 4),),)
 
 
 def test_a_layer_that_is_not_covered_stays_so() -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from surgeon.compiler.learn.budget.refine import Trust, refined_windows
 from surgeon.compiler.learn.patterns.pattern import Cut, Grid, Pattern
@@ -13,6 +14,7 @@ from surgeon.compiler.learn.patterns.windows import (
     uniform_windows,
     visible_pairs,
     window_floor,
+    window_patterns,
 )
 from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime.errors import TopologyError
@@ -76,3 +78,23 @@ def test_a_round_stays_in_the_trust_region_the_budget_and_above_the_floor() -> N
 
 def test_a_window_below_the_floor_may_stay() -> None:
     assert 1 in Trust(1.0).bounds(1, 2, BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "blocks", "first", "scored"),
+    [
+        (64, 32, 1664 // 64, 256),
+        (32, 64, 1664 // 32, 256),
+        (64, 128, 7808 // 64, 256),
+        (16, 8, 104 // 16, 16),
+        (16, 1, 0, 2),
+    ],
+)
+def test_the_grid_for_answers(block_size: int, blocks: int, first: int, scored: int) -> None:
+    """The last 256 of 2,048 tokens are scored, the 128 before them are the prompt's end; fewer of fewer tokens."""
+    grid = Grid.for_answers(block_size, blocks, 1, 0.25)
+    assert (blocks - grid.asking, grid.scored) == (first, scored)
+    masks = window_patterns(blocks, 1)
+    seen = grid.with_asking(masks)
+    assert torch.equal(seen[:, :first], masks[:, :first])
+    assert torch.equal(seen[:, first:], torch.ones_like(masks).tril()[:, first:])

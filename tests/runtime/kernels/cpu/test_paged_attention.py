@@ -87,7 +87,7 @@ def test_pages_change_no_bit(folders: dict[int, Path], block_size: int, variant:
                 slots_k, slots_v, block_table = paged(made, layer, k, v, position, cache_leftpad)
                 dropped += int((block_table < 0).sum())
                 found = torch.ops.surgeon.attention_paged(
-                    q, slots_k, slots_v, block_table, *places, 0.125, package.id, layer
+                    q, slots_k, slots_v, block_table, *places, 0.125, 0, 0, package.id, layer
                 )
                 assert torch.equal(found, package.attention(layer, q, k, v, 0.125, *places))
     assert dropped > 100
@@ -103,7 +103,9 @@ def test_opcheck(package: Package) -> None:
     slots = paged(topology(64), 0, k, v, [LENGTH - 5] * 2, [0, 0])
     op = torch.ops.surgeon.attention_paged.default
     for cache_leftpad in (None, torch.tensor([0, 0])):
-        torch.library.opcheck(op, (q, *slots, torch.tensor([LENGTH - 5] * 2), cache_leftpad, 0.125, package.id, 0))
+        torch.library.opcheck(
+            op, (q, *slots, torch.tensor([LENGTH - 5] * 2), cache_leftpad, 0.125, 0, 0, package.id, 0)
+        )
 
 
 @pytest.mark.parametrize("slot", [-1, 10_000])
@@ -146,6 +148,6 @@ def test_a_gradient_is_refused(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
     slots = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])
     place = torch.tensor([LENGTH - 1] * 2)
-    out = torch.ops.surgeon.attention_paged(q.requires_grad_(), *slots, place, None, 0.125, package.id, 0)
+    out = torch.ops.surgeon.attention_paged(q.requires_grad_(), *slots, place, None, 0.125, 0, 0, package.id, 0)
     with pytest.raises(PatchError, match="expected a forward pass only, got a call of backward"):
         out.sum().backward()

@@ -92,6 +92,23 @@ def test_every_shape_and_place(on_tiles: Load, unit: str, shape: str, call: str)
     assert reference.relative_error(without_lse, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("rows", [(1, 0), (70, 0), (70, 30), (1_000, 0)])
+@pytest.mark.parametrize("call", ["padded", "a chunk across blocks, padded", "a cache longer than what is filled"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_dense_rows(on_tiles: Load, unit: str, call: str, rows: tuple[int, int]) -> None:
+    topology, (dense_rows, tokens_ahead) = plain(), rows
+    queries, keys, position, leftpad = CALLS[call]
+    q, k, v = inputs(topology, 2, queries, keys)
+    places = torch.tensor(position), torch.tensor(leftpad)
+    found = on_tiles(unit, topology).attention(
+        0, q, k, v, None, *places, dense_rows=dense_rows, tokens_ahead=tokens_ahead
+    )
+    expected, _ = reference.attention(
+        topology, 0, q, k, v, position, leftpad, dense_rows=dense_rows, tokens_ahead=tokens_ahead
+    )
+    assert reference.relative_error(found, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_strides_change_no_bit(on_tiles: Load, unit: str) -> None:
     topology = plain()

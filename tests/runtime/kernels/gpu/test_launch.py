@@ -31,10 +31,12 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.schedule.segment_tables import decode_table, prefill_table
 from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.kernels.gpu.driver import Driver
-from surgeon.runtime.operands import Operands
+from surgeon.runtime.kernels.gpu.kernels import row_tiles
+from surgeon.runtime.operands import PATTERN_ALONE, Operands
 from surgeon.runtime.package.interface import INTERFACES
 from surgeon.runtime.package.reader import PackageFiles, read_package
 from surgeon.runtime.package.segment_table import SegmentTable
+from topologies import window_topology
 
 pytest.importorskip("triton")
 
@@ -47,7 +49,7 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
     position, cache_leftpad = torch.tensor([200, 250]), torch.tensor([0, 7])
     lse = torch.empty((2, HEADS, 150))
     standin.log()
-    out = gpu.attend(1, Operands(q, k, v, position, cache_leftpad, 0.125), lse)
+    out = gpu.attend(1, Operands(q, k, v, position, cache_leftpad, 0.125, dense_rows=60, tokens_ahead=7), lse)
     (launch,) = launches(standin)
     assert arguments(entry_of(files, backend), launch) == {
         "q": q.data_ptr(),
@@ -67,6 +69,7 @@ def test_a_launch_hands_over_every_argument_bit_by_bit(
         "v_head_stride": 400 * HEAD_DIM,
         "v_token_stride": HEAD_DIM,
         "num_queries": 150,
+        "dense_tail": 53,
         "first_kv_head": 0,
         "num_kv_heads": KV_HEADS,
         "write_lse": 1,
@@ -146,7 +149,11 @@ def test_one_query_runs_on_splits_of_the_keys_that_are_then_joined(
     assert second["num_splits"] == splits
     table = decode_table(schedule_layers(topology())[1])
     assert_table(first, table)
-    assert first["first_kv_head"] == 0
+    assert (first["first_kv_head"], first["dense_tail"]) == (0, PATTERN_ALONE)
+    gpu.attend(1, Operands(q, k, v, position, cache_leftpad, 0.125, dense_rows=128))
+    decode, _ = launches(standin)
+    assert decode["grid"] == [KV_HEADS, 2, splits]  # cut evenly, whatever is visible
+    assert arguments(entry_of(files, backend, "decode"), decode)["dense_tail"] == 128
 
 
 def test_a_part_of_the_kv_heads_says_which_and_gets_a_grid_of_its_own(
@@ -220,6 +227,37 @@ def test_heads_in_kernels_of_their_own_are_launched_one_after_the_other(
     part = launches(standin)
     assert [launch["function"] for launch in part] == [launch["function"] for launch in found[2:]]
     assert [launch["grid"][:2] for launch in part] == [[1, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("tile_rows", "block_size", "dense_tail", "expected"),
+    [
+        (128, 32, PATTERN_ALONE, 4),
+        (128, 32, -32, 4),
+        (128, 32, -31, 5),
+        (128, 32, 1, 5),
+        (128, 128, 1, 4),
+        (64, 128, 1, 6),
+    ],
+)
+def test_a_tile_in_which_dense_rows_may_begin_has_one_more_program(
+    tile_rows: int, block_size: int, dense_tail: int, expected: int
+) -> None:
+    assert row_tiles(300, tile_rows, block_size, dense_tail) == expected
+
+
+@by_any_way
+def test_dense_rows_inside_a_tile_get_one_more_program(
+    backend: str, driver: Driver, standin: Standin, tmp_path: Path
+) -> None:
+    topology = window_topology([1, 2], head_dim=HEAD_DIM, block_size=32)
+    package = read_package(compile_package(topology, tmp_path / "kernels", [TARGETS[backend]], dtypes=["bf16"]))
+    gpu = kernels(package, backend, driver)
+    standin.log()
+    q, k, v = (tensor[:, :2] for tensor in tensors(300, 400))
+    for dense_rows in (0, 64):
+        gpu.attend(0, Operands(q, k, v, None, None, 1.0, dense_rows))
+    assert [launch["grid"] for launch in launches(standin)] == [[2, 2, 4], [2, 2, 5]]
 
 
 @pytest.mark.parametrize(("k_length", "splits"), [(1, 1), (129, 2), (100_000, 6)])

@@ -74,10 +74,13 @@ def check(
     position: list[int] | None = None,
     cache_leftpad: list[int] | None = None,
     layer: int = 0,
+    dense_rows: int = 0,
 ) -> None:
     places = [None if place is None else torch.tensor(place, device="cuda") for place in (position, cache_leftpad)]
-    out, lse = package.attention_with_lse(layer, q, k, v, position=places[0], cache_leftpad=places[1])
-    expected, expected_lse = reference.attention(topology, layer, q.cpu(), k.cpu(), v.cpu(), position, cache_leftpad)
+    out, lse = package.attention_with_lse(layer, q, k, v, None, *places, dense_rows=dense_rows)
+    expected, expected_lse = reference.attention(
+        topology, layer, q.cpu(), k.cpu(), v.cpu(), position, cache_leftpad, dense_rows=dense_rows
+    )
     assert reference.relative_error(out.cpu(), expected) < reference.TOLERANCE[q.dtype]
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-2, atol=2e-2)
 
@@ -102,6 +105,16 @@ def test_shapes(head_dim: int, num_heads: int, num_kv_heads: int, tmp_path: Path
 def test_chunks_of_a_longer_cache_with_left_padding(package: Package, topology: Topology, q_length: int) -> None:
     q, k, v = tensors(topology, q_length, 900, torch.bfloat16)
     check(package, topology, q, k, v, position=[600, 233], cache_leftpad=[0, 77])
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("dense_rows", [1, 70, 1000])
+def test_dense_rows(block_size: int, dense_rows: int, tmp_path: Path) -> None:
+    topology = topologies.window_topology([1, 2, 3, 1], num_kv_heads=2, head_dim=128, block_size=block_size)
+    package = compiled(topology, tmp_path)
+    for q_length in (1, 5, 300):
+        q, k, v = tensors(topology, q_length, 900, torch.bfloat16)
+        check(package, topology, q, k, v, dense_rows=dense_rows, position=[600, 233], cache_leftpad=[0, 77])
 
 
 def test_positions_of_the_past(package: Package, topology: Topology) -> None:
@@ -143,7 +156,7 @@ def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topolog
 @torch.no_grad()
 def test_a_captured_step_of_a_patched_model_with_padding(tmp_path: Path) -> None:
     model = tiny_llama().to("cuda", torch.bfloat16)
-    patch(model, compiled(sparse_topology(), tmp_path))
+    patch(model, compiled(sparse_topology(), tmp_path), recall="pattern")
     ids, mask = (tensor.cuda() for tensor in padded([5, 8]))
     step = {"input_ids": ids[:, -1:], "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture
 def patched(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> LlamaForCausalLM:
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model
 
 

@@ -44,18 +44,18 @@ def test_the_op_is_the_formula_and_the_attention(every_dtype: Compiled, length: 
     topology, package = every_dtype.topology, every_dtype.package
     q, k, v, cos, sin = tensors(length, 2, dtype)
     cache_leftpad = [0, length // 3]
-    found = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, torch.tensor(cache_leftpad), 0.2, package.id, 1)
+    found = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, torch.tensor(cache_leftpad), 0.2, 0, 0, package.id, 1)
     rotated = (rotate(x.double(), cos.double(), sin.double()) for x in (q, k))
     expected, _ = reference.attention(topology, 1, *rotated, v, cache_leftpad=cache_leftpad, scale=0.2)
     assert reference.relative_error(found, expected) < 2 * reference.TOLERANCE[dtype]  # keys are rounded one more time
-    one = torch.ops.surgeon.attention_rotary(q[:1], k[:1], v[:1], cos[:1], sin[:1], None, 0.2, package.id, 1)
-    shared = torch.ops.surgeon.attention_rotary(q, k, v, cos[:1], sin[:1], None, 0.2, package.id, 1)
+    one = torch.ops.surgeon.attention_rotary(q[:1], k[:1], v[:1], cos[:1], sin[:1], None, 0.2, 0, 0, package.id, 1)
+    shared = torch.ops.surgeon.attention_rotary(q, k, v, cos[:1], sin[:1], None, 0.2, 0, 0, package.id, 1)
     assert torch.equal(one, shared[:1])
 
 
 def test_opcheck(compiled: dict[str, Compiled]) -> None:
     q, k, v, cos, sin = tensors(40, 2, torch.float32)
-    arguments = (q, k, v, cos, sin, torch.tensor([0, 3]), 0.2, compiled["sparse"].package.id, 0)
+    arguments = (q, k, v, cos, sin, torch.tensor([0, 3]), 0.2, 0, 0, compiled["sparse"].package.id, 0)
     torch.library.opcheck(torch.ops.surgeon.attention_rotary.default, arguments)
 
 
@@ -71,11 +71,11 @@ def test_opcheck(compiled: dict[str, Compiled]) -> None:
 def test_tensors_that_do_not_fit(compiled: dict[str, Compiled], change: object, message: str) -> None:
     arguments = change(*tensors(40, 2, torch.float32))  # type: ignore[operator]
     with pytest.raises(PatchError, match=message):
-        torch.ops.surgeon.attention_rotary(*arguments, None, 0.2, compiled["sparse"].package.id, 0)
+        torch.ops.surgeon.attention_rotary(*arguments, None, 0.2, 0, 0, compiled["sparse"].package.id, 0)
 
 
 def test_every_site_of_a_traced_llama_rotates_in_the_kernel(compiled: dict[str, Compiled]) -> None:
-    graph = trace(tiny_llama(), compiled["sparse"].package)
+    graph = trace(tiny_llama(), compiled["sparse"].package, recall="pattern")
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert targets.count(torch.ops.surgeon.attention_rotary.default) == 3
     assert torch.ops.surgeon.attention.default not in targets
@@ -90,7 +90,7 @@ def fused(q_rotate: Rotate, k_rotate: Rotate) -> int:
             self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
         ) -> torch.Tensor:
             rotated_q, rotated_k = q_rotate(q, cos, sin), k_rotate(k, cos, sin)
-            return torch.ops.surgeon.attention(rotated_q, rotated_k, v, None, None, 0.2, "any", 0)  # type: ignore[no-any-return]
+            return torch.ops.surgeon.attention(rotated_q, rotated_k, v, None, None, 0.2, 0, 0, "any", 0)  # type: ignore[no-any-return]
 
     example = tensors(40, 2, torch.float32)
     graph = torch.export.export(Site(), example).module().graph

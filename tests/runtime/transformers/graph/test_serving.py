@@ -24,7 +24,7 @@ STEPS = 3
 @pytest.fixture
 def model(compiled: dict[str, Compiled], one_thread: None) -> LlamaForCausalLM:
     model = tiny_llama()
-    patch(model, compiled["sparse"].package)
+    patch(model, compiled["sparse"].package, recall="pattern")
     return model
 
 
@@ -104,7 +104,7 @@ def test_saved_and_loaded_in_another_process(model: LlamaForCausalLM, kernels: P
 @pytest.mark.slow
 def test_a_traced_graph_saved_and_loaded(compiled: dict[str, Compiled], kernels: Path, tmp_path: Path) -> None:
     ids, mask = padded((70, 41))
-    graph = trace(tiny_llama(), compiled["sparse"].package)
+    graph = trace(tiny_llama(), compiled["sparse"].package, recall="pattern")
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(graph, padded((3, 2)), dynamic_shapes=(any_size, any_size))
     torch.export.save(program, tmp_path / "graph.pt2")
@@ -126,7 +126,7 @@ def test_compiled_ahead_of_time(model: LlamaForCausalLM, kernels: Path, tmp_path
 def test_a_program_whose_package_is_not_loaded(model: LlamaForCausalLM) -> None:
     step = serving_program(model).module()
     for node in step.graph.find_nodes(op="call_function", target=torch.ops.surgeon.attention.default):
-        node.args = (*node.args[:6], "0" * 64 + ":strict", node.args[7])
+        node.args = (*node.args[:-2], "0" * 64 + ":strict", node.args[-1])
     step.recompile()
     message = r"expected package 000000000000 loaded with strict, got none.*call surgeon.runtime.load"
     with pytest.raises(PackageError, match=message):

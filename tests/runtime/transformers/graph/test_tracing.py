@@ -25,7 +25,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def traced(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> dict[str, torch.fx.GraphModule]:
-    return {name: trace(model, found.package) for name, found in compiled.items()}
+    return {name: trace(model, found.package, recall="pattern") for name, found in compiled.items()}
 
 
 def sites(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
@@ -56,7 +56,7 @@ def test_both_ways_in_agree(
 ) -> None:
     ids, mask = padded((90, 33))
     patched = copy.deepcopy(model)
-    patch(patched, compiled["sparse"].package)
+    patch(patched, compiled["sparse"].package, recall="pattern")
     expected = patched(ids, attention_mask=mask).logits
     torch.testing.assert_close(traced["sparse"](ids, attention_mask=mask), expected, atol=TOLERANCE, rtol=0)
     assert (expected - model(ids, attention_mask=mask).logits)[mask.bool()].abs().max() > 1e4 * TOLERANCE
@@ -83,7 +83,7 @@ def test_the_graph_keeps_the_package_loaded(traced: dict[str, torch.fx.GraphModu
 def test_weights_are_shared_and_frozen(compiled: dict[str, Compiled], tied: bool) -> None:
     model = tiny_llama(tiny_config(tie_word_embeddings=tied))
     hashed = fingerprint(model)
-    graph = trace(model, compiled["sparse"].package)
+    graph = trace(model, compiled["sparse"].package, recall="pattern")
     graph(tokens(1, 30))
     assert fingerprint(graph) == fingerprint(model) == hashed
     theirs = dict(graph.named_parameters(remove_duplicate=False))
@@ -107,9 +107,9 @@ def test_the_model_is_left_alone(compiled: dict[str, Compiled], way: str) -> Non
     if way == "training":
         model.train()
     elif way != "unpatched":
-        patch(model, compiled["sparse" if way == "patched" else "dense"].package)
+        patch(model, compiled["sparse" if way == "patched" else "dense"].package, recall="pattern")
     before, config = attributes(model), model.config
-    graph = trace(model, compiled["sparse"].package)
+    graph = trace(model, compiled["sparse"].package, recall="pattern")
     assert attributes(model) == before
     assert model.config is config
     model.eval()
@@ -155,14 +155,14 @@ def test_all_sites_or_none(compiled: dict[str, Compiled], kind: type[LlamaAttent
     model.model.layers[1].self_attn.__class__ = kind
     before = attributes(model)
     with pytest.raises(PatchError, match=message):
-        trace(model, compiled["dense"].package)
+        trace(model, compiled["dense"].package, recall="pattern")
     assert attributes(model) == before
 
 
 def test_another_model_is_refused(compiled: dict[str, Compiled]) -> None:
     model = tiny_llama(tiny_config(num_hidden_layers=2))
     with pytest.raises(PatchError, match=r"model\.config\.num_hidden_layers: expected 3, .* got 2"):
-        trace(model, compiled["dense"].package)
+        trace(model, compiled["dense"].package, recall="pattern")
 
 
 @pytest.mark.parametrize(
