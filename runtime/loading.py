@@ -39,7 +39,8 @@ def load(
     `hub_cache` is as in `read_package`: without it, a link is refused wherever it leads.
 
     Raises:
-        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names.
+        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names; or its parts are not
+            from one compile.
         TargetError: the package holds no kernels for this machine or this device.
     """
     files = read_package(folder, hub_cache)
@@ -47,6 +48,7 @@ def load(
         raise PackageError(
             str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"
         )
+    _ = files.schedules  # so that another topology's are refused before any kernel is loaded
     if device is None:
         device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
     package = Package(files, LayerKernels(files, strict, cpu_variant))

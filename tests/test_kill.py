@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import topologies
+from processes import ended
 from surgeon.runtime import load
 from surgeon.runtime.package.reader import read_package
 
@@ -114,30 +115,52 @@ def test_a_compile_killed_at_any_step_leaves_a_whole_package(
     assert [path.name for path in tmp_path.iterdir()] == ["kernels"]
 
 
-def test_a_compile_killed_while_compilers_run_leaves_the_old_package(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGTERM, 128 + signal.SIGTERM, "surgeon: ended by SIGTERM\n"),
+        (signal.SIGHUP, 128 + signal.SIGHUP, "surgeon: ended by SIGHUP\n"),
+        (signal.SIGINT, 128 + signal.SIGINT, "surgeon: interrupted\n"),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else "",
+)
+def test_a_compile_ended_while_compilers_run_leaves_the_old_package(
+    workshop: Workshop, tmp_path: Path, number: signal.Signals, status: int, said: str
+) -> None:
     out, started, compiler = tmp_path / "kernels", tmp_path / "started", tmp_path / "slow-g++"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     shutil.copytree(workshop.folder / "old", out)
     compiler.write_text(
-        f'#!/bin/sh\nif [ "$1" = --version ]; then echo slow; else : > "{started}"; exec sleep 600; fi\n'
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo slow; exit; fi\nsleep 600 &\necho $! > "{started}.new"\n'
+        f'mv "{started}.new" "{started}"\nwait\n'
     )
     compiler.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, "-c", COMPILE, *workshop.arguments("new", out)],
-        env=workshop.environment | {"CXX": str(compiler)},
-        start_new_session=True,
+        env=workshop.environment | {"CXX": str(compiler), "TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    try:
-        deadline = time.monotonic() + 300
-        while not started.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.kill()
-        assert process.wait(timeout=60) == -signal.SIGKILL
-        assert read_package(out).id == workshop.ids["old"]
-        assert load(out).id == workshop.ids["old"]
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the compilers that outlived it
+    deadline = time.monotonic() + 300
+    while not started.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    sleeping = int(started.read_text())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors == said
+    if number == signal.SIGKILL:
+        os.killpg(os.getpgid(sleeping), signal.SIGKILL)  # the compilers that outlived it
+    else:
+        ended(sleeping)
+        assert list(scratch.iterdir()) == []
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels", "scratch", "slow-g++", "started"]
+    assert read_package(out).id == workshop.ids["old"]
+    assert load(out).id == workshop.ids["old"]
 
     workshop.compile("new", out)
     assert read_package(out).id == workshop.ids["new"]

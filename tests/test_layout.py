@@ -44,11 +44,13 @@ ROOMS = (
     "compiler.pipeline",
     "compiler.learn.patterns",
     "compiler.learn.measure",
+    "compiler.forecast",
     "compiler.learn.budget",
     "compiler.learn.ultrametric",
     "compiler.learn",
     "compiler.tune",
     "compiler.pilot",
+    "compiler.plan",
     "compiler.cli",
 )
 """Every room, a folder or a module beside folders, imports only rooms above it here."""

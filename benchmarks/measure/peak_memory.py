@@ -34,6 +34,7 @@ def main(kind: str, topology: str, length: int, steps: int, variant: str | None)
     from inputs.checkpoints import SMOLLM2_135M, load_model, model_folder
     from surgeon.compiler.system.cache import cache_folder
     from surgeon.runtime import SurgeonCache, load, patch
+    from surgeon.runtime.transformers.cache import CACHE_NAME
 
     torch.set_num_threads(2)
     logging.disable_progress_bar()
@@ -47,9 +48,9 @@ def main(kind: str, topology: str, length: int, steps: int, variant: str | None)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmHWM")
         cache = SurgeonCache(package) if kind == "surgeon_cache" else DynamicCache(config=model.config)
-        model(input_ids=tokens[:, :length], logits_to_keep=1, past_key_values=cache)
+        model(input_ids=tokens[:, :length], logits_to_keep=1, **{CACHE_NAME: cache})
         for step in range(length, length + steps):
-            model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
+            model(input_ids=tokens[:, step : step + 1], **{CACHE_NAME: cache})
     print(_resident("VmHWM") - before)
 
 

@@ -14,6 +14,7 @@ from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import Package, SurgeonCache, load, patch
 from surgeon.runtime.errors import ModelError
+from surgeon.runtime.transformers.cache import CACHE_NAME
 
 TOPOLOGIES = Path(__file__).parents[1] / "topologies"
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096", 8192: "smollm2-135m-21-8192"}
@@ -87,8 +88,8 @@ def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> Non
     found = []
     for cache in (DynamicCache(config=patched.config), SurgeonCache(package)):
         with torch.inference_mode():
-            patched(input_ids=tokens[:, :-1], past_key_values=cache)
-            found.append(patched(input_ids=tokens[:, -1:], past_key_values=cache).logits)
+            patched(input_ids=tokens[:, :-1], **{CACHE_NAME: cache})
+            found.append(patched(input_ids=tokens[:, -1:], **{CACHE_NAME: cache}).logits)
     if not torch.equal(*found):
         raise ModelError("model-cache", "the same logits with both caches", "others", "report this as a fault")
 
@@ -132,12 +133,12 @@ def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None)
     """A call that takes `steps` tokens in turn after a cache of `length`, and then crops the cache again."""
     tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        cache = model(input_ids=tokens[:, :length], logits_to_keep=1, past_key_values=cache).past_key_values
+        cache = model(input_ids=tokens[:, :length], logits_to_keep=1, **{CACHE_NAME: cache})[CACHE_NAME]
 
     @torch.inference_mode()
     def run() -> None:
         for step in range(length, length + steps):
-            model(input_ids=tokens[:, step : step + 1], past_key_values=cache)
+            model(input_ids=tokens[:, step : step + 1], **{CACHE_NAME: cache})
         cache.crop(-steps)
 
     return run

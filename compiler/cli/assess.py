@@ -48,7 +48,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.measure.text import tokenize
     from surgeon.compiler.learn.patterns.pattern import Grid
     from surgeon.compiler.system.main_process import is_main_process
-    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.compiler.system.stages import stage_display
+    from surgeon.compiler.system.terminal import quiet_unless_watched
     from surgeon.runtime.evaluate.processes import joined
 
     grid = Grid(arguments.block, blocks, 1, arguments.density)
@@ -61,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         divided(texts, grid, arguments.seed)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
         work: Path | None = arguments.work or _work_folder(arguments, grid, files)
-        with progress_bar() as progress:
+        with stage_display() as progress:
             found = assess(model, texts, grid, arguments.seed, work, progress)
     if arguments.work is None and work is not None and is_main_process():
         shutil.rmtree(work, ignore_errors=True)

@@ -10,6 +10,7 @@ from surgeon.compiler.cli.values import add_json
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="a topology file or a package")
+    parser.add_argument("--files", action="store_true", help="also list a package's tools and files, with their hashes")
     add_json(parser)
 
 
@@ -21,7 +22,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     report = inspect(arguments.path)
     if arguments.json:
         return (report_json(report),)
-    return report_lines(report, shutil.get_terminal_size().columns, stdout_encoding())
+    return report_lines(report, shutil.get_terminal_size().columns, stdout_encoding(), arguments.files)
 
 
 INSPECT = Command("inspect", "Show the contents of a topology file or a package.", _add_arguments, _run)

@@ -84,7 +84,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.patterns.to_topology import write_topology
     from surgeon.compiler.learn.ultrametric.descent import Settings
     from surgeon.compiler.system.main_process import is_main_process
-    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched
+    from surgeon.compiler.system.stages import stage_display
+    from surgeon.compiler.system.terminal import quiet_unless_watched
     from surgeon.runtime.evaluate.processes import joined
 
     request = Request(
@@ -108,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         if request.method != "window":
             divided(texts, request)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
-        with progress_bar() as progress:
+        with stage_display() as progress:
             topology = learn(model, texts, request, work=work, progress=progress)
     if is_main_process():
         write_topology(topology, out)

@@ -18,12 +18,14 @@ from surgeon.compiler.cli.export import EXPORT
 from surgeon.compiler.cli.inspect import INSPECT
 from surgeon.compiler.cli.learn import LEARN
 from surgeon.compiler.cli.pilot import PILOT
+from surgeon.compiler.cli.plan import PLAN
 from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
+from surgeon.compiler.system.termination import Terminated, terminable
 from surgeon.runtime.errors import BuildError, SurgeonError, reason_of, remedy_for
 
-COMMANDS = (COMPILE, INSPECT, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
+COMMANDS = (COMPILE, INSPECT, PLAN, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
 DONE = 0
 FAILED = 1
@@ -31,6 +33,7 @@ BAD_INPUT = 2
 THRESHOLD_MISSED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 READER_LEFT = 141  # 128 + SIGPIPE
+TERMINATED = 128  # + the signal
 
 TRACEBACK = "SURGEON_TRACEBACK"
 """The environment variable that, if set, lets an error that nobody foresaw show its traceback."""
@@ -120,13 +123,16 @@ def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
 
 def _status(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
-        outcome = _outcome(parser, argv)
+        with terminable():
+            outcome = _outcome(parser, argv)
         status = _show(outcome.lines) or (DONE if outcome.passed else THRESHOLD_MISSED)
         if status != DONE:
             let_the_main_process_speak()
         return status
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
+    except Terminated as ended:
+        return _report(f"ended by {ended}", TERMINATED + ended.signal)
     except BuildError as error:
         return _report(str(error), FAILED)
     except (SurgeonError, _UsageError) as error:

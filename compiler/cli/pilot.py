@@ -51,7 +51,8 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     from surgeon.compiler.pilot.table import pilot_lines
     from surgeon.compiler.system.atomic_files import write_file
     from surgeon.compiler.system.main_process import is_main_process
-    from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
+    from surgeon.compiler.system.stages import stage_display
+    from surgeon.compiler.system.terminal import quiet_unless_watched, stdout_encoding
     from surgeon.runtime.evaluate.processes import joined
 
     request = PilotRequest(
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     )
     quiet_unless_watched()
     # The baseline's package is in the main process's folder, which is removed long after all have loaded it.
-    with joined(), progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+    with joined(), stage_display() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
         pilot = run(request, Path(scratch), progress)
     if is_main_process():
         write_file(out, pilot.to_json())

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from surgeon.compiler.forecast.learning import Counts, assessing_stages, forecast, seconds_of_prompt
 from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
@@ -15,6 +17,7 @@ from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.pairs import causal_pairs
 from surgeon.runtime.transformers.fingerprint import fingerprint
@@ -71,6 +74,7 @@ def assess(
     sequences = divided(texts, grid, seed)
     with frozen(model):
         runs = Runs(model, grid, CheckpointStore(work), {"weights": fingerprint(model)}, progress)
+        expect(progress, partial(_forecast, model, sequences))
         each = runs.assess(sequences.calibrate, seed)
         measured = runs.validate(Pattern(equal), sequences.validate, "equal windows")
     return summarize([costs for costs, _ in each], [missed for _, missed in each], grid, equal, measured)
@@ -83,6 +87,12 @@ def divided(texts: Sequence[TokenText], grid: Grid, seed: int) -> Sequences:
         ModelError: a text holds too few.
     """
     return divide(texts, grid.block_size * grid.blocks, calibrate=1, validate=1, refine=(), seed=seed)
+
+
+def _forecast(model: PreTrainedModel, sequences: Sequences) -> Forecast:
+    counts = Counts(len(sequences.calibrate), len(sequences.validate), ())
+    prompt = sequences.validate[0]
+    return forecast(assessing_stages(counts, seconds_of_prompt(model, prompt)), model, prompt.shape[1])
 
 
 def summarize(

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from surgeon.compiler.forecast.learning import Counts, descending_stages, forecast, learning_stages, seconds_of_prompt
 from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
@@ -21,6 +22,7 @@ from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
+from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import TopologyError
@@ -125,12 +127,14 @@ def learn(
         topology = pattern_topology(shape, grid, equal, provenance)
         return _with_provenance(topology, {"density": round(mean_density(topology), 5)})
 
+    uniform_windows(*size, measured, request.sink, request.density)  # refuses a density out of reach before the work
     grid = request.grid(measured)
     sequences = divided(texts, request, effort)
     store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
         runs = Runs(model, grid, store, identity, progress)
+        expect(progress, partial(_forecast, model, request, sequences))
         if request.method == "ultrametric":
             fresh = [*sequences.calibrate, *(tokens for each in sequences.refine for tokens in each)]
             trained = train_digits(model, fresh, grid, size, request.settings, request.seed, store, identity, progress)
@@ -164,6 +168,20 @@ def learn(
             "cpu_seconds": round(cpu_seconds, 1),
         },
     )
+
+
+def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) -> Forecast:
+    descending = request.method == "ultrametric"
+    counts = Counts(
+        calibrate=len(sequences.calibrate),
+        validate=len(sequences.validate),
+        refine=tuple(len(fresh) for fresh in sequences.refine),
+        cuts=max(map(len, sequences.cuts), default=0),
+        descents=request.settings.steps * request.settings.batch if descending else 0,
+    )
+    prompt = sequences.validate[0]
+    stages = descending_stages if descending else learning_stages
+    return forecast(stages(counts, seconds_of_prompt(model, prompt)), model, prompt.shape[1])
 
 
 def divided(texts: Sequence[TokenText], request: Request, effort: Effort | None = None) -> Sequences:

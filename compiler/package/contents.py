@@ -5,7 +5,6 @@ from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PackageError, TopologyError
 from surgeon.runtime.package.reader import PackageFiles
-from surgeon.runtime.package.schedule import UNBOUNDED
 
 
 def packaged_topology(package: PackageFiles) -> Topology:
@@ -43,7 +42,7 @@ def packaged_layers(package: PackageFiles) -> tuple[LayerSchedule, ...]:
             heads=package.schedules[index].heads if index in package.schedules else (),
             num_key_value_heads=manifest.model.num_key_value_heads,
             block_size=manifest.block_size,
-            num_rows=manifest.num_blocks if manifest.beyond == "error" else UNBOUNDED,
+            num_rows=package.num_rows,
         )
         found.append(layers.setdefault(layer, layer))
     return tuple(found)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from surgeon.compiler.system import atomic_files
 from surgeon.compiler.system.jinja import render_template
-from surgeon.runtime.errors import PackageError
 from surgeon.runtime.installation import DISTRIBUTION
 from surgeon.runtime.package.reader import MANIFEST, PackageFiles, read_package
 from surgeon.runtime.package.target import Target
@@ -60,12 +59,8 @@ def export(package: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     out = Path(out)
     atomic_files.check_replaceable(out, "an export for Hugging Face's kernels", _is_export)
     files = read_package(package)
-    manifest = (files.folder / MANIFEST).read_bytes()
-    if hashlib.sha256(manifest).hexdigest() != files.id:
-        raise PackageError(
-            str(files.folder), "a package that does not change during the export", "one that changed", "export it again"
-        )
-    packaged = {f"{_PACKAGE}/{path}": data for path, data in files.files.items()} | {f"{_PACKAGE}/{MANIFEST}": manifest}
+    packaged = {f"{_PACKAGE}/{path}": data for path, data in files.files.items()}
+    packaged[f"{_PACKAGE}/{MANIFEST}"] = files.manifest_bytes
     chosen = builds(files.manifest.targets)
     written = {"README.md": _readme(files, chosen)}
     for build in chosen:

@@ -1,5 +1,6 @@
 """The contents of a topology file or a package: shape, each layer's schedule and density, targets, files, hashes."""
 
+import hashlib
 import json
 import math
 import os
@@ -60,10 +61,11 @@ class TopologySummary:
 
 @dataclass(frozen=True)
 class TopologyReport:
-    """A topology file; `size` is in bytes."""
+    """A topology file; `size` is in bytes, `sha256` that of the file."""
 
     path: str
     size: int
+    sha256: str
     summary: TopologySummary
 
 
@@ -126,7 +128,9 @@ def inspect(path: str | os.PathLike[str]) -> TopologyReport | PackageReport:
     if path.is_dir():
         return _inspect_package(path)
     topology = read_topology(path)
-    return TopologyReport(str(path), path.stat().st_size, summary_of(topology, schedule_layers(topology)))
+    data = path.read_bytes()
+    summary = summary_of(topology, schedule_layers(topology))
+    return TopologyReport(str(path), len(data), hashlib.sha256(data).hexdigest(), summary)
 
 
 def summary_of(topology: Topology, layers: Sequence[LayerSchedule]) -> TopologySummary:
@@ -162,7 +166,9 @@ def report_json(report: TopologyReport | PackageReport) -> str:
     """Formats the report as one JSON object; `kind` is "topology" or "package"."""
     summary = asdict(report.summary) | {"mean_density": report.summary.mean_density}
     if isinstance(report, TopologyReport):
-        return json.dumps({"kind": "topology", "path": report.path, "bytes": report.size} | summary)
+        return json.dumps(
+            {"kind": "topology", "path": report.path, "bytes": report.size, "sha256": report.sha256} | summary
+        )
     manifest = report.manifest
     package = {
         "kind": "package",
@@ -201,7 +207,7 @@ def _inspect_package(folder: Path) -> PackageReport:
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: making them again would take most of the time.
     summary = summary_of(topology, packaged_layers(package))
-    size = (folder / "manifest.json").stat().st_size + sum(file.size for file in package.manifest.files)
+    size = len(package.manifest_bytes) + sum(file.size for file in package.manifest.files)
     schedules = {layer: schedule.heads for layer, schedule in package.schedules.items()}
     level = processor_level(processor_features())
     variants = {PurePosixPath(name).stem for name in package.files if name.startswith("cpu/") and name.endswith(".cpp")}

@@ -13,37 +13,40 @@ _ASCII_BARS = ".:-=+*%@"
 _LONGEST = 2**31 - 1  # tokens in a sequence
 
 
-def report_lines(report: TopologyReport | PackageReport, width: int, encoding: str) -> tuple[str, ...]:
-    """Formats the report for people, ending with a picture of the densities.
+def report_lines(
+    report: TopologyReport | PackageReport, width: int, encoding: str, files: bool = False
+) -> tuple[str, ...]:
+    """Formats the report for people: the model and its density first, every layer and a picture, the hashes last.
 
     The picture fits into `width` columns, with several heads per cell if necessary, and is drawn in ASCII if `encoding`
-    has no bars. Names from files are in the lines unchanged: the caller makes them safe to print.
+    has no bars. With `files`, a package's tools and files follow. Names from files are in the lines unchanged: the
+    caller makes them safe to print.
     """
     head = _topology_lines(report) if isinstance(report, TopologyReport) else _package_lines(report)
-    layers = _layer_lines(report)
-    return (*head, *_summary_lines(report.summary), "", *layers, "", *_picture(report.summary, width, encoding))
+    sections = [
+        (*head, *_summary_lines(report.summary)),
+        _layer_lines(report),
+        _picture(report.summary, width, encoding),
+    ]
+    sections.append(_identity(report))
+    if files and isinstance(report, PackageReport):
+        sections.append(_file_lines(report))
+    first, *others = sections
+    return (*first, *(line for section in others for line in ("", *section)))
 
 
 def _topology_lines(report: TopologyReport) -> Iterator[str]:
     yield f"topology   {report.path}, {report.size:,} bytes"
-    yield f"sha256     {report.summary.topology_sha256}"
 
 
 def _package_lines(report: PackageReport) -> Iterator[str]:
     manifest = report.manifest
-    yield f"package    {report.path}"
-    yield f"id         {report.id}"
-    yield f"topology   {manifest.topology_sha256}"
+    yield f"package    {report.path}, {len(manifest.files)} files and the manifest, {report.size:,} bytes"
     by_target: dict[str, list[KernelEntry]] = {target: [] for target in manifest.targets}
     for kernel in manifest.kernels:
         by_target[kernel.target].append(kernel)
     for target, kernels in by_target.items():
         yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
-    for tool in manifest.tools:
-        yield f"tool       {tool.name}: {tool.version}"
-    yield f"files      {len(manifest.files)} and the manifest, {report.size:,} bytes"
-    for file in manifest.files:
-        yield f"{file.size:>13,}  {file.sha256[:12]}  {file.path}"
 
 
 def _summary_lines(summary: TopologySummary) -> Iterator[str]:
@@ -53,15 +56,31 @@ def _summary_lines(summary: TopologySummary) -> Iterator[str]:
         f"{_counted(model.num_attention_heads, 'head')}, {_counted(model.num_key_value_heads, 'KV head')}, "
         f"head size {model.head_dim}"
     )
-    yield f"weights    {model.weights_sha256 or 'any'}"
     yield (
         f"blocks     {summary.num_blocks} of {summary.block_size} tokens ({summary.num_blocks * summary.block_size:,} "
         f"tokens), beyond: {summary.beyond}"
     )
+    yield f"density    {summary.mean_density:.1%} of the causal pairs of blocks are read, over all heads"
     yield (
         f"schedules  {_counted(summary.distinct_layers, 'distinct layer')}, "
         f"{_counted(summary.distinct_heads, 'distinct head')}, from {_counted(summary.dendrograms, 'dendrogram')}"
     )
+
+
+def _identity(report: TopologyReport | PackageReport) -> Iterator[str]:
+    if isinstance(report, PackageReport):
+        yield f"id         {report.id}, the SHA-256 of manifest.json"
+    else:
+        yield f"sha256     {report.sha256}, of the file"
+    yield f"topology   {report.summary.topology_sha256}, of what it says: not of spaces, key order or provenance"
+    yield f"weights    {report.summary.model.weights_sha256 or 'any'}"
+
+
+def _file_lines(report: PackageReport) -> Iterator[str]:
+    for tool in report.manifest.tools:
+        yield f"tool       {tool.name}: {tool.version}"
+    for file in report.manifest.files:
+        yield f"{file.sha256}  {file.path}, {file.size:,} bytes"
 
 
 def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
@@ -109,7 +128,7 @@ def _picture(summary: TopologySummary, width: int, encoding: str) -> Iterator[st
     digits = len(str(len(summary.density) - 1))
     room = max(1, width - len("layer ") - digits - len("  ") - len("  0.000"))
     heads_a_cell = math.ceil(summary.model.num_attention_heads / room)
-    yield f"density    {summary.mean_density:.3f} over all heads; a row is a layer, with its mean"
+    yield "heads      a row is a layer, with the mean of its heads' densities:"
     yield f"           {bars[0]} up to 1/8, {bars[3]} up to 1/2, {bars[-1]} above 7/8 of the causal pairs of blocks"
     if heads_a_cell > 1:
         yield f"           a cell is the mean of {heads_a_cell} heads"

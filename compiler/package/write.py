@@ -19,7 +19,7 @@ from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.installation import version
 from surgeon.runtime.package.manifest import FileEntry, Manifest, Tool
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
-from surgeon.runtime.package.schedule import PackagedSchedule
+from surgeon.runtime.package.schedule import PackagedSchedule, origin
 from surgeon.runtime.package.segment_table import FILE as TABLES
 
 
@@ -48,7 +48,7 @@ def write_package(
     specs = {spec.name: spec for source in sources for spec in source.specs}
     files = {
         "topology.json": (topology.canonical() + "\n").encode(),
-        SCHEDULES: _schedules(list(specs.values()), last_readers),
+        SCHEDULES: _schedules(topology.sha256, list(specs.values()), last_readers),
     }
     tables = _segment_tables(sources)
     if tables:
@@ -79,11 +79,13 @@ def write_package(
     return out
 
 
-def _schedules(specs: Sequence[KernelSpec], last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]]) -> bytes:
-    tensors: dict[str, npt.NDArray[np.int32]] = {}
+def _schedules(
+    topology_sha256: str, specs: Sequence[KernelSpec], last_readers: Mapping[LayerSchedule, npt.NDArray[np.int64]]
+) -> bytes:
+    tensors = origin(topology_sha256)
     for spec in specs:
         stored = PackagedSchedule(spec.schedule.heads, last_readers[spec.schedule].astype(np.int32))
-        tensors |= stored.tensors(spec.name)
+        tensors |= stored.tensors(spec.name, spec.layers)
     return safetensors.numpy.save(tensors)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from surgeon.compiler.package.inspection import TopologySummary, summary_of
 from surgeon.compiler.pilot.pilot_charts import density_figures, passkey_figures
 from surgeon.compiler.pilot.svg import Figure
-from surgeon.compiler.pilot.table import density_table, pilot_table, verdict
+from surgeon.compiler.pilot.table import Table, density_table, pilot_table, verdict
 from surgeon.compiler.pilot.topology_charts import dendrogram_figures, density_map, mask_figures
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.system.atomic_files import write_file
@@ -60,7 +60,7 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
     summary = summary_of(topology, layers)
     trees, left_out = dendrogram_figures(topology)
     sections: dict[str, tuple[Figure, ...]] = {
-        "figures": density_figures(pilots),
+        "figures": density_figures(pilots) if beside else (),  # with one density the table says it all
         "passkeys": passkey_figures(pilot),
         "density": (density_map(summary.density),),
         "dendrograms": trees,
@@ -70,13 +70,20 @@ def report(pilot: Pilot, topology: Topology, beside: Sequence[tuple[str, Pilot]]
         "pilot/page.html.jinja",
         pilot=pilot,
         table=pilot_table(pilot),
-        points=density_table(pilots) if beside else None,
+        points=_others(pilots) if beside else None,
         verdict=verdict(pilot),
         left_out=left_out,
         patched=patched,
         facts=_facts(pilots, topology, summary),
         **sections,
     )
+
+
+def _others(pilots: Sequence[Pilot]) -> Table:
+    """The table of the other pilots: the first one's models have a table of their own."""
+    table = density_table(pilots)
+    shown = density_table(pilots[:1]).rows
+    return Table(table.heads, tuple(row for row in table.rows if row not in shown))
 
 
 def _patched(pilot: Pilot, where: str = "pilot") -> Column:

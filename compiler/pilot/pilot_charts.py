@@ -84,7 +84,8 @@ def _against_density(
             _line(axes, name, index, points)
         _line(axes, "dense", 0, [Point(1.0, dense)])  # drawn on top, where the others end
         axes.set_xlim(0, 1.05)
-        _finish(axes, "density", extent)
+        axes.set_ylabel(title, fontsize=8)
+        _finish(axes, "density: visible pairs of blocks", extent)
 
     return figure(title, draw, _INCHES)
 
@@ -96,7 +97,8 @@ def _by_depth(
         for index, column in enumerate(pilot.columns):
             cells = [cell for cell in column.passkeys if cell.length == length]
             _line(axes, column.name, index, [Point(cell.depth, Estimate(value(cell), None)) for cell in cells])
-        _finish(axes, "depth", extent)
+        axes.set_ylabel(what, fontsize=8)
+        _finish(axes, "depth: text before the number", extent)
 
     return figure(f"{what}, {length:,} tokens", draw, _INCHES)
 
@@ -123,4 +125,5 @@ def _finish(axes: "Axes", across: str, extent: Extent | None) -> None:
     axes.set_ylim(extent)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(across)
-    axes.legend(fontsize=7, frameon=False)
+    # Above the axes, where no line can run through it.
+    axes.figure.legend(loc="outside upper left", ncols=3, fontsize=7, frameon=False)

@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from surgeon.compiler.forecast.learning import seconds_of_prompt
+from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.measure.before_weights import read_outline
 from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
 from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
@@ -18,6 +20,7 @@ from surgeon.compiler.learn.measure.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
 from surgeon.compiler.pipeline import compile_package
+from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError
@@ -86,6 +89,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         dense.eval().to(device)
     patched = twin(dense)
     patch(patched, package, recall="pattern")
+    expect(progress, partial(_forecast, dense, sequences, len(tasks), request))
     candidates = [
         Candidate("dense", dense, None, 1.0),
         Candidate("patched", patched, package, density_at(topology, length)),
@@ -108,6 +112,20 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         ),
         seconds=round(time.perf_counter() - started, 1),
         surgeon=version(),
+    )
+
+
+def _forecast(dense: PreTrainedModel, sequences: list[torch.Tensor], passkeys: int, request: PilotRequest) -> Forecast:
+    prompt = seconds_of_prompt(dense, sequences[0])
+    return pilot_forecast(
+        dense.config,
+        dense.num_parameters(),
+        lambda _name: prompt,
+        ("patched", "window") if request.window else ("patched",),
+        len(sequences),
+        passkeys,
+        request.rounds,
+        dense.dtype.itemsize,
     )
 
 

@@ -122,7 +122,10 @@ def _squares(title: str, squares: Sequence[npt.NDArray[np.float64]], densities: 
 
     def draw(axes: "Axes") -> None:
         axes.imshow(sheet, vmin=-0.15, vmax=1, cmap="Blues", interpolation="none")
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel("block that is read", fontsize=7)
+        axes.set_ylabel("block that reads", fontsize=7)
+        axes.spines[:].set_visible(False)
         for index, density in enumerate(densities):
             row, column = divmod(index, across)
             axes.text(

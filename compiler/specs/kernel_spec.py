@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from surgeon.compiler.schedule.liveness import liveness_table
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.tiles import Device, Tile
+from surgeon.runtime.package.kernel_digest import kernel_digest
 from surgeon.runtime.package.target import Target
 
 
@@ -25,6 +27,7 @@ class KernelSpec:
     `name` is unique within the package and names the schedule's tables; `layers` are the model's layers that share it.
     """
 
+    topology_sha256: str
     name: str
     target: Target
     dtypes: tuple[str, ...]
@@ -47,6 +50,21 @@ class CpuSpec(KernelSpec):
     def symbol(self) -> str:
         """The function in the library that runs the kernel."""
         return f"surgeon_{self.name}"
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that the kernel is made for, which the library carries."""
+        return kernel_digest(
+            self.topology_sha256,
+            self.layers,
+            self.schedule.heads,
+            dtypes=self.dtypes,
+            last_readers=liveness_table(self.schedule),
+            num_key_value_heads=self.schedule.num_key_value_heads,
+            head_dim=self.head_dim,
+            block_size=self.schedule.block_size,
+            num_rows=self.schedule.num_rows,
+        )
 
 
 @dataclass(frozen=True)

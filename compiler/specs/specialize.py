@@ -90,11 +90,13 @@ def _specs(
                 "leave it out or change the target",
             )
     check_head_dim(topology.model.head_dim)
+    topology_sha256 = topology.sha256
     sharers: dict[LayerSchedule, list[int]] = {}
     for index in topology.covered:
         sharers.setdefault(layers[index], []).append(index)
     return tuple(
         KernelSpec(
+            topology_sha256=topology_sha256,
             name=f"attention_{number:03d}",
             target=target,
             dtypes=tuple(dtype for dtype in target.dtypes if dtypes is None or dtype in dtypes),

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +16,8 @@ from surgeon.runtime.errors import PackageError, SurgeonError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+_NEW, _OLD = ".partial", ".old"  # endings of the folders beside a place: its future contents, and its former ones
 
 
 def check_replaceable(out: Path, kind: str, is_ours: Callable[[Path], bool]) -> None:
@@ -73,13 +77,13 @@ def check_file(out: Path, error: type[SurgeonError]) -> None:
 def write(out: Path, files: Mapping[str, bytes]) -> None:
     """Writes files, by their paths with forward slashes, to a folder beside `out` and renames it into place.
 
-    The old contents are removed only then; whatever killed writers left beside it is removed first.
+    The old contents are removed only then; whatever killed writers left beside it is removed first. The umask decides
+    who may read the folder and the files.
     """
     place = out.resolve()  # so that it has a name and a parent even if `out` ends in ".."
     place.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(place)
     with _folder_beside(place) as temporary:
-        temporary.chmod(0o755)
         for path, data in files.items():
             _write_durably(temporary / path, data)
         _put_in_place(temporary, place)
@@ -87,14 +91,13 @@ def write(out: Path, files: Mapping[str, bytes]) -> None:
 
 def write_file(file: Path, content: str | bytes) -> None:
     """Writes bytes, or a text in UTF-8, beside `file` and renames it into place."""
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    scratch = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
     try:
-        with naming(file), os.fdopen(handle, "wb") as stream:
+        with naming(file), scratch.open("xb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(file)
+        scratch.replace(file)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -112,7 +115,8 @@ def naming(file: Path) -> Iterator[None]:
 def _folder_beside(place: Path) -> Iterator[Path]:
     """Makes a folder for the future contents of `place`, locked for as long as its writer lives."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
+        folder = place.with_name(f".{place.name}.{secrets.token_hex(4)}{_NEW}")
+        folder.mkdir()  # tempfile.mkdtemp would keep it from everyone else, whatever the umask
         with _locked(folder, fcntl.LOCK_EX):
             if not folder.exists():  # another process saw it before it was locked
                 continue
@@ -124,11 +128,16 @@ def _folder_beside(place: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Removes folders that were made beside `place` for its contents and that no living process holds."""
-    name = re.compile(rf"\.{re.escape(place.name)}\.\w{{8}}\.partial")  # as tempfile names them
+    """Removes folders that were made beside `place` for its contents and that no living process holds.
+
+    If a writer died after it had moved the old contents away, they are moved back.
+    """
+    name = re.compile(rf"\.{re.escape(place.name)}\.\w{{8}}({re.escape(_NEW)}|{re.escape(_OLD)})")
     for folder in [path for path in place.parent.iterdir() if name.fullmatch(path.name)]:
         with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
-            if locked:
+            if locked and folder.suffix == _OLD and not place.exists():
+                folder.rename(place)
+            elif locked:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -159,18 +168,36 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 def _put_in_place(temporary: Path, out: Path) -> None:
     """Swaps the two folders, so that at every moment there is one whole folder under the name."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    exchange = getattr(libc, "renameat2", None)
-    if exchange is not None:
-        names = os.fsencode(temporary), os.fsencode(out)
-        if exchange(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+    while True:
+        try:
+            temporary.rename(out)  # over nothing or an empty folder
             return
-    # A file system without exchange: between these two renames the name is free for an instant, and the old folder
-    # is beside it.
-    aside = temporary.with_suffix(".old")
-    out.rename(aside)
-    temporary.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        if _exchange(temporary, out):
+            return
+        # A file system without exchange: between these two renames the name is free for an instant, and the old folder
+        # is beside it.
+        aside = temporary.with_suffix(_OLD)
+        with _locked(out, fcntl.LOCK_EX):
+            try:
+                out.rename(aside)
+                temporary.rename(out)
+                return
+            except OSError as error:  # another writer has removed the old folder, or taken the name
+                if error.errno not in (errno.ENOENT, *_TAKEN):
+                    raise
+            finally:
+                if out.exists():
+                    shutil.rmtree(aside, ignore_errors=True)
+                elif aside.exists():
+                    aside.rename(out)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; returns false where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(libc, "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0

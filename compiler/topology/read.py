@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.provenance import check_provenance
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
@@ -74,7 +75,7 @@ def parse_topology(text: str) -> Topology:
             _layer(layer, f"layers[{i}]", model.num_attention_heads, len(trees)) for i, layer in enumerate(layers)
         ),
         beyond=beyond,
-        provenance=_mapping(root.get("provenance", {}), "provenance"),
+        provenance=check_provenance(_mapping(root.get("provenance", {}), "provenance")),
     )
 
 

@@ -56,7 +56,7 @@ class AgainstDense:
     late_divergence: Estimate = field(
         metadata=_shown("KL in the last quarter", 0.0, "{:.5f}", "perplexity", by_density=False)
     )
-    agreement: Estimate = field(metadata=_shown("same first token", 1.0, "{:.2%}", "perplexity"))
+    agreement: Estimate = field(metadata=_shown("most likely next token agrees", 1.0, "{:.2%}", "perplexity"))
     first_token_speedup: Estimate = field(
         metadata=_shown("first token, times as fast", 1.0, "{:.2f}", "first_token", limit=_SPEEDUP)
     )

@@ -20,7 +20,7 @@ from surgeon.runtime.evaluate.pilot_file import Column, PasskeyCell
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 from surgeon.runtime.evaluate.speed import Speed, measure_speed
 from surgeon.runtime.loading import Package
-from surgeon.runtime.transformers.cache import SurgeonCache
+from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
 from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.offload import entry_device, weight_stores
 
@@ -174,14 +174,14 @@ def _kept_bytes(candidate: Candidate, sequence: torch.Tensor) -> int | None:
     model, device = candidate.model, entry_device(candidate.model)
     if candidate.package is None:
         read = model(input_ids=sequence.to(device), use_cache=True, logits_to_keep=1)
-        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in read.past_key_values.layers)
+        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in read[CACHE_NAME].layers)
     if device.type != "cpu":
         return None
     try:
         cache = SurgeonCache(candidate.package)
     except PackageError:  # compiled by a version whose packages do not say when blocks may be dropped
         return None
-    model(input_ids=sequence, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=sequence, **cache.argument, use_cache=True, logits_to_keep=1)
     return cache.kept_bytes()
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from surgeon.runtime.transformers.cache import CACHE_NAME
 from surgeon.runtime.transformers.offload import entry_device
 
 
@@ -60,10 +60,11 @@ def _read(model: PreTrainedModel, sequence: torch.Tensor, steps: int) -> tuple[f
     tokens = sequence.to(device)
     prompt = tokens.shape[1] - steps
     started = _now(device)
-    cache: Any = model(input_ids=tokens[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+    output = model(input_ids=tokens[:, :prompt], use_cache=True, logits_to_keep=1)
+    cache = {CACHE_NAME: output[CACHE_NAME]}
     first = _now(device)
     for position in range(prompt, prompt + steps):
-        model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=tokens[:, position : position + 1], **cache, use_cache=True)
     return first - started, (_now(device) - first) / steps
 
 

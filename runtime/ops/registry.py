@@ -1,5 +1,6 @@
 """The registry where torch ops find loaded packages by id, since their arguments are only tensors and plain values."""
 
+import threading
 import weakref
 from typing import Protocol
 
@@ -29,13 +30,19 @@ class Runner(Protocol):
         """The gradients of a call of `run`."""
 
 
-# A package may be loaded more than once; its id is known as long as one of the loads is referenced.
-_runners: dict[str, weakref.WeakSet[Runner]] = {}
+# A package may be loaded more than once; its id is known as long as one of the loads is referenced. Both levels are
+# replaced and never changed, so that calls look up without a lock while other threads load.
+_runners: dict[str, tuple[weakref.ref[Runner], ...]] = {}
+_registering = threading.Lock()
 
 
 def register(runner: Runner) -> None:
     """Makes a loaded package known to the ops by its id, for as long as it is referenced somewhere."""
-    _runners.setdefault(runner.id, weakref.WeakSet()).add(runner)
+    global _runners
+    with _registering:
+        loads = {key: tuple(load for load in loads if load() is not None) for key, loads in _runners.items()}
+        loads[runner.id] = (*loads.get(runner.id, ()), weakref.ref(runner))
+        _runners = {key: alive for key, alive in loads.items() if alive}
 
 
 def find(package: str) -> Runner:
@@ -44,7 +51,8 @@ def find(package: str) -> Runner:
     Raises:
         PackageError: no package with this id is loaded in this process.
     """
-    found = next(iter(_runners.get(package, ())), None)
+    loaded = (load() for load in _runners.get(package, ()))
+    found = next((runner for runner in loaded if runner is not None), None)
     if found is None:
         manifest, *options = package.split(":")
         raise PackageError(

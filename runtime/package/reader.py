@@ -3,9 +3,11 @@
 Source: package format version 1: a folder with manifest.json, which lists every other file with its size and SHA-256.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Set
+import stat
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,7 +18,7 @@ from surgeon.runtime.package.files import NotAFileError, read_regular
 from surgeon.runtime.package.hub_cache import blob_of, blobs_of
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
-from surgeon.runtime.package.schedule import PackagedSchedule, read_schedules
+from surgeon.runtime.package.schedule import UNBOUNDED, PackagedSchedule, read_schedules
 from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
 from surgeon.runtime.package.topology_facts import check_topology
 
@@ -27,19 +29,26 @@ MAX_TOPOLOGY_BYTES = 2**27  # twice a topology file's limit: the canonical form 
 MAX_PACKAGE_BYTES = 4 * 2**30
 _MAX_PARTS = 8
 _AGAIN = "compile the package again"
+_TRIES = 100  # of a folder that compiles keep replacing
 
 
 @dataclass(frozen=True)
 class PackageFiles:
     """A package whose files are in memory, each with the size and hash that the manifest lists.
 
-    `files` maps paths with forward slashes to bytes; `id` is the SHA-256 of manifest.json.
+    `files` maps paths with forward slashes to bytes; `manifest_bytes` is manifest.json, `id` its SHA-256.
     """
 
     folder: Path
     id: str
     manifest: Manifest
+    manifest_bytes: bytes
     files: Mapping[str, bytes]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of blocks that may be requested, `UNBOUNDED` unless the topology refuses others."""
+        return self.manifest.num_blocks if self.manifest.beyond == "error" else UNBOUNDED
 
     @cached_property
     def schedules(self) -> Mapping[int, PackagedSchedule]:
@@ -59,34 +68,84 @@ def read_package(folder: str | os.PathLike[str], hub_cache: bool = False) -> Pac
     Raises:
         PackageError: a file is missing, unlisted, a link, too large, outside the folder or unlike its manifest entry.
     """
+    root = Path(folder)
     try:
-        return _read_package(Path(folder), hub_cache)
+        for _ in range(_TRIES):
+            with _opened(root) as descriptor:
+                try:
+                    return _read_package(_Place(root, descriptor, blobs_of(root) if hub_cache else None))
+                except (PackageError, OSError):
+                    # A compile that replaces the package removes the old files, which a reader may still be reading.
+                    if _stands_at(root, descriptor):
+                        raise
     except PackageError:
         raise
     except Exception as error:  # whatever the system or a library says of what somebody else wrote
         remedy = remedy_for(error, "check the path, or " + _AGAIN)
         raise PackageError(os.fsdecode(folder), "a package that can be read", reason_of(error), remedy) from error
+    raise PackageError(str(root), "a package that stays for as long as reading takes", "others each time", "try later")
 
 
-def _read_package(root: Path, hub_cache: bool) -> PackageFiles:
-    if not root.is_dir():
-        raise PackageError(str(root), "a package folder", "a file" if root.exists() else "nothing", "check the path")
-    if not os.path.lexists(root / MANIFEST):
+@dataclass(frozen=True)
+class _Place:
+    """An open package folder, whose files are those of one package even if another one takes its name.
+
+    `root` is its path, for errors and links; `blobs` is the folder that links may lead to, or None.
+    """
+
+    root: Path
+    descriptor: int
+    blobs: Path | None
+
+
+@contextlib.contextmanager
+def _opened(root: Path, below: str = ".", within: int | None = None) -> Iterator[int]:
+    """Opens a folder: `root`, or the one `below` an open one."""
+    links = 0 if within is None else os.O_NOFOLLOW
+    try:
+        descriptor = os.open(root if within is None else below, os.O_RDONLY | os.O_DIRECTORY | links, dir_fd=within)
+    except FileNotFoundError:
+        raise PackageError(str(root), "a package folder", "nothing", "check the path") from None
+    except NotADirectoryError:
+        raise PackageError(str(root), "a package folder", "a file", "check the path") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _stands_at(root: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(root.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _exists(place: _Place, path: str) -> bool:
+    try:
+        os.stat(path, dir_fd=place.descriptor, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read_package(place: _Place) -> PackageFiles:
+    root = place.root
+    if not _exists(place, MANIFEST):
         raise PackageError(
             str(root), f"a package with {MANIFEST}", "a folder without it", "check the path or " + _AGAIN
         )
-    blobs = blobs_of(root) if hub_cache else None
-    text = _read(root, MANIFEST, MAX_MANIFEST_BYTES, blobs)
+    text = _read(place, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.from_json(text.decode("utf-8"))
     except UnicodeDecodeError:
         raise PackageError(f"{root}/{MANIFEST}", "UTF-8 text", "other bytes", _AGAIN) from None
     _check_listing(root, manifest)
-    _check_folder(root, {entry.path for entry in manifest.files}, blobs)
-    files = {entry.path: _read_listed(root, entry, blobs) for entry in manifest.files}
+    _check_folder(place, {entry.path for entry in manifest.files})
+    files = {entry.path: _read_listed(place, entry) for entry in manifest.files}
     _check_kernels(root, manifest)
     check_topology(files[TOPOLOGY], manifest, str(root))
-    return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, MappingProxyType(files))
+    return PackageFiles(root, hashlib.sha256(text).hexdigest(), manifest, text, MappingProxyType(files))
 
 
 def _check_listing(root: Path, manifest: Manifest) -> None:
@@ -113,16 +172,16 @@ def _check_listing(root: Path, manifest: Manifest) -> None:
         raise PackageError(str(root), f"at most {MAX_PACKAGE_BYTES} bytes in all", "more", _AGAIN)
 
 
-def _check_folder(root: Path, listed: Set[str], blobs: Path | None) -> None:
+def _check_folder(place: _Place, listed: Set[str]) -> None:
     """Refuses what the manifest does not list; a folder without a listed file is not looked into."""
     folders = {str(folder) for path in listed for folder in PurePosixPath(path).parents}
-    pending = [""]
+    root, pending = place.root, [""]
     while pending:
         below = pending.pop()
-        with os.scandir(root / below) as entries:
+        with _opened(root / below, below or ".", place.descriptor) as inner, os.scandir(inner) as entries:
             for entry in entries:
                 path = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_symlink() and blob_of(root / path, blobs) is None:
+                if entry.is_symlink() and blob_of(root / path, place.blobs) is None:
                     raise _link(root, path)
                 if entry.is_dir(follow_symlinks=False) and path in folders:
                     pending.append(path)
@@ -144,8 +203,8 @@ def _link(root: Path, path: str) -> PackageError:
     return PackageError(f"{root}/{path}", "a file or folder", got, remedy)
 
 
-def _read_listed(root: Path, entry: FileEntry, blobs: Path | None) -> bytes:
-    data = _read(root, entry.path, entry.size, blobs)
+def _read_listed(place: _Place, entry: FileEntry) -> bytes:
+    root, data = place.root, _read(place, entry.path, entry.size)
     if len(data) != entry.size:
         raise PackageError(f"{root}/{entry.path}", f"{entry.size} bytes", f"{len(data)} bytes", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
@@ -156,17 +215,18 @@ def _read_listed(root: Path, entry: FileEntry, blobs: Path | None) -> bytes:
     return data
 
 
-def _read(root: Path, path: str, limit: int, blobs: Path | None) -> bytes:
+def _read(place: _Place, path: str, limit: int) -> bytes:
     """Reads the bytes of a regular file, at most `limit`, or those of a blob that it is a link to."""
-    where = f"{root}/{path}"
-    file = root / path
+    where = f"{place.root}/{path}"
     try:
-        if file.is_symlink():
-            file = blob_of(file, blobs) or file
-        data = read_regular(file, limit)
+        if stat.S_ISLNK(os.stat(path, dir_fd=place.descriptor, follow_symlinks=False).st_mode):
+            blob = blob_of(place.root / path, place.blobs)
+            if blob is None:
+                raise _link(place.root, path)
+            data = read_regular(blob, limit)
+        else:
+            data = read_regular(path, limit, place.descriptor)
     except NotAFileError as error:
-        if file.is_symlink():
-            raise _link(root, path) from None
         raise PackageError(where, "a regular file", reason_of(error), "do not use this package") from None
     except OSError as error:
         raise PackageError(where, "a readable file", reason_of(error), remedy_for(error, _AGAIN)) from None

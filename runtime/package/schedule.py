@@ -2,7 +2,8 @@
 
 Source: schedule.safetensors, package format version 1. For a schedule named n it holds the int32 matrices `n.pieces`
 [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], `n.heads` [query heads, 3]: first piece, end piece, first run,
-and `n.last_readers` [KV heads, blocks]. A piece's run numbers count from its head's first run.
+`n.last_readers` [KV heads, blocks], and `n.layers` [layers, 1] that have it. A piece's run numbers count from its
+head's first run. `topology_sha256` [1, 8] is the hash of the topology that all were made from.
 """
 
 from bisect import bisect_right
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from surgeon.runtime.errors import short_repr
 from surgeon.runtime.package.manifest import Manifest, ModelShape
 from surgeon.runtime.package.tensors import Matrices, Matrix, ascend
 
@@ -106,8 +108,8 @@ class PackagedSchedule:
     heads: tuple[HeadSchedule, ...]
     last_readers: Matrix
 
-    def tensors(self, name: str) -> dict[str, Matrix]:
-        """The tensors that schedule.safetensors holds for this schedule under `name`."""
+    def tensors(self, name: str, layers: Iterable[int]) -> dict[str, Matrix]:
+        """The tensors that schedule.safetensors holds under `name` for this schedule, which these layers have."""
         places: dict[HeadSchedule, tuple[int, int, int]] = {}
         pieces: list[Piece] = []
         runs: list[Run] = []
@@ -121,7 +123,13 @@ class PackagedSchedule:
             f"{name}.runs": _matrix(runs, 2),
             f"{name}.heads": _matrix((places[head] for head in self.heads), 3),
             f"{name}.last_readers": self.last_readers,
+            f"{name}.layers": _matrix(((layer,) for layer in layers), 1),
         }
+
+
+def origin(topology_sha256: str) -> dict[str, Matrix]:
+    """The tensor that names the topology, by its hash, that all schedules of a package were made from."""
+    return {"topology_sha256": np.frombuffer(bytes.fromhex(topology_sha256), dtype="<i4").reshape(1, 8)}
 
 
 def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[int, PackagedSchedule]:
@@ -129,9 +137,12 @@ def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[i
 
     Raises:
         PackageError: a matrix that the manifest's kernels name is missing, has another form or points outside itself,
-            or a layer has no schedule or several.
+            a layer has no schedule, several or another's, or the schedules are those of another topology.
     """
     matrices = Matrices(data, where)
+    made_from = matrices.read("topology_sha256", 8).astype("<i4").tobytes().hex()
+    if made_from != manifest.topology_sha256:
+        raise matrices.fault("topology_sha256", manifest.topology_sha256, made_from)
     names: dict[int, str] = {}
     for kernel in manifest.kernels:
         for layer in kernel.layers if kernel.schedule else ():
@@ -140,6 +151,15 @@ def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[i
     if not names.keys() >= set(manifest.layers):
         missing = min(set(manifest.layers) - names.keys())
         raise matrices.fault(f"layer {missing}", "a kernel that names its schedule", "none")
+    for name in dict.fromkeys(names.values()):
+        layers, given = (
+            matrices.read(f"{name}.layers", 1),
+            [layer for layer, own in sorted(names.items()) if own == name],
+        )
+        if layers.flatten().tolist() != given:
+            raise matrices.fault(
+                f"{name}.layers", f"{short_repr(given)}, as the manifest has it", short_repr(layers.tolist())
+            )
     shared: dict[tuple[bytes, bytes], HeadSchedule] = {}
     room = _Room(matrices)
     found = {name: _read(matrices, name, manifest.model, shared, room) for name in dict.fromkeys(names.values())}

@@ -4,20 +4,26 @@ Source: `transformers.cache_utils`, Cache.
 """
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package, loaded
 from surgeon.runtime.transformers.layers import FULL, layer_type
 from surgeon.runtime.transformers.paged_layer import PagedLayer
 
+_OUTPUTS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE_NAME = "cache" if "cache" in _OUTPUTS else "past_key_values"
+"""The name of a model's cache among its arguments and outputs: "cache" from Transformers 5.24 on."""
+
 
 class SurgeonCache(Cache):
-    """A cache for a model patched with the package, on the CPU; pass it to `generate` as `past_key_values`.
+    """A cache for a model patched with the package, on the CPU; pass it to `generate` with `**cache.argument`.
 
     It drops something only if the model was patched with `recall="pattern"`; under "dense", rows that ask read
     everything, so that it keeps everything, and says so once. A patched model computes with it, bit for bit, what it
@@ -45,6 +51,11 @@ class SurgeonCache(Cache):
             if config is None or layer_type(config, layer) == FULL:
                 layers[layer] = PagedLayer(package, layer, liveness)
         super().__init__(layers=layers)
+
+    @property
+    def argument(self) -> dict[str, "SurgeonCache"]:
+        """The cache as a keyword argument, under the name that this version of Transformers gives it."""
+        return {CACHE_NAME: self}
 
     def kept_bytes(self) -> int:
         """Bytes that keys and values take, including spare slots and block tables."""

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.operands import number_of_tokens
+from surgeon.runtime.transformers.cache import CACHE_NAME
 
 DENSE = "dense"
 PATTERN = "pattern"
@@ -79,7 +80,7 @@ def _prompt_end(
     input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> int | None:
     """The number of tokens in the cache after the prompt, by the rules of `_prefill`; None without a cache."""
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
     if cache is None:
         return None
     tokens = input_ids.shape[1]

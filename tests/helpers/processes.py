@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -35,3 +36,17 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2, fails: bo
         raise AssertionError(f"{script.name} waits for ever; so far it said:\n{output[-8000:]}") from None
     assert (started.returncode != 0) == fails, output[-8000:]
     return output
+
+
+def ended(number: int) -> None:
+    """Waits until a process that was killed, and is no child of this one, runs no more."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            status = Path(f"/proc/{number}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if status.rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {number} still runs")

@@ -157,6 +157,18 @@ tune topology.json --out new.json --layer -1
 tune topology.json --out new.json --layer 99
 tune topology.json --out new.json --head-dim 7
 tune topology.json --out new.json --tiles list.json
+plan
+plan folder
+plan pipe
+plan loop
+plan text.txt
+plan no.gguf
+plan model-pointer
+plan model --length 0
+plan model --length 100 --block 16
+plan model --length 64 --block 16 --density 2
+plan model --length 64 --block 16 --density 0.01
+plan model --length 64 --block 16 --recall everything
 assess
 assess model
 assess model --text

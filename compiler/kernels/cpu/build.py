@@ -2,16 +2,17 @@
 
 import os
 import shutil
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from surgeon.compiler.kernels.cpu.check import check_library
 from surgeon.compiler.specs.artifacts import Binary, CpuSource
 from surgeon.compiler.system.atomic_files import naming
 from surgeon.compiler.system.cache import Cache
+from surgeon.compiler.system.compilers import Compilers
 from surgeon.compiler.system.terminal import Progress
 from surgeon.runtime.errors import BuildError
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Tool
@@ -46,7 +47,7 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
     `jobs` is the number of compilers that run at once; `progress` is called as (what, done, total).
 
     Raises:
-        BuildError: no C++ compiler is found, or it fails.
+        BuildError: no C++ compiler is found, it fails or takes longer than the time limit, or makes no such library.
     """
     compiler = find_compiler(os.environ.get("CXX"))
     report = progress or (lambda _what, _done, _total: None)
@@ -57,22 +58,27 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
     def compile_unit(name: str) -> bytes:
         arguments = (*_COMPILE_FLAGS, *flags.get(name, ()))
         key = cache.key((compiler.version, *arguments, name, units[name], *headers, *headers.values()))
-        return cache.get(key) or _store(cache, key, _run(compiler, arguments, headers | {name: units[name]}, [name]))
+        found = cache.get(key)
+        return found or _store(cache, key, _run(compilers, compiler, arguments, headers | {name: units[name]}, [name]))
 
     objects: dict[str, bytes] = {}
     report("compiling for cpu", 0, len(units) + 1)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, Compilers() as compilers:
         pending = {pool.submit(compile_unit, name): name for name in units}
         try:
             for future in as_completed(pending):
                 objects[pending[future]] = future.result()
                 report("compiling for cpu", len(objects), len(units) + 1)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
-    ordered = {f"{name}.o": objects[name] for name in sorted(objects)}
-    key = cache.key((compiler.version, *_LINK_FLAGS, *_LIBRARIES, *ordered.values()))
-    library = cache.get(key) or _store(cache, key, _run(compiler, _LINK_FLAGS, ordered, [*ordered, *_LIBRARIES]))
+        ordered = {f"{name}.o": objects[name] for name in sorted(objects)}
+        key = cache.key((compiler.version, *_LINK_FLAGS, *_LIBRARIES, *ordered.values()))
+        library = cache.get(key)
+        if library is None:
+            library = _run(compilers, compiler, _LINK_FLAGS, ordered, [*ordered, *_LIBRARIES])
+            check_library(compilers, library, compiler.version, source.specs)
+            cache.put(key, library)
     report("compiling for cpu", len(units) + 1, len(units) + 1)
     return Binary(
         path=LIBRARY,
@@ -101,13 +107,15 @@ def find_compiler(wanted: str | None) -> Compiler:
     """Returns the C++ compiler to use: `wanted`, or the first of g++, clang++ and c++ on PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or it does not answer.
     """
     for candidate in (wanted,) if wanted else ("g++", "clang++", "c++"):
         command = shutil.which(candidate)
         if command is None:
             continue
-        result = subprocess.run([command, "--version"], capture_output=True, text=True, errors="replace", check=False)
+        command = str(Path(command).absolute())  # it runs in other folders
+        with Compilers() as compilers:
+            result = compilers.run([command, "--version"], Path.cwd(), command, {})
         if result.returncode == 0 and result.stdout:
             return Compiler(command, result.stdout.splitlines()[0])
     raise BuildError(
@@ -124,29 +132,26 @@ def _store(cache: Cache, key: str, data: bytes) -> bytes:
 
 
 def _run(
-    compiler: Compiler, flags: tuple[str, ...], files: dict[str, bytes] | dict[str, str], inputs: list[str]
+    compilers: Compilers,
+    compiler: Compiler,
+    flags: tuple[str, ...],
+    files: dict[str, bytes] | dict[str, str],
+    inputs: list[str],
 ) -> bytes:
     """Runs the compiler in a folder of its own, with relative names, and returns the file it made."""
+    where = f"{compiler.version}: {inputs[0]}"
     with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
         for name, content in files.items():
             with naming(Path(folder) / name):
                 (Path(folder) / name).write_bytes(content.encode() if isinstance(content, str) else content)
         mode = () if "-shared" in flags else ("-c",)
         command = [compiler.command, *flags, *mode, *inputs, "-o", "out"]
-        result = subprocess.run(
-            command,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=os.environ | {"LC_ALL": "C"},
-        )
+        result = compilers.run(command, Path(folder), where, {"LC_ALL": "C"})
         if result.returncode != 0:
             lines = result.stderr.splitlines()
             fault = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
             raise BuildError(
-                f"{compiler.version}: {inputs[0]}",
+                where,
                 "the rendered source to compile",
                 f"exit status {result.returncode}: {fault[:300]}",
                 "write the sources with --dump and compile them by hand to see all messages",

@@ -4,6 +4,7 @@ from surgeon.compiler.kernels.cpu.variants import TileVariant, Variant
 from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.system.jinja import render_template
+from surgeon.runtime.package.kernel_digest import digest_symbol
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 from surgeon.runtime.package.schedule import HeadSchedule
 from surgeon.runtime.package.target import DTYPES
@@ -78,6 +79,9 @@ def _render_schedule(specs: tuple[CpuSpec, ...]) -> str:
     layers = [
         {
             "name": spec.name,
+            "symbol": spec.symbol,
+            "digest": spec.digest,
+            "digest_symbol": digest_symbol(spec.symbol),
             "heads": [numbers[head] for head in spec.schedule.heads],
             "num_key_value_heads": spec.schedule.num_key_value_heads,
             "group": len(spec.schedule.heads) // spec.schedule.num_key_value_heads,

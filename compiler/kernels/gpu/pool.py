@@ -1,19 +1,25 @@
 """Compiles a GPU target's sources in several processes, and caches the results."""
 
 import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from types import ModuleType
 
 from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.system.cache import Cache
+from surgeon.compiler.system.compilers import end_group, still_running, time_limit
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.system.versions import versions
 from surgeon.runtime.package.manifest import KernelEntry
+
+_WORKER = "worker-"  # and its number: the name of a file that says which processes to end
 
 
 def build_gpu(
@@ -23,7 +29,7 @@ def build_gpu(
 
     Raises:
         TargetError: Triton is missing or cannot compile for the target.
-        BuildError: the compilation fails.
+        BuildError: the compilation fails, or takes longer than the time limit.
     """
     # The compilers need no tables, which may be large.
     work = [(replace(source, tables={}), dtype) for source in sources for dtype in source.specs[0].dtypes]
@@ -36,20 +42,52 @@ def build_gpu(
     report(what, len(binaries), len(work))
     if missing:
         # Triton's compiler holds the interpreter lock and keeps state in its process: hence a fresh process per job.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=context) as pool:
+        with _workers(min(jobs, len(missing))) as pool:
             with _no_main_module():
                 pending = {pool.submit(build_triton, *work[index]): index for index in missing}
-            try:
-                for future in as_completed(pending):
-                    index = pending[future]
-                    binaries[index] = future.result()
-                    cache.put(keys[index], binaries[index].to_bytes())
-                    report(what, len(binaries), len(work))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for future in _completed(pending, what):
+                index = pending[future]
+                binaries[index] = future.result()
+                cache.put(keys[index], binaries[index].to_bytes())
+                report(what, len(binaries), len(work))
     return tuple(binaries[index] for index in range(len(work)))
+
+
+@contextmanager
+def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
+    """Starts processes whose temporary files lie in one folder; at a fault they end with all that they have started."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(prefix="surgeon-") as scratch,
+        ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(scratch,)) as pool,
+    ):
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for file in Path(scratch).glob(f"{_WORKER}*"):
+                end_group(int(file.name.removeprefix(_WORKER)))
+            raise
+
+
+def _begin(scratch: str) -> None:
+    os.setpgid(0, 0)
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    Path(scratch, f"{_WORKER}{os.getpid()}").touch()
+
+
+def _completed(pending: Iterable[Future[Binary]], what: str) -> Iterator[Future[Binary]]:
+    """Yields what is done, in that order.
+
+    Raises:
+        BuildError: nothing more is done within the time limit of a compiler.
+    """
+    limit, left = time_limit(), set(pending)
+    while left:
+        done, left = wait(left, limit, FIRST_COMPLETED)
+        if not done:
+            raise still_running(f"triton, {what}", limit)
+        yield from done
 
 
 @contextmanager

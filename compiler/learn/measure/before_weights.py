@@ -43,16 +43,27 @@ def read_outline(name: str, device_map: DeviceMap | None = None) -> Outline:
     """
     check_placement(device_map)
     where, options = located(name)
-    check_files(Path(name))
     check_devices(device_map)
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise unreadable(name, error) from None
+    model = read_without_weights(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
         raise unreadable(name, error) from None
     return Outline(model, tokenizer)
+
+
+def read_without_weights(name: str) -> PreTrainedModel:
+    """Reads a model's config alone, and makes the model on the meta device, where its weights take no memory.
+
+    Raises:
+        ModelError: it cannot be read, or is not a causal language model.
+    """
+    where, options = located(name)
+    check_files(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise unreadable(name, error) from None
+    return model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from surgeon.compiler.learn.measure.attention import block_sparse_attention, masked_attention
 from surgeon.runtime.evaluate.logits import hidden_states, logits_of
@@ -20,8 +20,10 @@ from surgeon.runtime.transformers.offload import entry_device, is_offloaded
 
 _IMPLEMENTATION = "surgeon_learning"
 _ATTRIBUTE = "_surgeon_learning"
-_CHUNK = 512
-_KEPT_BYTES = 4 * 2**30
+LOGITS_CHUNK = 512
+"""The positions whose logits are computed at a time."""
+KEPT_BYTES = 4 * 2**30
+"""The activations that a backward pass may keep; where there would be more, layers are computed again."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,12 @@ def pull_masks(
     return total / tokens.shape[1], pull
 
 
+def activation_bytes(config: PreTrainedConfig, length: int) -> int:
+    """The activations, about, that a backward pass through all layers keeps for one sequence."""
+    widths = 10 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return int(config.num_hidden_layers * length * widths * 4)
+
+
 def _states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
     embedded = model.get_input_embeddings()(tokens.to(entry_device(model)))
     if differentiable:  # the weights are frozen, so gradients start at the embedded tokens
@@ -156,10 +164,8 @@ def _attending(
 @contextmanager
 def _bounded(model: PreTrainedModel, length: int) -> Iterator[None]:
     """Keeps only each layer's input for the backward pass and recomputes the rest, if keeping everything is costly."""
-    config = model.config
-    widths = 10 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     offloaded = is_offloaded(model)  # all of its weights would be kept too
-    if config.num_hidden_layers * length * widths * 4 <= _KEPT_BYTES and not offloaded:
+    if activation_bytes(model.config, length) <= KEPT_BYTES and not offloaded:
         yield
         return
     names = {name.rpartition(".")[0] for name, module in model.named_modules() if hasattr(module, _ATTRIBUTE)}
@@ -233,7 +239,7 @@ class _Observed(torch.autograd.Function):
 
 def _sampled_gradient(model: PreTrainedModel, states: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     parts = []
-    for part in states.split(_CHUNK):
+    for part in states.split(LOGITS_CHUNK):
         part = part.clone().requires_grad_()
         scores = _log_probabilities(model, part)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
@@ -246,7 +252,7 @@ def _divergence(
 ) -> tuple[float, torch.Tensor]:
     """The divergence summed over the tokens, and its gradient with respect to the sparse states if requested."""
     total, parts = 0.0, []
-    for reference, part in zip(dense.split(_CHUNK), sparse.split(_CHUNK), strict=True):
+    for reference, part in zip(dense.split(LOGITS_CHUNK), sparse.split(LOGITS_CHUNK), strict=True):
         with torch.no_grad():
             expected = _log_probabilities(model, reference.to(part.device))
         if differentiate:

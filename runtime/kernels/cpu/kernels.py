@@ -10,6 +10,7 @@ from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.kernels.cpu.rates import processor_features, processor_level
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.kernel_digest import kernel_digest
 from surgeon.runtime.package.reader import PackageFiles
 
 _LOG = logging.getLogger("surgeon")
@@ -39,6 +40,7 @@ class CpuKernels:
             path: CpuLibrary(files.files[path], f"{files.folder}/{path}", variant)
             for path in {kernel.file for kernel in kernels}
         }
+        digests = {layers: _digest(files, layers) for layers in {kernel.layers for kernel in kernels if kernel.layers}}
         self._kernels = {}
         for kernel in kernels:
             if kernel.dtype not in _DTYPES:
@@ -47,7 +49,8 @@ class CpuKernels:
                 )
             library = libraries[kernel.file]
             for layer in kernel.layers:
-                self._kernels[layer, _DTYPES[kernel.dtype]] = library, library.kernel(kernel.symbol)
+                function = library.kernel(kernel.symbol, digests[kernel.layers])
+                self._kernels[layer, _DTYPES[kernel.dtype]] = library, function
         self.block_size = manifest.block_size
         first = next(iter(libraries.values()))
         self.variant: str = first.variant
@@ -97,3 +100,20 @@ class CpuKernels:
         """Runs a layer's kernel on keys and values in pools of blocks; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
         return library.attend(kernel, operands, None, first_kv_head, block_table=block_table)
+
+
+def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:
+    """The digest of the kernel that the package needs for layers that share one."""
+    manifest = files.manifest
+    schedule = files.schedules[layers[0]]
+    return kernel_digest(
+        manifest.topology_sha256,
+        layers,
+        schedule.heads,
+        dtypes={kernel.dtype for kernel in manifest.kernels if kernel.target == "cpu"},
+        last_readers=schedule.last_readers,
+        num_key_value_heads=manifest.model.num_key_value_heads,
+        head_dim=manifest.model.head_dim,
+        block_size=manifest.block_size,
+        num_rows=files.num_rows,
+    )

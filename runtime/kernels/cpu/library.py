@@ -8,12 +8,14 @@ import os
 import re
 import struct
 import tempfile
+import threading
 from ctypes import c_char_p, c_int32
 
 import torch
 
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.kernel_digest import digest_symbol
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
 _LOG = logging.getLogger("surgeon")
@@ -73,17 +75,28 @@ class CpuLibrary:
         self.refused = tuple(name for index, name in enumerate(names) if index not in usable)
         _LOG.debug("%s: runs on %s; here do not run: %s", where, self.variant, ", ".join(self.refused) or "none")
 
-    def kernel(self, symbol: str) -> "ctypes._NamedFuncPointer":
-        """The function behind a symbol of the manifest.
+    def kernel(self, symbol: str, digest: str) -> "ctypes._NamedFuncPointer":
+        """The function behind a symbol of the manifest, made for what `digest` says; see `kernel_digest`.
 
         Raises:
-            PackageError: the library has no such function.
+            PackageError: the library has no such function, or it was made for something else.
         """
         # The look-up also finds what other libraries export, so only names of ours are asked for.
-        function = getattr(self._library, symbol, None) if _SYMBOL.fullmatch(symbol) else None
-        if function is None:
+        named = _SYMBOL.fullmatch(symbol) is not None
+        function = getattr(self._library, symbol, None) if named else None
+        digest_of = getattr(self._library, digest_symbol(symbol), None) if named else None
+        if function is None or digest_of is None:
             raise PackageError(
                 self._where, "a function of the library", short_repr(symbol), "compile the package again"
+            )
+        digest_of.restype = c_char_p
+        made_for = digest_of().decode()
+        if made_for != digest:
+            raise PackageError(
+                f"{self._where}: {symbol}",
+                f"a kernel for this package's topology, layers, schedule and shape, of digest {digest}",
+                short_repr(made_for, 70),
+                "do not use this package",
             )
         found: ctypes._NamedFuncPointer = function
         found.argtypes = [c_char_p]
@@ -202,19 +215,20 @@ def _fault(status: int, q_length: int, k_length: int, position: torch.Tensor | N
 
 
 _opened: dict[bytes, ctypes.CDLL] = {}
+_opening = threading.Lock()
 
 
 def _open(data: bytes, where: str) -> ctypes.CDLL:
     """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool."""
     digest = hashlib.sha256(data).digest()
-    if digest not in _opened:
-        try:
-            _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
-        except OSError as error:
-            raise PackageError(
-                where, "a library for this machine", str(error)[:200], "compile the package on a machine of this kind"
-            ) from None
-    return _opened[digest]
+    with _opening:
+        if digest not in _opened:
+            try:
+                _opened[digest] = _open_memory(data) if hasattr(os, "memfd_create") else _open_file(data)
+            except OSError as error:
+                remedy = "compile the package on a machine of this kind"
+                raise PackageError(where, "a library for this machine", str(error)[:200], remedy) from None
+        return _opened[digest]
 
 
 def _open_memory(data: bytes) -> ctypes.CDLL:

@@ -253,6 +253,19 @@ def _check(entry: KernelEntry, where: str) -> None:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
     if entry.heads and entry.phase != "prefill":
         raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", short_repr(entry.heads), _AGAIN)
+    name = _function_name(entry)
+    if entry.symbol != name or not entry.file.startswith(f"{Target.parse(entry.target).folder}/{name}.{entry.dtype}."):
+        found = f"{entry.symbol} in {entry.file}"
+        raise PackageError(f"{where}.symbol", f"{name}, in its file for {entry.dtype}", short_repr(found), _AGAIN)
+
+
+def _function_name(entry: KernelEntry) -> str:
+    """The name of the function that the compiler makes for an entry of the manifest."""
+    if entry.phase != "prefill":
+        return entry.phase
+    if entry.table:
+        return "attention_by_table"
+    return f"{entry.schedule}_head_{entry.heads[0]:02d}" if entry.heads else entry.schedule
 
 
 def _load(

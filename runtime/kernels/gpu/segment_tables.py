@@ -1,15 +1,19 @@
 """The segment tables that GPU kernels read, loaded into a GPU's memory."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.interface import TABLE_LENGTH, TABLE_POINTERS
 from surgeon.runtime.package.manifest import KernelEntry
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.segment_table import FILE, SegmentTable, read_table
 from surgeon.runtime.package.tensors import Matrices
+
+_SHAPE = re.compile(r"prefill_[1-9]\d{0,3}x(?P<blocks>[1-9]\d{0,3})")
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,33 @@ def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int
             name = f"{schedules.get(layer, '')}.{entry.table}"
             if name not in found:
                 patterns = model.num_key_value_heads if entry.phase == "decode" else model.num_attention_heads
-                found[name] = _loaded(read_table(matrices, name, patterns), device)
+                rows, blocks = _table_shape(entry, files)
+                table = read_table(matrices, name, patterns, rows // blocks, num_rows=-(-files.num_rows // rows))
+                found[name] = _loaded(table, device)
             tables[entry.phase, layer] = found[name]
     return tables
+
+
+def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int]:
+    """The rows of blocks in a tile, and the blocks in a unit, of the table that a kernel reads.
+
+    Raises:
+        PackageError: the table has another name than those of the kernel's phase and tile.
+    """
+    launch = entry.launch
+    assert launch is not None
+    rows = 1 if entry.phase == "decode" else max(1, launch.tile_rows // files.manifest.block_size)
+    shape = _SHAPE.fullmatch(entry.table)
+    blocks = int(shape["blocks"]) if shape else 1
+    expected = "decode" if entry.phase == "decode" else f"prefill_{rows}x{blocks}"
+    if entry.table != expected or not 0 < blocks <= rows or rows % blocks:
+        raise PackageError(
+            f"{files.folder}: a kernel for {entry.target}: table",
+            short_repr(expected),
+            short_repr(entry.table),
+            "do not use this package",
+        )
+    return rows, blocks
 
 
 def _loaded(table: SegmentTable, device: int) -> LoadedTable:

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops.input_checks import cache_slots
 from surgeon.runtime.transformers.attention import runs_kernel
+from surgeon.runtime.transformers.cache import CACHE_NAME
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.layers import computed_dtypes, find_attention
 
@@ -55,9 +56,8 @@ class ServingStep(torch.nn.Module):
         """
         slots = cache_slots(input_ids, position, kept, [*keys, *values])
         layers: list[Any] = [_GivenLayer(position, slots, *pair) for pair in zip(keys, values, strict=True)]
-        output = self.model(
-            input_ids=input_ids, position_ids=slots, past_key_values=Cache(layers=layers), logits_to_keep=kept
-        )
+        cache = {CACHE_NAME: Cache(layers=layers)}
+        output = self.model(input_ids=input_ids, position_ids=slots, **cache, logits_to_keep=kept)
         return cast(torch.Tensor, output.logits)
 
 

@@ -1,6 +1,7 @@
 """`surgeon learn`, from a model folder and text files to a topology file that compiles."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_it_writes_a_topology_and_says_what_it_reached(
     assert main(command(folder, tmp_path / "t.json")) == 0
     printed = capsys.readouterr()
     assert "t.json: budget, " in printed.out
-    assert "KL divergence from the dense model on validation text: " in printed.out
+    assert "KL divergence from the dense model on validation text, of the tokens after a prompt: " in printed.out
     topology = read_topology(tmp_path / "t.json")
     assert (topology.num_blocks, topology.block_size, topology.model.num_hidden_layers) == (8, 16, 3)
     assert [text["name"] for text in topology.provenance["texts"]] == ["a.txt", "b.txt"]
@@ -39,6 +40,22 @@ def test_it_writes_a_topology_and_says_what_it_reached(
     said = json.loads(capsys.readouterr().out)
     assert said["topology_sha256"] == topology.sha256
     assert list((tmp_path / "steps").iterdir()), "a folder that was named stays"
+
+
+@pytest.mark.parametrize(
+    ("more", "stages"), [((), 9), (("--cuts",), 12), (("--method", "ultrametric", "--steps", "2"), 4)]
+)
+def test_every_stage_has_a_line_and_what_they_need_comes_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], stages: int
+) -> None:
+    assert main([*command(folder, tmp_path / "t.json"), *more]) == 0
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"surgeon: {stages} stages, about \d+ s and [\d.]+ GB of memory in all", first)
+    named = [
+        re.fullmatch(rf"surgeon: stage (\d+) of {stages}, .+: \d+ s so far, about \d+ s left", each) for each in lines
+    ]
+    assert list(dict.fromkeys(int(each[1]) for each in named if each)) == list(range(1, stages + 1))
+    assert len(lines) == len([each for each in named if each]) <= stages + 1, "the descent of its steps may say more"
 
 
 def test_equal_windows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,13 @@ def test_a_model_is_assessed_the_same_twice() -> None:
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["assess", str(folder / "model"), "--text", str(folder / "a.txt"), "--length", "128", "--block", "16"]
     assert main([*command, "--density", "0.5"]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    out, said = capsys.readouterr()
+    printed, lines = out.splitlines(), said.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "surgeon: 2 stages",
+        "surgeon: stage 1 of 2",
+        "surgeon: stage 2 of 2",
+    ]
     assert printed[0].startswith("What equal windows at 50% of the blocks cost")
     assert main([*command, "--density", "0.5", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

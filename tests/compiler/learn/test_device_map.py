@@ -100,7 +100,7 @@ def test_the_commands_take_it(folder: Path, tmp_path: Path, capsys: pytest.Captu
     [
         ('{"": "disk"', "expected a name, or a JSON object"),
         ('{"": [0]}', "expected a name, or a JSON object"),
-        ("[0]", "--device-map: expected devices that exist, got '[0]: "),
+        ("[0]", "--device-map: expected devices that exist, got "),
         ('{"": "nowhere"}', "--device-map: expected devices that exist, got "),
         ("cuda:99", "--device-map: expected devices that exist, got 'cuda:99: "),
     ],

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,11 @@ PATTERN_KEYS = [
     "density",
     "mean_density",
 ]
+
+
+def picture(lines: Sequence[str]) -> list[str]:
+    """The rows of the picture: one a layer."""
+    return [line for line in lines if line.startswith("layer ")]
 
 
 def write(tmp_path: Path, *heads: dict[str, object], num_blocks: int = 4, layers: int = 2) -> Path:
@@ -75,8 +82,9 @@ def test_equal_heads_and_layers_are_counted_once(tmp_path: Path) -> None:
 def test_a_topology_file_as_json(tmp_path: Path) -> None:
     file = write(tmp_path, topologies.DENSE, topologies.head())
     found = json.loads(report_json(inspect(file)))
-    assert list(found) == ["kind", "path", "bytes", *PATTERN_KEYS]
+    assert list(found) == ["kind", "path", "bytes", "sha256", *PATTERN_KEYS]
     assert found["kind"] == "topology"
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert found["bytes"] == file.stat().st_size
     assert found["density"] == [[1.0, 0.4], [1.0, 0.4]]
     assert found["mean_density"] == 0.7
@@ -86,7 +94,7 @@ def test_a_topology_file_as_json(tmp_path: Path) -> None:
 def test_a_picture_has_a_row_a_layer_and_a_bar_a_head(tmp_path: Path) -> None:
     file = write(tmp_path, topologies.DENSE, topologies.head(), topologies.head(window=2))
     lines = report_lines(inspect(file), 80, "utf-8")
-    assert lines[-2:] == ("layer 0  █▄▆  0.700", "layer 1  █▄▆  0.700")
+    assert picture(lines) == ["layer 0  █▄▆  0.700", "layer 1  █▄▆  0.700"]
 
 
 def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
@@ -98,11 +106,11 @@ def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
     assert report.summary.mean_density == 0.4
     assert (report.summary.distinct_layers, report.summary.distinct_heads) == (1, 1)
     lines = report_lines(report, 80, "utf-8")
-    assert lines[-2:] == ("layer 0  not covered", "layer 1  ▄▄  0.400")
+    assert picture(lines) == ["layer 0  not covered", "layer 1  ▄▄  0.400"]
     assert "        0  not covered" in lines
     packaged = inspect(packages.write(tmp_path / "kernels", read_topology(file), ["cpu", "cuda:90"]))
     assert packaged.summary == report.summary
-    assert report_lines(packaged, 80, "utf-8")[-2:] == lines[-2:]
+    assert picture(report_lines(packaged, 80, "utf-8")) == picture(lines)
     uncovered, covered = json.loads(report_json(packaged))["runs"]
     assert uncovered is None
     assert covered["on_gpu"] == [{"target": "cuda:90", "kernels": 1, "by_table": False}]
@@ -113,7 +121,7 @@ def test_bars_are_ascii_where_the_encoding_has_none(tmp_path: Path) -> None:
     for encoding in ("ascii", "latin-1", "cp437", "no such encoding"):
         lines = report_lines(report, 80, encoding)
         assert "".join(lines).isascii()
-        assert lines[-1] == "layer 1  @=  0.700"
+        assert picture(lines)[-1] == "layer 1  @=  0.700"
 
 
 @pytest.mark.parametrize("width", [1, 20, 40])
@@ -122,12 +130,12 @@ def test_a_narrow_picture_puts_several_heads_into_a_cell(tmp_path: Path, width: 
     lines = report_lines(report, width, "utf-8")
     assert any("a cell is the mean of" in line for line in lines)
     assert all(len(line) <= max(width, 17) for line in lines if line.startswith("layer "))
-    assert lines[-1].endswith("0.700")
+    assert picture(lines)[-1].endswith("0.700")
 
 
 def test_a_wide_terminal_gives_every_head_its_cell(tmp_path: Path) -> None:
     lines = report_lines(inspect(write(tmp_path, *[topologies.DENSE] * 32)), 80, "utf-8")
-    assert lines[-1] == f"layer 1  {'█' * 32}  1.000"
+    assert picture(lines)[-1] == f"layer 1  {'█' * 32}  1.000"
     assert not any("a cell is the mean of" in line for line in lines)
 
 
@@ -198,9 +206,39 @@ def test_a_package_for_people(tmp_path: Path) -> None:
     assert report.id in text
     assert report.summary.topology_sha256 in text
     assert "cpu: 3 kernels, fp32, bf16, fp16" in text
-    assert "g++ (Debian) 12" in text
-    assert "cpu/attention.so" in text
+    assert "cpu/attention.so" not in text
     assert "        1  attention_000    2 heads      4 pieces  cpu: every block seen up to token 128" in text
+
+
+def test_what_a_person_wants_comes_first_and_the_hashes_last(tmp_path: Path) -> None:
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
+    file = write(tmp_path, topologies.DENSE, topologies.head())
+    for path, heads in (
+        (folder, ["package", "target", "model", "blocks", "density", "schedules"]),
+        (file, ["topology", "model", "blocks", "density", "schedules"]),
+    ):
+        lines = report_lines(inspect(path), 80, "utf-8")
+        assert [line.split()[0] for line in lines[: lines.index("")]] == heads
+        assert [number for number, line in enumerate(lines) if re.search("[0-9a-f]{64}", line)] == [
+            len(lines) - 3,
+            len(lines) - 2,
+        ]
+        assert lines[-1] == "weights    any"
+    assert "density    70.0% of the causal pairs" in "\n".join(report_lines(inspect(file), 80, "utf-8"))
+
+
+def test_the_hashes_are_those_that_sha256sum_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
+    assert cli.main(["inspect", str(folder), "--files"]) == 0
+    text = capsys.readouterr().out
+    assert "tool       g++: g++ (Debian) 12" in text
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert f"{digest}  {path.relative_to(folder).as_posix()}, {path.stat().st_size:,} bytes" in text
+    file = write(tmp_path, topologies.DENSE)
+    assert cli.main(["inspect", str(file)]) == 0
+    assert f"sha256     {hashlib.sha256(file.read_bytes()).hexdigest()}, of the file" in capsys.readouterr().out
 
 
 def test_a_damaged_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,17 +7,21 @@ import shutil
 import struct
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from models import SHAPE, sparse_topology
 from surgeon.compiler.cli.main import main
+from surgeon.compiler.pilot import pilot_charts
 from surgeon.compiler.pilot.page import report
-from surgeon.compiler.pilot.pilot_charts import curves
+from surgeon.compiler.pilot.pilot_charts import curves, density_figures, passkey_figures
+from surgeon.compiler.pilot.svg import Figure
 from surgeon.compiler.pilot.table import density_table
 from surgeon.compiler.pilot.topology_charts import dendrogram_figures, mask_picture
 from surgeon.compiler.schedule.schedule import schedule_layers
@@ -107,8 +111,9 @@ def pilot(name: str = "a model", sha256: str = topology().sha256, density: float
 
 def test_the_page_shows_all_of_it() -> None:
     page = Page(report(pilot(), topology()))
-    assert page.figures == {"figures": 7, "passkeys": 2, "density": 1, "dendrograms": 2, "masks": 3}
-    assert page.tags["svg"] == 15
+    assert page.figures == {"passkeys": 2, "density": 1, "dendrograms": 2, "masks": 3}
+    assert page.tags["svg"] == 8
+    assert "figures" not in page.text, "with one density the table has said it all"
     table = " ".join(page.text["table"].split())
     for cell in ("19.750 ± 1.500", "1.0625 ± 0.0312", "12.5 ± 0.5", "2 of 4", "37.5%", "unchanged"):
         assert cell in table
@@ -154,6 +159,9 @@ def test_several_pilots_make_curves_by_density() -> None:
     assert page.figures["figures"] == 7
     assert page.tags["table"] == 2
     assert "75.0%" in page.text["figures"]
+    cells = re.findall(r"[\d.]+%", page.text["figures"].split("The models beside those above")[1])
+    assert {"75.0%", "50.0%"} <= set(cells)
+    assert not {"37.5%", "100.0%"} & set(cells), "the first pilot's models and the dense one stand in the first table"
     assert "75.0%, topology 4444" in page.text["provenance"]
 
 
@@ -189,6 +197,36 @@ def test_pilots_that_differ_in_more_than_their_topology_are_refused(changes: dic
         report(pilot(), topology(), [(where, dataclasses.replace(other, **changes))])
 
 
+def axes_of(draw: Callable[[Pilot], object], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of the charts that are drawn, kept and laid out."""
+    kept: list[Any] = []
+
+    def keep(title: str, draw: Callable[[Any], None], inches: tuple[float, float]) -> Figure:
+        canvas = Canvas(figsize=inches, layout="constrained")
+        draw(canvas.add_subplot())
+        canvas.draw_without_rendering()
+        kept.append(canvas.axes[0])
+        return Figure(title, "")
+
+    monkeypatch.setattr(pilot_charts, "figure", keep)
+    draw(pilot())
+    return kept
+
+
+@pytest.mark.parametrize("draw", [lambda one: density_figures((one,)), passkey_figures], ids=["density", "depth"])
+def test_charts_name_their_axes_and_their_legends_cross_no_line(
+    draw: Callable[[Pilot], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charts = axes_of(draw, monkeypatch)
+    assert charts
+    for axes in charts:
+        assert axes.get_xlabel().split(":")[0] in {"density", "depth"}
+        assert axes.get_ylabel()
+        (legend,) = axes.figure.legends
+        assert axes.get_legend() is None
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
 def test_it_refers_to_nothing_outside() -> None:
     text = report(pilot(), topology(), several())
     page = Page(text)
@@ -207,7 +245,7 @@ def test_every_string_is_escaped() -> None:
     columns = (*evil.columns[:2], dataclasses.replace(evil.columns[2], name=EVIL))
     page = Page(report(dataclasses.replace(evil, columns=columns), topology(EVIL), several()))
     assert page.tags["script"] == 0
-    for section in ("table", "figures", "provenance"):
+    for section in ("table", "provenance", "passkeys"):
         assert EVIL in page.text[section] or json.dumps(EVIL) in page.text[section]
 
 
@@ -297,7 +335,7 @@ def test_a_browser_draws_it_within_the_width_of_a_phone(tmp_path: Path) -> None:
     assert found is not None
     width, content, drawn, images = json.loads(found[1])
     assert content <= width
-    assert drawn == 15
+    assert drawn == 8
     assert images >= 4
     shot = tmp_path / "page.png"
     run(f"--screenshot={shot}")

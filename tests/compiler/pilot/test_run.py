@@ -31,9 +31,13 @@ def test_it_writes_its_file_prints_a_table_and_passes(
 ) -> None:
     out = tmp_path / "pilot.json"
     assert main(command(folder, package, out, "--max-ppl-ratio", "50", "--min-speedup", "0.0001")) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "perplexity, times dense" in printed
     assert "met: perplexity ratio" in printed
+    first, *lines = said.splitlines()
+    assert first.startswith("surgeon: 5 stages, about ")
+    stages = [line.split(",")[0].removeprefix("surgeon: ") for line in lines]
+    assert list(dict.fromkeys(stages)) == [f"stage {number} of 5" for number in range(1, 6)]
     pilot = read_pilot(out)
     assert [file.name for file in tmp_path.iterdir()] == ["pilot.json"]
     assert [column.name for column in pilot.columns] == ["dense", "patched", "window"]

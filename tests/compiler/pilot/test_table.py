@@ -11,7 +11,7 @@ ROWS = {
     "perplexity, times dense": ("–", "1.0000"),
     "KL from dense, nats a token": ("–", "2.00000"),
     "KL in the last quarter": ("–", "3.00000"),
-    "same first token": ("–", "400.00%"),
+    "most likely next token agrees": ("–", "400.00%"),
     "passkeys found": ("–", "–"),
     "first token, s": ("0.250 ± 0.062", "0.250 ± 0.062"),
     "first token, times as fast": ("–", "5.00"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import packages
 from surgeon.compiler import compile_package
 from surgeon.runtime import __version__
 from surgeon.runtime.errors import PackageError
@@ -277,7 +278,8 @@ def test_a_thousand_files_take_no_time_that_grows_with_their_square(package: Pat
     manifest = manifest_of(package)
     files = tuple(replace(entry, path=Name(entry.path)) for entry in manifest.files)
     reader._check_listing(package, replace(manifest, files=files))
-    reader._check_folder(package, {Name(name) for name in (entry.path for entry in files)}, None)
+    with reader._opened(package) as place:
+        reader._check_folder(reader._Place(package, place, None), {Name(entry.path) for entry in files})
     assert len(files) < hashed < 10 * len(files)
 
 
@@ -344,3 +346,54 @@ def test_a_required_file_that_is_not_listed(package: Path, name: str) -> None:
     (package / name).unlink()
     (package / "manifest.json").write_text(replace(manifest, files=kept).to_json())
     refused(package, f"files: expected {name}")
+
+
+@pytest.fixture
+def replaced(package: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Other packages take the place of `package`, each while a file of the one before is read; their ids."""
+    read, ids = reader._read, []
+
+    def read_while_another_comes(place: reader._Place, path: str, limit: int) -> bytes:
+        if path == "topology.json" and len(ids) < REPLACED:
+            packages.write(package, window_topology([1, 2, 3][: len(ids) % 3 + 1], head_dim=32))
+            ids.append(hashlib.sha256((package / "manifest.json").read_bytes()).hexdigest())
+        return read(place, path, limit)
+
+    monkeypatch.setattr(reader, "_read", read_while_another_comes)
+    return ids
+
+
+REPLACED = 5
+
+
+def test_a_package_that_is_replaced_while_it_is_read(package: Path, replaced: list[str]) -> None:
+    found = read_package(package)
+    assert found.id == replaced[-1]
+    assert len(replaced) == REPLACED
+    assert found.manifest == manifest_of(package)
+
+
+def test_a_package_that_is_replaced_whenever_it_is_read(
+    package: Path, replaced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_TRIES", REPLACED)
+    refused(package, "expected a package that stays for as long as reading takes, got others each time; try later")
+
+
+def test_a_package_that_is_removed_while_it_is_read(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = reader._read
+
+    def read_while_it_goes(place: reader._Place, path: str, limit: int) -> bytes:
+        shutil.rmtree(package, ignore_errors=True)
+        return read(place, path, limit)
+
+    monkeypatch.setattr(reader, "_read", read_while_it_goes)
+    refused(package, "expected a package folder, got nothing")
+
+
+def test_no_folder_stays_open(package: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    read_package(package)
+    (package / "cpu" / "unlisted").write_text("")
+    refused(package, "expected only files that the manifest lists")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

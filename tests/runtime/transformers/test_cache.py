@@ -70,7 +70,7 @@ def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: 
     expected = generated(model, ids, mask, **GENERATIONS[how])
     torch.manual_seed(7)
     cache = SurgeonCache(packages[name].package)
-    assert torch.equal(generated(model, ids, mask, past_key_values=cache, **GENERATIONS[how]), expected)
+    assert torch.equal(generated(model, ids, mask, **cache.argument, **GENERATIONS[how]), expected)
     assert cache.get_seq_length() == 90 + 39
     if how == "greedy":
         unpatch(model)

@@ -3,18 +3,22 @@
 import platform
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from processes import ended
 from surgeon.compiler.kernels.cpu.build import Compiler, build_cpu, find_compiler
 from surgeon.compiler.kernels.cpu.render import render_cpu
 from surgeon.compiler.kernels.cpu.variants import PORTABLE, X86_64, variants_for
 from surgeon.compiler.schedule.schedule import schedule_layers
-from surgeon.compiler.specs.artifacts import Source
+from surgeon.compiler.specs.artifacts import CpuSource
 from surgeon.compiler.specs.specialize import specialize_cpu
 from surgeon.compiler.system.cache import Cache
+from surgeon.compiler.system.compilers import time_limit
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError
 from surgeon.runtime.package.target import DTYPES, Target
@@ -23,7 +27,7 @@ from topologies import build, head, window_topology
 Golden = Callable[[str, str], None]
 
 
-def rendered(topology: Topology, machine: str = platform.machine()) -> Source:
+def rendered(topology: Topology, machine: str = platform.machine()) -> CpuSource:
     specs = specialize_cpu(topology, schedule_layers(topology), Target("cpu"))
     return render_cpu(specs, variants_for(machine))
 
@@ -74,7 +78,9 @@ def test_the_kernels_of_the_manifest(tmp_path: Path) -> None:
     assert exported == {
         "surgeon_abi_version",
         "surgeon_attention_000",
+        "surgeon_attention_000_digest",
         "surgeon_attention_001",
+        "surgeon_attention_001_digest",
         "surgeon_call_bytes",
         "surgeon_supports",
         "surgeon_variant",
@@ -156,6 +162,68 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     with pytest.raises(BuildError, match=r"got exit status 4: x\.cpp:1: error: no luck; write the sources with --dump"):
         build_cpu(rendered(small()), Cache(tmp_path / "cache"), jobs=2)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def wrapped(folder: Path, script: str) -> str:
+    """A compiler that is this script for every call but `--version`; `"$@"` are the real one's arguments."""
+    command = folder / "wrapped-g++"
+    real = find_compiler(None).command
+    command.write_text(f'#!/bin/sh\ncase "$1" in --version) echo "wrapped 1.0"; exit;; esac\nreal={real}\n{script}\n')
+    command.chmod(0o755)
+    return str(command)
+
+
+@pytest.mark.parametrize(
+    ("linked", "said"),
+    [
+        ("echo garbage > out", "(too short|invalid ELF header)"),
+        (": > out", "too short"),
+        ("echo 'int x;' > x.c && $real -shared -x c x.c -o out", "undefined symbol: surgeon_abi_version"),
+        ('$real "$@" && head -c 40000 out > cut && mv cut out', "got "),
+    ],
+    ids=["text", "nothing", "another library", "half of it"],
+)
+def test_a_linker_that_fails_without_saying_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, linked: str, said: str
+) -> None:
+    link = f'case "$*" in *-shared*) {linked};; *) exec $real "$@";; esac'
+    monkeypatch.setenv("CXX", wrapped(tmp_path, link))
+    cache = Cache(tmp_path / "cache")
+    for _ in range(2):  # what is wrong is not kept
+        with pytest.raises(BuildError, match=rf"the linked library: expected one that loads .* 1 kernels, .*{said}"):
+            build_cpu(plain_source(), cache, jobs=2)
+
+
+def plain_source() -> CpuSource:
+    """A source that compiles quickly: the portable kernels alone, for one dtype."""
+    topology = window_topology([1, 2], head_dim=32)
+    specs = specialize_cpu(topology, schedule_layers(topology), Target("cpu"), ["fp32"])
+    return render_cpu(specs, (replace(PORTABLE, flags=("-O0",)),))
+
+
+def test_a_compiler_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", wrapped(tmp_path, f"sleep 600 & echo $! >> {tmp_path}/sleeping; wait"))
+    monkeypatch.setenv("SURGEON_COMPILER_SECONDS", "0.5")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(
+        BuildError, match=r"wrapped 1\.0: \w+\.cpp: expected an end within 0\.5 s, got .*SURGEON_COMPILER_SECONDS"
+    ):
+        build_cpu(plain_source(), Cache(tmp_path / "cache"), jobs=2)
+    for number in (tmp_path / "sleeping").read_text().split():
+        ended(int(number))
+    assert not list(tmp_path.glob("surgeon-*"))
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf", "1e300"])
+def test_a_time_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SURGEON_COMPILER_SECONDS", text)
+    with pytest.raises(BuildError, match=r"SURGEON_COMPILER_SECONDS: expected a number of seconds, or 0 for no limit"):
+        time_limit()
+
+
+def test_no_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGEON_COMPILER_SECONDS", "0")
+    assert time_limit() is None
 
 
 def test_the_compiler_is_known_by_its_version() -> None:

@@ -170,7 +170,7 @@ def test_keeping_less_for_the_backward_pass_changes_nothing(monkeypatch: pytest.
     kept: list[Observation] = []
     remade: list[Observation] = []
     observe_dense(model, ids, torch.Generator().manual_seed(0), kept.append)
-    monkeypatch.setattr(decoder, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(decoder, "KEPT_BYTES", 0)
     observe_dense(model, ids, torch.Generator().manual_seed(0), remade.append)
     assert [layer.layer for layer in remade] == [2, 1, 0]
     for one, other in zip(kept, remade, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_calls import ATTRIBUTES, LAUNCHES, LOADS, arguments, changed, entry_of, kernels, launches, only_cuda, tensors
+from gpu_calls import ATTRIBUTES, LAUNCHES, LOADS, arguments, entry_of, kernels, launches, only_cuda, tensors
 from gpu_standin import Standin
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.kernels.gpu.driver import Driver
@@ -74,9 +74,12 @@ def test_code_that_the_driver_does_not_take(files: PackageFiles, backend: str, d
 
 
 def test_a_kernel_that_is_not_in_the_code(files: PackageFiles, backend: str, driver: Driver) -> None:
-    renamed = changed(files, backend, lambda entry: dataclasses.replace(entry, symbol="elsewhere"))
-    with pytest.raises(PackageError, match=r": elsewhere: expected code that the driver loads, got .*ERROR_NOT_FOUND"):
-        kernels(renamed, backend, driver)
+    code = {entry_of(files, backend).file: files.files[entry_of(files, backend, "combine").file]}
+    swapped = dataclasses.replace(files, files=dict(files.files) | code)
+    with pytest.raises(
+        PackageError, match=r"attention_000: expected code that the driver loads, got .*ERROR_NOT_FOUND"
+    ):
+        kernels(swapped, backend, driver)
 
 
 def test_a_launch_that_the_driver_refuses(

@@ -48,6 +48,18 @@ REFUSED = {
         lambda entry: dataclasses.replace(entry, heads=(0, 4)) if entry.phase == "decode" else entry,
         r"heads: expected none for the phase decode, got \(0, 4\)",
     ),
+    "another function": (
+        lambda entry: dataclasses.replace(entry, symbol="combine" if entry.phase != "combine" else "decode"),
+        r"symbol: expected attention_00\d, in its file for (bf|fp)16, got 'combine in ",
+    ),
+    "another layer's function": (
+        lambda entry: dataclasses.replace(entry, schedule="attention_009"),
+        r"symbol: expected attention_009, in its file for (bf|fp)16, got 'attention_00",
+    ),
+    "another dtype's file": (
+        lambda entry: dataclasses.replace(entry, file=entry.file.translate(str.maketrans("bf", "fb"))),
+        r"symbol: expected attention_00\d, in its file for (bf|fp)16, got ",
+    ),
     "a dtype": (lambda entry: dataclasses.replace(entry, dtype="fp8"), r"dtype: expected one of bf16, fp16, got 'fp8'"),
 }
 
@@ -76,6 +88,26 @@ def test_a_table_that_points_elsewhere(files: PackageFiles, backend: str, driver
     damaged = dataclasses.replace(files, files=dict(files.files) | {"tables.safetensors": data})
     with pytest.raises(PackageError, match=r"attention_000\.decode\.rows\[0\]: expected numbers of \d plans"):
         kernels(damaged, backend, driver)
+
+
+@by_any_way
+def test_a_table_that_reads_outside_the_keys(files: PackageFiles, backend: str, driver: Driver) -> None:
+    segments = tables(files)["attention_000.decode.segments"]
+    segments[0, 0] = -1_000_000
+    data = safetensors.numpy.save(tables(files) | {"attention_000.decode.segments": segments})
+    damaged = dataclasses.replace(files, files=dict(files.files) | {"tables.safetensors": data})
+    with pytest.raises(PackageError, match=r"attention_000\.decode\.segments\[0\]: expected ascending units"):
+        kernels(damaged, backend, driver)
+
+
+@by_any_way
+@pytest.mark.parametrize("table", ["prefill_1x1", "prefill_2x1", "decode.rows", "attention_000.decode"])
+def test_a_table_of_another_kind(files: PackageFiles, backend: str, driver: Driver, table: str) -> None:
+    other = changed(
+        files, backend, lambda entry: dataclasses.replace(entry, table=table) if entry.phase == "decode" else entry
+    )
+    with pytest.raises(PackageError, match=rf"table: expected 'decode', got '{table}'; do not use this package"):
+        kernels(other, backend, driver)
 
 
 @by_any_way
