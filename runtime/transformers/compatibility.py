@@ -8,11 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surgeon.runtime.errors import PatchError, TargetError, short_repr
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import ModelShape
-from surgeon.runtime.transformers.computed_dtype import computed_dtypes
 from surgeon.runtime.transformers.fingerprint import are_weights, weights_id
 from surgeon.runtime.transformers.layers import (
     FULL,
     IMPLEMENTATIONS,
+    computed_dtypes,
     find_attention,
     layer_of,
     layer_type,

@@ -11,9 +11,8 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.ops.input_checks import cache_slots
 from surgeon.runtime.transformers.attention import runs_kernel
 from surgeon.runtime.transformers.cache import CACHE_NAME
-from surgeon.runtime.transformers.computed_dtype import computed_dtypes
 from surgeon.runtime.transformers.graph.export import exported
-from surgeon.runtime.transformers.layers import find_attention
+from surgeon.runtime.transformers.layers import computed_dtypes, find_attention
 
 
 class ServingStep(torch.nn.Module):

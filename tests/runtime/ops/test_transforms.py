@@ -156,7 +156,7 @@ def test_ops_without_gradients_are_refused(package: Package, values: Values) -> 
     cos, sin = torch.ones(1, 40, 32), torch.zeros(1, 40, 32)
 
     def rotary(q: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, None, 1.0, package.id, 0)
+        result: torch.Tensor = torch.ops.surgeon.attention_rotary(q, k, v, cos, sin, None, 1.0, 0, 0, package.id, 0)
         return result
 
     for way in (lambda q: torch.func.grad(lambda q: rotary(q).sum())(q), lambda q: torch.func.vmap(rotary)(q[None])):

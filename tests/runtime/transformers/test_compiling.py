@@ -99,9 +99,9 @@ def test_under_autocast(model: LlamaForCausalLM, compiled: dict[str, Compiled]) 
 def test_a_surgeon_cache_breaks_the_graph_at_its_layers(model: LlamaForCausalLM, compiled: dict[str, Compiled]) -> None:
     """It gives the same logits, bit for bit, and whoever insists on one graph is told why there is none."""
     package = compiled["sparse"].package
-    expected = decoded(model, SurgeonCache(package), (38, 39, 45))
+    expected = decoded(model, SurgeonCache(package), (38, 39))
     with_breaks = torch.compile(model, backend="eager", dynamic=True)
-    assert torch.equal(decoded(with_breaks, SurgeonCache(package), (38, 39, 45)), expected)
+    assert torch.equal(decoded(with_breaks, SurgeonCache(package), (38, 39)), expected)
     assert all("a SurgeonCache drops blocks as it goes" in reason for reason in counters["graph_break"])
     with pytest.raises(
         torch._dynamo.exc.Unsupported, match="SurgeonCache drops blocks as it goes: give a DynamicCache"

@@ -63,5 +63,5 @@ def test_slots_of_a_pool(package: Package, values: Values) -> None:
         blocks = torch.nn.functional.pad(states, (0, 0, 0, 8)).view(2, 2, 3, 16, 32)
         pool[table.long().flatten()] = blocks.flatten(0, 2)
     start = torch.zeros(2, dtype=torch.int64)
-    found = torch.ops.surgeon.attention_paged(q, *pools, table, start, None, 32**-0.5, package.id, 0)
+    found = torch.ops.surgeon.attention_paged(q, *pools, table, start, None, 32**-0.5, 0, 0, package.id, 0)
     torch.testing.assert_close(found, package.attention(0, q, k, v), atol=1e-6, rtol=0)
