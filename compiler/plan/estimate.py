@@ -15,7 +15,7 @@ from surgeon.runtime.evaluate.estimates import Estimate, middle
 
 TEXTS = 3
 """The texts that assessing, learning and piloting are planned for."""
-_SEQUENCES, _PROMPTS, _ROUNDS = 4 * TEXTS, 40, 5  # a pilot's defaults
+_SEQUENCES, _PROMPTS, _ROUNDS = 4 * TEXTS, 56, 5  # a pilot's defaults
 _MODELS = 3  # beside the dense one: patched, by the pattern alone, and with equal windows
 _LEAST_SECONDS = 1e-6
 
