@@ -1,5 +1,6 @@
 """A small part of each soak; `python -m tests.soak` runs them in full."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_package_is_loaded_while_compiles_replace_it(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_threads_get_what_a_single_thread_gets(tmp_path: Path) -> None:
     package = load(compile_package(sparse_topology(), tmp_path / "kernels", dtypes=("fp32",)), strict=True)
-    calls = mixed_calls(package)
+    calls = dict(itertools.islice(mixed_calls(package).items(), 0, None, 3))  # some of each kind
     found = call_from_threads(calls, seconds=0)
     assert found.faults == []
     assert found.calls == THREADS * len(calls)

@@ -57,7 +57,7 @@ def check_writable(out: Path, error: type[SurgeonError]) -> None:
     if not out.parent.is_dir():
         raise error(str(out), "a place in a folder that exists", "none", "make the folder, or name another --out")
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}-"):
+        with tempfile.TemporaryFile(dir=out.parent):  # without a name, so nothing stays if the process is killed
             pass
     except OSError as failure:
         raise error(str(out), "a place to write", failure.strerror or str(failure), "name another --out") from None
