@@ -20,7 +20,7 @@ from models import SHAPE, sparse_topology
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.pilot import pilot_charts
 from surgeon.compiler.pilot.page import report
-from surgeon.compiler.pilot.pilot_charts import curves, density_figures, passkey_figures
+from surgeon.compiler.pilot.pilot_charts import curves, density_figures, retrieval_figures
 from surgeon.compiler.pilot.svg import Figure
 from surgeon.compiler.pilot.table import density_table
 from surgeon.compiler.pilot.topology_charts import dendrogram_figures, mask_picture
@@ -230,7 +230,7 @@ def axes_of(draw: Callable[[Pilot], object], monkeypatch: pytest.MonkeyPatch) ->
     return kept
 
 
-@pytest.mark.parametrize("draw", [lambda one: density_figures((one,)), passkey_figures], ids=["density", "depth"])
+@pytest.mark.parametrize("draw", [lambda one: density_figures((one,)), retrieval_figures], ids=["density", "depth"])
 def test_charts_name_their_axes_and_their_legends_cross_no_line(
     draw: Callable[[Pilot], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +262,7 @@ def test_every_string_is_escaped() -> None:
     columns = (*evil.columns[:2], dataclasses.replace(evil.columns[2], name=EVIL))
     page = Page(report(dataclasses.replace(evil, columns=columns), topology(EVIL), several()))
     assert page.tags["script"] == 0
-    for section in ("table", "provenance", "passkeys"):
+    for section in ("table", "provenance", "figures"):
         assert EVIL in page.text[section] or json.dumps(EVIL) in page.text[section]
 
 
