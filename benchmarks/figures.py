@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgeon.runtime.evaluate.continuation import CONTINUATION
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
 from surgeon.runtime.evaluate.tasks.numbers import SINGLE
 
@@ -19,7 +20,8 @@ Row = Mapping[str, Any]
 
 def first_figures() -> str:
     """The few figures that a reader sees first, each with its condition."""
-    rows: list[tuple[str, ...]] = [
+    rows: list[tuple[str, ...]] = [_continuation(row) for row in _read("answers")["rows"]]
+    rows += [
         (
             f"first token of a prompt of {row['length']:,} tokens, {_share(_learned(row['topology']))}",
             f"{row['dense_s']:.2f} s",
@@ -30,13 +32,8 @@ def first_figures() -> str:
     pilot = read_pilot(RESULTS / f"pilot-{QUARTER}.json")
     dense, patched = (_column(pilot, name) for name in ("dense", "patched"))
     learned = _learned(QUARTER)
-    means = [statistics.geometric_mean(text[name] for text in learned["texts"]) for name in _PERPLEXITIES]
     hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_share(learned)}"
     rows += [
-        (
-            f"perplexity at {learned['length']:,} tokens, mean of two unseen texts, {_share(learned)}",
-            *(f"{mean:.2f}" for mean in means),
-        ),
         (hidden, _found(pilot, dense), _found(pilot, patched)),
         (f"of these, in the first half of {pilot.length:,} tokens", _far_back(pilot, dense), _far_back(pilot, patched)),
     ]
@@ -57,7 +54,17 @@ def first_figures() -> str:
     return (
         _table((f"SmolLM2-135M, {machine['threads']} CPU threads", "dense", "Surgeon"), rows)
         + f"\n{machine['processor']}, {machine['torch_isa']}, torch {machine['torch']}, fp32, "
-        f"{machine['date'][:10]}. Times are medians.\n"
+        f'{machine["date"][:10]}. Times are medians.\nThe first row is with `recall="dense"`, the others with '
+        '`recall="pattern"`.\n'
+    )
+
+
+def _continuation(row: Row) -> tuple[str, str, str]:
+    """A topology that was learned for answers: the perplexity of the tokens that follow a prompt."""
+    means = [statistics.geometric_mean(text[name] for text in row["texts"]) for name in _PERPLEXITIES]
+    return (
+        f"perplexity of the {CONTINUATION} tokens after a prompt of {row['length'] - CONTINUATION:,}, {_share(row)}",
+        *(f"{mean:.2f}" for mean in means),
     )
 
 
@@ -94,8 +101,8 @@ def far_back() -> str:
     patched = [(pilot, _column(pilot, "patched")) for pilot in pilots]
     found = [f"{_far(pilot, column)[0]:.0f} with {column.density:.0%}" for pilot, column in patched]
     return (
-        f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M found "
-        f"{dense:.0f} when it read all blocks, {', '.join(found[:-1])} and {found[-1]}.\n"
+        f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M by the pattern "
+        f"alone found {dense:.0f} when it read all blocks, {', '.join(found[:-1])} and {found[-1]}.\n"
     )
 
 
@@ -158,6 +165,13 @@ def _everything() -> Iterator[tuple[str, str]]:
         yield (
             f"SmolLM2-135M, perplexity at {row['length']:,} tokens of unseen text, {row['density']:.0%} of the blocks",
             f"{row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f}",
+        )
+    for row in _read("answers")["rows"]:
+        yield (
+            f"windows learned for answers, SmolLM2-135M, recall dense, {_share(row)}: the {CONTINUATION} tokens after "
+            f"a prompt of {row['length'] - CONTINUATION:,}, two unseen texts",
+            f"perplexity {row['ratio']:.3f}x dense; KL divergence {_mean(row, 'divergence'):.4f}, "
+            f"equal windows {_mean(row, 'windows_divergence'):.4f}",
         )
     for row in _read("learn")["rows"]:
         yield (
@@ -225,6 +239,10 @@ def _pilots() -> list[Pilot]:
 def _learned(topology: str) -> Row:
     rows: dict[str, Row] = {row["topology"]: row for row in _read("learn")["rows"]}
     return rows[topology]
+
+
+def _mean(row: Row, name: str) -> float:
+    return statistics.fmean(text[name] for text in row["texts"])
 
 
 def _windows() -> list[Row]:

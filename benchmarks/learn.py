@@ -3,7 +3,9 @@
     python benchmarks/learn.py                            # all of them
     python benchmarks/learn.py smollm2-135m-25 --again    # one of them, anew: make learn-demo
 
-The topologies go to topologies/, the scores to results/learn.json, one row each. A topology that exists is scored but
+The topologies go to topologies/, the scores to results/, one row each: learn.json has those that were learned for text,
+scored on whole sequences by the pattern alone; answers.json those that were learned for answers, scored on the last 256
+tokens of each sequence with recall "dense". A topology that exists is scored but
 not learned again, except with --again. The steps of learning are kept in the cache, so that a stopped run can continue.
 """
 
@@ -37,11 +39,14 @@ from surgeon.compiler.topology.topology import mean_density
 from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import Comparison, compare
+from surgeon.runtime.evaluate.continuation import compare_continued
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "learn.json"
+ANSWERS = FOLDER / "results" / "answers.json"
 TOKENS_SCORED = 6 * 2048  # per text
 SINK = 1
+STEP = 64  # tokens of a continuation that are read at once; at most the dense rows, so that all of them ask
 
 console = Console(highlight=False)
 
@@ -60,7 +65,12 @@ class Case:
     length: int
     block: int
     measured_length: int
-    way: tuple[str, ...] = ()
+    way: tuple[str, ...] = ("--for", "text")
+
+    @property
+    def results(self) -> Path:
+        """The file of its score."""
+        return RESULTS if self.way else ANSWERS
 
 
 CASES = (
@@ -70,8 +80,11 @@ CASES = (
     Case("smollm2-135m-15", 0.15, 2048, 32, 2048),
     Case("smollm2-135m-22-4096", 0.25, 4096, 64, 2048),
     Case("smollm2-135m-21-8192", 0.25, 8192, 64, 2048),
-    Case("smollm2-135m-25-cuts", 0.25, 2048, 64, 2048, ("--cuts",)),
+    Case("smollm2-135m-25-cuts", 0.25, 2048, 64, 2048, ("--for", "text", "--cuts")),
     Case("smollm2-135m-25-ultrametric", 0.25, 2048, 64, 2048, ("--method", "ultrametric")),
+    Case("smollm2-135m-25-answers", 0.25, 2048, 32, 2048, ()),
+    Case("smollm2-135m-15-answers", 0.15, 2048, 32, 2048, ()),
+    Case("smollm2-135m-10-answers", 0.1, 2048, 32, 2048, ()),
 )
 
 
@@ -162,7 +175,8 @@ def score(case: Case, topology: Topology) -> list[Score]:
     grid = Grid(topology.block_size, topology.num_blocks, SINK, case.density)
     baseline = pattern_topology(shape, grid, Pattern(equal), {})
     texts = held_out(case.length)
-    ours, theirs = under(topology, case.name, texts), under(baseline, f"{case.name}-windows", texts)
+    compared = under if case.way else under_recall
+    ours, theirs = compared(topology, case.name, texts), compared(baseline, f"{case.name}-windows", texts)
     return [scored(name, *found) for (name, _), *found in zip(texts, ours, theirs, strict=True)]
 
 
@@ -194,6 +208,19 @@ def under(topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.
         unpatch(patched)
 
 
+def under_recall(
+    topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.Tensor, ...]]]
+) -> list[Comparison]:
+    """Compares the models on the ends of sequences, whose tokens ask as those of an answer do, for each text."""
+    out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
+    models = (model("dense"), model("patched"))
+    patch(models[1], load(out, strict=True))
+    try:
+        return [compare_continued(models, sequences, STEP)[0].continuation for _, sequences in texts]
+    finally:
+        unpatch(models[1])
+
+
 def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> None:
     """Writes the case's row into the results, in the order of the cases, and prints it."""
     row: dict[str, Any] = {
@@ -211,10 +238,11 @@ def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> N
         "texts": [asdict(found) for found in scores],
         "machine": machine(),
     }
-    rows = {old["topology"]: old for old in json.loads(RESULTS.read_text("utf-8"))["rows"]} if RESULTS.exists() else {}
+    file = case.results
+    rows = {old["topology"]: old for old in json.loads(file.read_text("utf-8"))["rows"]} if file.exists() else {}
     rows[case.name] = row
     ordered = [rows[known.name] for known in CASES if known.name in rows]
-    RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"rows": ordered}, indent=1) + "\n", encoding="utf-8")
     for found in scores:
         console.print(
             f"{case.name}, {found.text}: perplexity {found.dense_perplexity:.2f} dense, {found.perplexity:.2f}"
