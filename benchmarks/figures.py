@@ -59,7 +59,7 @@ def first_figures() -> str:
     )
 
 
-def _continuation(row: Row) -> tuple[str, str, str]:
+def _continuation(row: Row) -> tuple[str, ...]:
     """A topology that was learned for answers: the perplexity of the tokens that follow a prompt."""
     means = [statistics.geometric_mean(text[name] for text in row["texts"]) for name in _PERPLEXITIES]
     return (

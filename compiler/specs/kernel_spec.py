@@ -1,8 +1,8 @@
 """Kernel specifications: one attention kernel to make, with all that its backend needs to render it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from surgeon.compiler.schedule.liveness import liveness_table
+from surgeon.compiler.schedule.liveness import Ints
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.runtime.package.kernel_digest import kernel_digest
@@ -44,7 +44,9 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class CpuSpec(KernelSpec):
-    """A kernel of a CPU library."""
+    """A kernel of a CPU library; `last_readers` is the liveness table of its schedule."""
+
+    last_readers: Ints = field(repr=False, compare=False)
 
     @property
     def symbol(self) -> str:
@@ -59,7 +61,7 @@ class CpuSpec(KernelSpec):
             self.layers,
             self.schedule.heads,
             dtypes=self.dtypes,
-            last_readers=liveness_table(self.schedule),
+            last_readers=self.last_readers,
             num_key_value_heads=self.schedule.num_key_value_heads,
             head_dim=self.head_dim,
             block_size=self.schedule.block_size,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from surgeon.compiler.schedule.liveness import Ints
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import MAX_GROUP
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec, KernelSpec
@@ -15,10 +16,14 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 Tiles = Mapping[Target, TargetTiles]
 """A user's own tile tables."""
 
+LastReaders = Mapping[LayerSchedule, Ints]
+"""The liveness table of each distinct layer that is covered."""
+
 
 def specialize_cpu(
     topology: Topology,
     layers: Sequence[LayerSchedule],
+    last_readers: LastReaders,
     target: Target,
     dtypes: Sequence[str] | None = None,
     _tiles: Tiles | None = None,
@@ -30,7 +35,8 @@ def specialize_cpu(
     Raises:
         TargetError: there is no kernel for a dtype or the head size.
     """
-    return tuple(CpuSpec(**vars(spec)) for spec in _specs(topology, layers, target, dtypes))
+    specs = _specs(topology, layers, target, dtypes)
+    return tuple(CpuSpec(**vars(spec), last_readers=last_readers[spec.schedule]) for spec in specs)
 
 
 def specialize_gpu(
@@ -59,6 +65,18 @@ def specialize_gpu(
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
     return tuple(GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
+
+
+def specialize_gpu_backend(
+    topology: Topology,
+    layers: Sequence[LayerSchedule],
+    _last_readers: LastReaders,
+    target: Target,
+    dtypes: Sequence[str] | None,
+    tiles: Tiles | None,
+) -> tuple[GpuSpec, ...]:
+    """Specifies the kernels of a GPU as every backend is asked to; see `specialize_gpu`."""
+    return specialize_gpu(topology, layers, target, dtypes, tiles)
 
 
 def check_head_dim(head_dim: int) -> None:

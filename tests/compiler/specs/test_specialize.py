@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 import topologies
+from surgeon.compiler.schedule.liveness import liveness_tables
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.schedule.segment_tables import MAX_GROUP
 from surgeon.compiler.specs.kernel_spec import GpuSpec, KernelSpec
@@ -16,8 +17,10 @@ from surgeon.runtime.package.target import Target
 
 
 def specs_of(topology: Topology, target: str = "cpu", dtypes: Sequence[str] | None = None) -> tuple[KernelSpec, ...]:
-    specialize = specialize_cpu if target == "cpu" else specialize_gpu
-    return specialize(topology, schedule_layers(topology), Target.parse(target), dtypes)
+    layers = schedule_layers(topology)
+    if target == "cpu":
+        return specialize_cpu(topology, layers, liveness_tables(layers), Target("cpu"), dtypes)
+    return specialize_gpu(topology, layers, Target.parse(target), dtypes)
 
 
 def error_of(topology: Topology, target: str, dtypes: Sequence[str] | None = None) -> str:

@@ -14,6 +14,7 @@ from processes import ended
 from surgeon.compiler.kernels.cpu.build import Compiler, build_cpu, find_compiler
 from surgeon.compiler.kernels.cpu.render import render_cpu
 from surgeon.compiler.kernels.cpu.variants import PORTABLE, X86_64, variants_for
+from surgeon.compiler.schedule.liveness import liveness_tables
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import CpuSource
 from surgeon.compiler.specs.specialize import specialize_cpu
@@ -28,7 +29,7 @@ Golden = Callable[[str, str], None]
 
 
 def rendered(topology: Topology, machine: str = platform.machine()) -> CpuSource:
-    specs = specialize_cpu(topology, schedule_layers(topology), Target("cpu"))
+    specs = specialize_cpu(topology, layers := schedule_layers(topology), liveness_tables(layers), Target("cpu"))
     return render_cpu(specs, variants_for(machine))
 
 
@@ -197,7 +198,9 @@ def test_a_linker_that_fails_without_saying_so(
 def plain_source() -> CpuSource:
     """A source that compiles quickly: the portable kernels alone, for one dtype."""
     topology = window_topology([1, 2], head_dim=32)
-    specs = specialize_cpu(topology, schedule_layers(topology), Target("cpu"), ["fp32"])
+    specs = specialize_cpu(
+        topology, layers := schedule_layers(topology), liveness_tables(layers), Target("cpu"), ["fp32"]
+    )
     return render_cpu(specs, (replace(PORTABLE, flags=("-O0",)),))
 
 
