@@ -20,7 +20,7 @@ import surgeon.runtime as surgeon
 
 package, model, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-assert surgeon.patch(model, surgeon.load(package)) == ()
+assert surgeon.patch(model, surgeon.load(package), recall="pattern") == ()
 ids = torch.load(out)
 with torch.no_grad():
     torch.save(model(ids).logits, out)

@@ -176,6 +176,9 @@ def judge(case: Case, folder: Path) -> Verdict:
     try:
         refused, does = _done(folder, case.base, gradients=SCHEDULE in case.files)
     except SurgeonError as error:
+        cause = error.__cause__  # the reader's last resort keeps what it did not foresee
+        if cause is not None and not isinstance(cause, OSError | MemoryError | ValueError):
+            raise cause from None
         text = str(error).replace(str(folder), "")
         if not text.isprintable() or len(text) > 1500:
             return Verdict("refused", f"an error that is not one printable line: {text!r:.200}")
