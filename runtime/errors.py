@@ -72,6 +72,11 @@ def short_repr(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """The text with escapes for characters that cannot be shown on a line."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def reason_of(error: BaseException, limit: int = 200) -> str:
     """The text of any exception on one line: what the system says, or the first line of the message, or the class."""
     said = error.strerror if isinstance(error, OSError) else None

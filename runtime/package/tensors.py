@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from surgeon.runtime.errors import PackageError, short_repr
+from surgeon.runtime.errors import PackageError, printable, short_repr
 
 Matrix = npt.NDArray[np.int32]
 
@@ -31,7 +31,7 @@ class Matrices:
         try:
             self._tensors = safetensors.numpy.load(data)
         except Exception as error:  # the library raises its own types and NumPy's
-            raise self.fault("", "a safetensors file", str(error)[:100] or type(error).__name__) from None
+            raise self.fault("", "a safetensors file", printable(str(error)[:100]) or type(error).__name__) from None
 
     def read(self, name: str, columns: int | None = None) -> Matrix:
         """Reads the matrix called `name`, with this number of columns or, if None, at least one.

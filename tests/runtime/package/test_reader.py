@@ -14,7 +14,7 @@ import pytest
 import packages
 from surgeon.compiler import compile_package
 from surgeon.runtime import __version__
-from surgeon.runtime.errors import PackageError
+from surgeon.runtime.errors import PackageError, printable
 from surgeon.runtime.package import reader
 from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.package.reader import read_package
@@ -397,3 +397,7 @@ def test_no_folder_stays_open(package: Path) -> None:
     (package / "cpu" / "unlisted").write_text("")
     refused(package, "expected only files that the manifest lists")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_cannot_be_shown_is_escaped() -> None:
+    assert printable("a\nb \ud800 \x00 ≥") == "a\\nb \\ud800 \\x00 ≥"
