@@ -269,7 +269,7 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         for layer in kernel.layers:
             layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
     for (target, dtype, phase), layers in covered.items():
-        where = f"{root}: {phase} kernels for {printable(f'{target} {dtype}')}"
+        where = f"{root}: {printable(f'{phase} kernels for {target} {dtype}')}"
         if set(layers) != set(manifest.layers):
             raise PackageError(
                 where, f"each of {len(manifest.layers)} covered layers once", short_repr(sorted(layers)), _AGAIN
