@@ -52,7 +52,7 @@ def compile_package(
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
     backends = {target: BACKENDS[target.backend] for target in chosen}
     specs = {
-        target: backend.specialize(topology, layers, last_readers, target, dtypes, tiles)
+        target: backend.specialize(topology, layers, target, dtypes, tiles, last_readers)
         for target, backend in backends.items()
     }
     for target, backend in backends.items():

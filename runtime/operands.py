@@ -169,9 +169,8 @@ def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape
 
 def _check_queries(operands: Operands, shape: ModelShape) -> None:
     q, heads = operands.q, shape.num_attention_heads
-    for name, tokens in (("dense_rows", operands.dense_rows), ("tokens_ahead", operands.tokens_ahead)):
-        if not 0 <= tokens < _MOST_TOKENS:  # ops take any int
-            raise PatchError(f"attention: {name}", "tokens from 0 on", str(tokens), "correct the number")
+    number_of_tokens("attention: dense_rows", operands.dense_rows)  # ops take any int
+    number_of_tokens("attention: tokens_ahead", operands.tokens_ahead)
     if q.dim() != 4 or q.shape[1] != heads or q.shape[3] != shape.head_dim:
         raise _misfit("q", f"[batch, {heads}, length, {shape.head_dim}]", q)
     for name, place in (("position", operands.position), ("cache_leftpad", operands.cache_leftpad)):

@@ -99,6 +99,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         purpose=arguments.purpose,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
+    request.grid(blocks)
     work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_unless_watched()
     with joined():

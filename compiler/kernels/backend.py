@@ -14,7 +14,7 @@ from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
 from surgeon.compiler.specs.artifacts import Binary, CpuSource, GpuSource
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
-from surgeon.compiler.specs.specialize import LastReaders, Tiles, specialize_cpu, specialize_gpu_backend
+from surgeon.compiler.specs.specialize import LastReaders, Tiles, specialize_cpu, specialize_gpu
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
@@ -35,7 +35,7 @@ class Backend(Generic[Spec, Made]):
     """
 
     specialize: Callable[
-        [Topology, Sequence[LayerSchedule], LastReaders, Target, Sequence[str] | None, Tiles | None], tuple[Spec, ...]
+        [Topology, Sequence[LayerSchedule], Target, Sequence[str] | None, Tiles | None, LastReaders], tuple[Spec, ...]
     ]
     wanted_tables: Callable[[tuple[Spec, ...]], dict[str, tuple[LayerSchedule, TableShape]]]
     render: Callable[[tuple[Spec, ...], Mapping[str, SegmentTable], str], tuple[Made, ...]]
@@ -62,7 +62,7 @@ def _render_gpu(specs: tuple[GpuSpec, ...], tables: Mapping[str, SegmentTable], 
 
 
 CPU = Backend(specialize_cpu, _no_tables, _render_cpu, lambda _target: None, _build_cpu)
-GPU = Backend(specialize_gpu_backend, wanted_tables, _render_gpu, check_triton, build_gpu)
+GPU = Backend(specialize_gpu, wanted_tables, _render_gpu, check_triton, build_gpu)
 
 BACKENDS: Mapping[str, Backend[Any, Any]] = {"cpu": CPU, "cuda": GPU, "hip": GPU}
 """Backends by the name that a target gives."""

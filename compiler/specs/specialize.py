@@ -23,10 +23,10 @@ LastReaders = Mapping[LayerSchedule, Ints]
 def specialize_cpu(
     topology: Topology,
     layers: Sequence[LayerSchedule],
-    last_readers: LastReaders,
     target: Target,
-    dtypes: Sequence[str] | None = None,
-    _tiles: Tiles | None = None,
+    dtypes: Sequence[str] | None,
+    _tiles: Tiles | None,
+    last_readers: LastReaders,
 ) -> tuple[CpuSpec, ...]:
     """Specifies the kernels that a CPU library needs, in the order of their first layers.
 
@@ -45,6 +45,7 @@ def specialize_gpu(
     target: Target,
     dtypes: Sequence[str] | None = None,
     tiles: Tiles | None = None,
+    _last_readers: LastReaders | None = None,
 ) -> tuple[GpuSpec, ...]:
     """Specifies the kernels that a GPU needs, with their tiles; `tiles` take precedence over the built-in ones.
 
@@ -65,18 +66,6 @@ def specialize_gpu(
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
     return tuple(GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
-
-
-def specialize_gpu_backend(
-    topology: Topology,
-    layers: Sequence[LayerSchedule],
-    _last_readers: LastReaders,
-    target: Target,
-    dtypes: Sequence[str] | None,
-    tiles: Tiles | None,
-) -> tuple[GpuSpec, ...]:
-    """Specifies the kernels of a GPU as every backend is asked to; see `specialize_gpu`."""
-    return specialize_gpu(topology, layers, target, dtypes, tiles)
 
 
 def check_head_dim(head_dim: int) -> None:

@@ -23,7 +23,7 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
     layers = schedule_layers(topology)
     sources, binaries = [], []
     for target in map(Target.parse, targets):
-        specs = BACKENDS[target.backend].specialize(topology, layers, liveness_tables(layers), target, None, None)
+        specs = BACKENDS[target.backend].specialize(topology, layers, target, None, None, liveness_tables(layers))
         on_cpu = target.backend == "cpu"
         files = tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if on_cpu else ()
         sources.append(CpuSource(target, specs, files, {}))  # only its files are used here

@@ -194,6 +194,8 @@ learn model --text text.txt --density 0.8 --out folder
 learn model --text text.txt --density 0.8 --out text.txt/new.json
 learn model --text text.txt --density 0.8 --out ''
 learn model --text text.txt --density 0.8 --out new.json --method magic
+learn model --text text.txt --density 0.8 --out new.json --for questions
+learn model --text text.txt --density 0.8 --out new.json --for answers --method window
 learn model --text text.txt --density 0.8 --out new.json --arity 4
 learn model --text text.txt --density 0.8 --out new.json --steps 0
 learn model --text text.txt --density 0.8 --out new.json --batch -1

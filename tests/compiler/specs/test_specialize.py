@@ -19,7 +19,7 @@ from surgeon.runtime.package.target import Target
 def specs_of(topology: Topology, target: str = "cpu", dtypes: Sequence[str] | None = None) -> tuple[KernelSpec, ...]:
     layers = schedule_layers(topology)
     if target == "cpu":
-        return specialize_cpu(topology, layers, liveness_tables(layers), Target("cpu"), dtypes)
+        return specialize_cpu(topology, layers, Target("cpu"), dtypes, None, liveness_tables(layers))
     return specialize_gpu(topology, layers, Target.parse(target), dtypes)
 
 

@@ -180,7 +180,7 @@ def test_numbers_of_tokens_that_are_refused(package: Package, name: str, value: 
 
 @pytest.mark.parametrize("rows", [(-1, 0), (1, -1), (2**31, 0)])
 def test_numbers_of_tokens_that_an_op_refuses(package: Package, rows: tuple[int, int]) -> None:
-    with pytest.raises(PatchError, match="expected tokens from 0 on"):
+    with pytest.raises(PatchError, match="expected a whole number of tokens from 0 on"):
         torch.ops.surgeon.attention(*inputs(1, 4, 4, torch.float32), None, None, 0.2, *rows, package.id, 0)
 
 

@@ -4,7 +4,7 @@ import platform
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from surgeon.compiler.kernels.cpu.variants import PORTABLE, X86_64, variants_for
 from surgeon.compiler.schedule.liveness import liveness_tables
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import CpuSource
+from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.specs.specialize import specialize_cpu
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.compilers import time_limit
@@ -28,8 +29,13 @@ from topologies import build, head, window_topology
 Golden = Callable[[str, str], None]
 
 
+def cpu_specs(topology: Topology, dtypes: Sequence[str] | None = None) -> tuple[CpuSpec, ...]:
+    layers = schedule_layers(topology)
+    return specialize_cpu(topology, layers, Target("cpu"), dtypes, None, liveness_tables(layers))
+
+
 def rendered(topology: Topology, machine: str = platform.machine()) -> CpuSource:
-    specs = specialize_cpu(topology, layers := schedule_layers(topology), liveness_tables(layers), Target("cpu"))
+    specs = cpu_specs(topology)
     return render_cpu(specs, variants_for(machine))
 
 
@@ -198,9 +204,7 @@ def test_a_linker_that_fails_without_saying_so(
 def plain_source() -> CpuSource:
     """A source that compiles quickly: the portable kernels alone, for one dtype."""
     topology = window_topology([1, 2], head_dim=32)
-    specs = specialize_cpu(
-        topology, layers := schedule_layers(topology), liveness_tables(layers), Target("cpu"), ["fp32"]
-    )
+    specs = cpu_specs(topology, ["fp32"])
     return render_cpu(specs, (replace(PORTABLE, flags=("-O0",)),))
 
 
