@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from surgeon.runtime.errors import PackageError, printable, reason_of, remedy_for, short_repr
+from surgeon.runtime.errors import PackageError, reason_of, remedy_for, short_repr
 from surgeon.runtime.package.files import NotAFileError, read_regular
 from surgeon.runtime.package.hub_cache import blob_of, blobs_of
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -250,6 +250,9 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         )
     covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
     for index, kernel in enumerate(manifest.kernels):
+        for name in ("target", "dtype", "phase"):  # shown in errors as they are
+            if not (text := getattr(kernel, name)).isprintable():
+                raise PackageError(f"{root}: kernels[{index}].{name}", "a printable name", short_repr(text), _AGAIN)
         if kernel.file not in files:
             raise PackageError(
                 f"{root}: kernels[{index}].file", "a file of the package", short_repr(kernel.file), _AGAIN
@@ -269,7 +272,7 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         for layer in kernel.layers:
             layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
     for (target, dtype, phase), layers in covered.items():
-        where = f"{root}: {printable(f'{phase} kernels for {target} {dtype}')}"
+        where = f"{root}: {phase} kernels for {target} {dtype}"
         if set(layers) != set(manifest.layers):
             raise PackageError(
                 where, f"each of {len(manifest.layers)} covered layers once", short_repr(sorted(layers)), _AGAIN

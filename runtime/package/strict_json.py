@@ -122,7 +122,8 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
     A field's type is a dataclass, a plain type, `tuple[X, ...]` or `X | None`.
 
     Raises:
-        SurgeonError: made by `fault` if a key is missing or unknown, or a value has another type or is not finite.
+        SurgeonError: made by `fault` if a key is missing or unknown, a value has another type or is not finite, or an
+            integer has more than 64 bits.
     """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:  # X | None
@@ -146,4 +147,6 @@ def read_plain(kind: Any, value: object, where: str, fault: Fault) -> object:
         raise fault(where, f"a value of type {kind.__name__}", short_repr(value))
     if isinstance(value, float) and not math.isfinite(value):
         raise fault(where, "a finite number", short_repr(value))
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise fault(where, "an integer of 64 bits", short_repr(value))
     return value

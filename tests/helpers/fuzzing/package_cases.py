@@ -186,7 +186,7 @@ def judge(case: Case, folder: Path) -> Verdict:
     targets = {name.partition(" ")[0] for name in does}
     right = {name: of for name, of in case.base.behaviour.items() if name in does or not _may_lack(name, case, targets)}
     other = sorted(name for name in {*does, *right} if does.get(name) != right.get(name))
-    if TABLES in case.files and targets & {*case.base.gpus} and (fault := _table_fault(case)):
+    if TABLES in case.files and (fault := _table_fault(case, targets & {*case.base.gpus})):
         return Verdict("accepted", f"wrong acceptance, {case.part}: {fault}")
     if refused:
         return Verdict("refused at a call", "")
@@ -243,11 +243,14 @@ def _served(manifest: Json) -> set[tuple[Any, ...]]:
     }
 
 
-def _table_fault(case: Case) -> str:
-    tables = safetensors.numpy.load(case.files[TABLES])
-    names = {f"{kernel['schedule']}.decode" for kernel in case.base.manifest["kernels"] if kernel["schedule"]}
-    present = tuple(sorted(name for name in names if f"{name}.rows" in tables))
-    return out_of_bounds(tables, present, case.base.shape.num_key_value_heads)
+def _table_fault(case: Case, targets: set[str]) -> str:
+    """The first fault of the tables that these targets' kernels are given; others are not read."""
+    kernels = json.loads(case.files[MANIFEST])["kernels"]
+    schedules = {layer: kernel["schedule"] for kernel in kernels if kernel["schedule"] for layer in kernel["layers"]}
+    readers = [kernel for kernel in kernels if kernel["table"] and kernel["target"] in targets]
+    names = sorted({f"{schedules[layer]}.{kernel['table']}" for kernel in readers for layer in kernel["layers"]})
+    tables = safetensors.numpy.load(case.files[TABLES]) if names else {}
+    return out_of_bounds(tables, tuple(names), case.base.shape.num_key_value_heads)
 
 
 # Changes to the manifest

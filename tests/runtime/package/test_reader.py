@@ -133,6 +133,12 @@ def test_a_missing_key(package: Path) -> None:
         ("kernels", {}, "manifest.json: kernels: expected a list"),
         ("model", None, "manifest.json: model: expected an object, got None"),
         ("files", [1], "manifest.json: files[0]: expected an object, got 1"),
+        ("block_size", 10**400, "manifest.json: block_size: expected an integer of 64 bits, got 1000"),
+        (
+            "num_blocks",
+            -(2**63) - 1,
+            "manifest.json: num_blocks: expected an integer of 64 bits, got -9223372036854775809",
+        ),
     ],
 )
 def test_a_wrong_type(package: Path, key: str, value: object, words: str) -> None:
@@ -310,6 +316,13 @@ def test_a_package_too_large_in_all(package: Path, monkeypatch: pytest.MonkeyPat
 def test_a_kernel_in_a_file_that_is_not_there(package: Path) -> None:
     rewrite(package, lambda root: root["kernels"][0].update(file="/lib/libc.so.6"))  # type: ignore[index]
     refused(package, "kernels[0].file: expected a file of the package")
+
+
+@pytest.mark.parametrize("name", ["target", "dtype", "phase"])
+@pytest.mark.parametrize("text", ["cpu\n", "\ud800", "\x1b[2J"])
+def test_a_kernel_for_something_that_cannot_be_shown(package: Path, name: str, text: str) -> None:
+    rewrite(package, lambda root: root["kernels"][0].update({name: text}))  # type: ignore[index]
+    refused(package, f"kernels[0].{name}: expected a printable name, got {text!r}")
 
 
 def test_a_layer_without_a_kernel(package: Path) -> None:
