@@ -1,4 +1,6 @@
-"""Learns SmolLM2-135M's topologies and scores them on text on which nothing was learned, validated or chosen.
+"""Learns topologies of SmolLM2-135M and Qwen2.5-Coder-0.5B and scores them on held-out text.
+
+Nothing was learned, validated or chosen on that text.
 
     python benchmarks/learn.py                            # all of them
     python benchmarks/learn.py smollm2-135m-25 --again    # one of them, anew: make learn-demo
@@ -25,7 +27,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from inputs.checkpoints import SMOLLM2_135M, load_model, load_tokenizer, model_folder
+from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint, load_model, load_tokenizer, model_folder
 from inputs.texts import held_out_texts, learning_texts, windows
 from measure.timing import machine
 from surgeon.compiler import Topology, compile_package, read_topology
@@ -40,6 +42,7 @@ from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import Comparison, compare
 from surgeon.runtime.evaluate.continuation import compare_continued
+from surgeon.runtime.evaluate.pilot import twin
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "learn.json"
@@ -57,7 +60,7 @@ class Case:
 
     Its name has the share that it reached, in percent: scaling windows to another length changes the share. It is
     learned on sequences of `measured_length` tokens. `way` holds further arguments of `surgeon learn`, the alternatives
-    to its defaults.
+    to its defaults. `sequences` are scored in each text, or as many as have `TOKENS_SCORED` tokens.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Case:
     block: int
     measured_length: int
     way: tuple[str, ...] = ("--for", "text")
+    checkpoint: Checkpoint = SMOLLM2_135M
+    sequences: int = 0
 
     @property
     def results(self) -> Path:
@@ -85,6 +90,9 @@ CASES = (
     Case("smollm2-135m-25-answers", 0.25, 2048, 32, 2048, ()),
     Case("smollm2-135m-15-answers", 0.15, 2048, 32, 2048, ()),
     Case("smollm2-135m-10-answers", 0.1, 2048, 32, 2048, ()),
+    Case("smollm2-135m-10-answers-8192", 0.1, 8192, 64, 2048, ()),
+    Case("qwen2.5-coder-0.5b-25-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
+    Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
 )
 
 
@@ -110,7 +118,7 @@ class Score:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Learns and scores the topologies and returns the exit status."""
-    parser = argparse.ArgumentParser(description="Learn topologies for SmolLM2-135M and score them on held-out text.")
+    parser = argparse.ArgumentParser(description="Learn topologies for two models and score them on held-out text.")
     names = [case.name for case in CASES]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--again", action="store_true", help="learn topologies again that exist already")
@@ -137,7 +145,7 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
     out = FOLDER / "topologies" / f"{case.name}.json"
     names = [f"{name}.txt" for name in ("handbook", "old", "perl")]
     if again or not out.exists():
-        folder = model_folder(SMOLLM2_135M, cache_folder(), console.print)
+        folder = model_folder(case.checkpoint, cache_folder(), console.print)
         work = cache_folder() / "learning"
         with tempfile.TemporaryDirectory() as scratch:
             files = [Path(scratch) / name for name in names]
@@ -147,37 +155,57 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
             if surgeon(["learn", str(folder), *paths, *shape, "--out", str(out), "--work", str(work)]):
                 raise SystemExit(2)
     texts = [argument for name in names for argument in ("--text", name)]
-    return read_topology(out), " ".join(["surgeon learn SmolLM2-135M-Instruct", *texts, *shape, "--out", out.name])
+    return read_topology(out), " ".join(["surgeon learn", case.checkpoint.name, *texts, *shape, "--out", out.name])
 
 
 @functools.cache
-def model(_role: Literal["dense", "patched"]) -> PreTrainedModel:
-    """The model that stays dense, or the one that is patched and unpatched: each has a config of its own."""
-    return load_model(model_folder(SMOLLM2_135M, cache_folder()))
+def model(checkpoint: Checkpoint, _role: Literal["dense", "patched", "windows"]) -> PreTrainedModel:
+    """The model that stays dense, or one that is patched and unpatched: they have their weights in common."""
+    if _role == "dense":
+        return load_model(model_folder(checkpoint, cache_folder(), console.print))
+    return twin(model(checkpoint, "dense"))
 
 
-@functools.cache
-def held_out(length: int) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:
+def held_out(case: Case) -> tuple[tuple[str, list[torch.Tensor]], ...]:
     """The held-out texts' names, and their sequences `[1, length]`."""
-    tokenizer, texts = (
-        load_tokenizer(model_folder(SMOLLM2_135M, cache_folder())),
-        held_out_texts(cache_folder(), console.print),
-    )
-    return tuple((text.name, tuple(windows(tokenizer, text, length, TOKENS_SCORED // length))) for text in texts)
+    tokenizer = load_tokenizer(model_folder(case.checkpoint, cache_folder()))
+    most = case.sequences or TOKENS_SCORED // case.length
+    texts = held_out_texts(cache_folder(), console.print)
+    return tuple((text.name, windows(tokenizer, text, case.length, most)) for text in texts)
 
 
 def score(case: Case, topology: Topology) -> list[Score]:
     """Scores a topology against equal windows of its own density, both on compiled kernels."""
-    shape = model_shape(model("dense"))
+    shape = model_shape(model(case.checkpoint, "dense"))
     equal = uniform_windows(
         shape.num_hidden_layers, shape.num_attention_heads, topology.num_blocks, SINK, mean_density(topology)
     )
     grid = Grid(topology.block_size, topology.num_blocks, SINK, case.density)
     baseline = pattern_topology(shape, grid, Pattern(equal), {})
-    texts = held_out(case.length)
-    compared = under if case.way else under_recall
-    ours, theirs = compared(topology, case.name, texts), compared(baseline, f"{case.name}-windows", texts)
-    return [scored(name, *found) for (name, _), *found in zip(texts, ours, theirs, strict=True)]
+    recall = "pattern" if case.way else "dense"
+    models = [model(case.checkpoint, "dense")]
+    for role, which in (("patched", topology), ("windows", baseline)):
+        name = case.name if role == "patched" else f"{case.name}-windows"
+        out = compile_package(which, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
+        models.append(model(case.checkpoint, role))
+        patch(models[-1], load(out, strict=True), recall=recall)
+    try:
+        return [scored(name, *compared(models, sequences, recall)) for name, sequences in held_out(case)]
+    finally:
+        for patched in models[1:]:
+            unpatch(patched)
+
+
+def compared(models: Sequence[PreTrainedModel], sequences: Sequence[torch.Tensor], recall: str) -> list[Comparison]:
+    """Compares models with the first one, the dense one.
+
+    By the pattern alone whole sequences count; with recall "dense" their ends, whose tokens ask as those of an answer
+    do.
+    """
+    if recall == "pattern":
+        dense, *others = models
+        return [compare(dense, other, sequences) for other in others]
+    return [found.continuation for found in compare_continued(models, sequences, STEP)]
 
 
 def scored(name: str, ours: Comparison, theirs: Comparison) -> Score:
@@ -197,34 +225,11 @@ def scored(name: str, ours: Comparison, theirs: Comparison) -> Score:
     )
 
 
-def under(topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> list[Comparison]:
-    """Compares the dense model with the one on a topology's compiled kernels, for each text."""
-    out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
-    patched = model("patched")
-    patch(patched, load(out, strict=True), recall="pattern")
-    try:
-        return [compare(model("dense"), patched, sequences) for _, sequences in texts]
-    finally:
-        unpatch(patched)
-
-
-def under_recall(
-    topology: Topology, name: str, texts: Sequence[tuple[str, tuple[torch.Tensor, ...]]]
-) -> list[Comparison]:
-    """Compares the models on the ends of sequences, whose tokens ask as those of an answer do, for each text."""
-    out = compile_package(topology, cache_folder() / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
-    models = (model("dense"), model("patched"))
-    patch(models[1], load(out, strict=True))
-    try:
-        return [compare_continued(models, sequences, STEP)[0].continuation for _, sequences in texts]
-    finally:
-        unpatch(models[1])
-
-
 def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> None:
     """Writes the case's row into the results, in the order of the cases, and prints it."""
     row: dict[str, Any] = {
         "topology": case.name,
+        "model": case.checkpoint.name,
         "command": command,
         "method": topology.provenance["method"],
         "heads_with_a_cut": topology.provenance["heads_with_a_cut"],
@@ -246,7 +251,7 @@ def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> N
     for found in scores:
         console.print(
             f"{case.name}, {found.text}: perplexity {found.dense_perplexity:.2f} dense, {found.perplexity:.2f}"
-            f" ({found.ratio:.3f}x); divergence {found.relative:.2f} of equal windows'"
+            f" ({found.ratio:.3f}x); divergence {found.divergence:.4f}, {found.relative:.2f} of equal windows'"
         )
 
 

