@@ -1,5 +1,7 @@
 """Compiles a topology, patches SmolLM2-135M-Instruct with it and compares it with the dense model on real text.
 
+Last it hides numbers in long prompts and asks both for them, and also a model that follows the pattern alone.
+
 Everything it fetches and compiles is cached, so that a second run needs no network. Run it with `make demo`.
 """
 
@@ -8,8 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,32 @@ from measure.timing import interleaved, machine
 from surgeon.compiler import Topology, compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.compiler.system.terminal import progress_bar
-from surgeon.runtime import Package, fingerprint, load, patch, trace, unpatch
+from surgeon.runtime import Package, fingerprint, load, patch, trace
 from surgeon.runtime.errors import SurgeonError
-from surgeon.runtime.evaluate.comparison import perplexity
+from surgeon.runtime.evaluate.continuation import compare_continued
+from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.tasks.numbers import single_numbers
+from surgeon.runtime.evaluate.tasks.prompts import make_prompts
 
 TOPOLOGIES = Path(__file__).parent / "topologies"
-LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096"}
+LEARNED = {2048: "smollm2-135m-25-answers", 4096: "smollm2-135m-24-answers-4096"}
 """The topology that was learned or scaled for each length."""
+STEP = 64  # tokens of a continuation that are read at once
 TOKENS_SCORED = 8192
 REPEATS = 3
 NEW_TOKENS = 48
 TREE_TOKENS = 1000
+HIDDEN = 3
 
 console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The dense and the patched model at one length: density in blocks, median prefill seconds, perplexities."""
+    """The dense and the patched model at one length: density in blocks, median prefill seconds, perplexities.
+
+    The perplexities are those of the last tokens, which follow a prompt.
+    """
 
     length: int
     density: float
@@ -85,8 +94,10 @@ def run() -> list[Comparison]:
 
     results = [compare(model, tokenizer, text, *compiled_for[length], length) for length in LEARNED]
     console.print(comparison_table(results))
-    show_continuations(model, tokenizer, text, compiled_for[min(LEARNED)][1])
+    package = compiled_for[min(LEARNED)][1]
+    show_continuations(model, tokenizer, text, package)
     check_trees(model, tokenizer, text)
+    show_hidden_numbers(model, tokenizer, text, package)
 
     after = fingerprint(model)
     same = "unchanged" if after == before else f"CHANGED to {after}"
@@ -117,19 +128,14 @@ def compare(
     package: Package,
     length: int,
 ) -> Comparison:
-    """Scores and times the model at one length, dense and patched in turn, on the same tokens."""
+    """Scores and times the model at one length, dense and patched, on the same tokens."""
     sequences = windows(tokenizer, text, length, most=TOKENS_SCORED // length)
-    say(f"{length:,} tokens: perplexity of {len(sequences)} sequence{'s' * (len(sequences) > 1)}")
-    dense_perplexity = perplexity(model, sequences)
-    with patched(model, package):
-        patched_perplexity = perplexity(model, sequences)
+    patched = on_kernels(model, package)
+    say(f"{length:,} tokens: perplexity of what follows the prompts of {len(sequences)} sequences")
+    (quality,) = compare_continued((model, patched), sequences, STEP)
     say(f"{length:,} tokens: timing {REPEATS} prefills of each, in turn, after a warm-up")
     times = interleaved(
-        {
-            "dense": lambda: prefill(model, sequences[0]),
-            "patched": lambda: prefill_patched(model, package, sequences[0]),
-        },
-        REPEATS,
+        {"dense": lambda: prefill(model, sequences[0]), "patched": lambda: prefill(patched, sequences[0])}, REPEATS
     )
     num_blocks = -(-length // topology.block_size)
     densities = [topology.density(layer, num_blocks).mean() for layer in range(len(topology.layers))]
@@ -138,31 +144,22 @@ def compare(
         density=statistics.fmean(densities),
         dense_seconds=times["dense"].median,
         patched_seconds=times["patched"].median,
-        dense_perplexity=dense_perplexity,
-        patched_perplexity=patched_perplexity,
+        dense_perplexity=quality.continuation.dense_perplexity.value,
+        patched_perplexity=quality.continuation.patched_perplexity.value,
     )
 
 
-@contextmanager
-def patched(model: PreTrainedModel, package: Package) -> Iterator[None]:
-    """Patches the model for the duration of a `with` statement: one model with the same weights has both attentions."""
-    patch(model, package, recall="pattern")
-    try:
-        yield
-    finally:
-        unpatch(model)
+def on_kernels(model: PreTrainedModel, package: Package, recall: str = "dense") -> PreTrainedModel:
+    """A model with the same weights on a package's kernels."""
+    other = twin(model)
+    patch(other, package, recall=recall)
+    return other
 
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Fills a new cache with the tokens and computes the logits of the last one."""
     model(input_ids=tokens, logits_to_keep=1)
-
-
-def prefill_patched(model: PreTrainedModel, package: Package, tokens: torch.Tensor) -> None:
-    """A prefill on the kernels, including the patching itself."""
-    with patched(model, package):
-        prefill(model, tokens)
 
 
 def comparison_table(results: list[Comparison]) -> Table:
@@ -174,8 +171,8 @@ def comparison_table(results: list[Comparison]) -> Table:
         ("prefill", "dense"),
         ("prefill", "patched"),
         ("", "faster"),
-        ("perplexity", "dense"),
-        ("perplexity", "patched"),
+        ("perplexity after it", "dense"),
+        ("perplexity after it", "patched"),
     ):
         table.add_column(f"{group}\n{heading}", justify="right")
     for result in results:
@@ -197,25 +194,26 @@ def show_continuations(
     """Prints the greedy continuations by both models of the same long prompt."""
     prompt = windows(tokenizer, text, min(LEARNED), most=3)[-1]
     say(f"continuing a prompt of {prompt.shape[1]:,} tokens by {NEW_TOKENS}")
-
-    def continuation() -> str:
-        generate: Any = model.generate
-        tokens = generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False)
-        return words(tokens[0, prompt.shape[1] :])
-
-    def words(tokens: torch.Tensor) -> str:
-        return " ".join(str(tokenizer.decode(tokens)).split())
-
-    dense = continuation()
-    with patched(model, package):
-        sparse = continuation()
     console.print()
     for name, line in (
-        ("prompt", "… " + words(prompt[0, -40:])),
-        ("dense", dense),
-        ("patched", sparse),
+        ("prompt", "… " + words(tokenizer, prompt[0, -40:])),
+        ("dense", words(tokenizer, continued(model, prompt, NEW_TOKENS))),
+        ("patched", words(tokenizer, continued(on_kernels(model, package), prompt, NEW_TOKENS))),
     ):
         console.print(f"{name:>8}  {line}", markup=False)
+
+
+def continued(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens that greedily follow a prompt `[1, length]`."""
+    generate: Any = model.generate
+    found = generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
+    after: torch.Tensor = found[0, prompt.shape[1] :]
+    return after
+
+
+def words(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> str:
+    """The tokens as text on one line."""
+    return " ".join(str(tokenizer.decode(tokens)).split())
 
 
 @torch.inference_mode()
@@ -225,13 +223,36 @@ def check_trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     (tokens,) = windows(tokenizer, text, TREE_TOKENS, most=1)
     with explicit_mask(model, topology):
         expected = model(input_ids=tokens).logits
-    with patched(model, package):
-        through_patch = model(input_ids=tokens).logits
+    through_patch = on_kernels(model, package, recall="pattern")(input_ids=tokens).logits
     through_trace = trace(model, package, recall="pattern")(tokens)
     size = expected.abs().max()
     console.print(f"\nTrees against explicit masks, {TREE_TOKENS:,} tokens: largest difference of the logits")
     for name, logits in (("patched", through_patch), ("traced", through_trace)):
         console.print(f"{name:>8}  {(logits - expected).abs().max():.1e} where they are up to {size:.0f}")
+
+
+def show_hidden_numbers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, package: Package
+) -> None:
+    """Prints the answers about a number in the first half of a prompt: dense, patched, and by the pattern alone."""
+    length = min(LEARNED)
+    fillers = windows(tokenizer, text, length, most=HIDDEN)
+    say(f"asking for numbers hidden in the first half of {length:,} tokens")
+    models = {
+        "dense": model,
+        "patched": on_kernels(model, package),
+        "pattern alone": on_kernels(model, package, recall="pattern"),
+    }
+    table = Table(title=f"A number hidden in the first half of a prompt of {length:,} tokens")
+    for heading in ("hidden", *models):
+        table.add_column(heading, justify="right")
+    for prompt in make_prompts(tokenizer, fillers, (length,), 1, plans=single_numbers):
+        (question,) = prompt.questions
+        if question.query.depth is not None and question.query.depth <= 0.5:
+            ids = torch.cat([prompt.text, question.tokens])[None]
+            answers = [words(tokenizer, continued(each, ids, question.budget)) for each in models.values()]
+            table.add_row(*question.query.expected, *answers)
+    console.print(table)
 
 
 def say(line: str) -> None:

@@ -22,9 +22,9 @@ from surgeon.runtime.errors import SurgeonError
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-TOPOLOGIES = ("smollm2-135m-25", "smollm2-135m-35", "smollm2-135m-50")
+TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135m-25-answers")
 """The names of the topologies, the sparsest first: the page is about it."""
-MEASURED = ("--sequences", "6", "--tasks", "4", "--rounds", "6")
+MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -35,26 +35,28 @@ console = Console(highlight=False)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pilots, writes the page, and returns the exit status."""
     parser = argparse.ArgumentParser(description="Pilot SmolLM2-135M's topologies on held-out text.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(TOPOLOGIES)}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for the pilots' findings")
     page = FOLDER.parent / "build" / "pilot.html"
     parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
     options = parser.parse_args(arguments)
+    names = options.names or TOPOLOGIES
     options.report.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        pilots = run_pilots(options.results)
+        pilots = run_pilots(options.results, names)
     except SurgeonError as error:
         console.print(f"pilot: {error}", style="red", markup=False)
         return 2
     first, *others = pilots
     beside = [argument for other in others for argument in ("--beside", str(other))]
-    surgeon("report", str(first), str(topology_file(TOPOLOGIES[0])), *beside, "--out", str(options.report))
+    surgeon("report", str(first), str(topology_file(names[0])), *beside, "--out", str(options.report))
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0
 
 
-def run_pilots(results: Path) -> list[Path]:
-    """Compiles and pilots every topology, and returns the pilots' files.
+def run_pilots(results: Path, names: Sequence[str]) -> list[Path]:
+    """Compiles and pilots the topologies, and returns the pilots' files.
 
     Raises:
         ModelError: the model or a text cannot be downloaded.
@@ -67,7 +69,7 @@ def run_pilots(results: Path) -> list[Path]:
         for file, text in zip(texts, held_out_texts(cache, console.print), strict=True):
             file.write_text(text.text, encoding="utf-8")
         held_out = [argument for file in texts for argument in ("--text", str(file))]
-        for name in TOPOLOGIES:
+        for name in names:
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
             out = results / f"pilot-{name}.json"

@@ -236,3 +236,6 @@ def test_the_demo_runs_to_its_end(
     assert len(differences) == 2
     assert max(differences) < TOLERANCE
     assert re.search(r"weights: *\s[0-9a-f]{64}, unchanged", shown)
+    hidden = shown[shown.index("A number hidden in the first half") :]
+    assert "pattern alone" in hidden
+    assert len(re.findall(r"│ +\d{5} │", hidden)) == 3

@@ -14,17 +14,30 @@ from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import Package, SurgeonCache, load, patch
 from surgeon.runtime.errors import ModelError
+from surgeon.runtime.evaluate.pilot import twin
 from surgeon.runtime.transformers.cache import CACHE_NAME
 
 TOPOLOGIES = Path(__file__).parents[1] / "topologies"
+FOR_ANSWERS = (
+    (2048, "smollm2-135m-25-answers"),
+    (4096, "smollm2-135m-24-answers-4096"),
+    (8192, "smollm2-135m-23-answers-8192"),
+    (8192, "smollm2-135m-9-answers-8192"),
+)
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096", 8192: "smollm2-135m-21-8192"}
 
 
 def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
-    """A prefill that fills the cache and computes the last token's logits, with the topology for each length."""
-    for length, name in LEARNED.items():
-        dense, patched, package = _models(name, variant)
-        yield _prefill_row(dense, patched, length) | {"topology": name, "variant": package.cpu_variant}
+    """A prefill that fills the cache and computes the last token's logits, with topologies for each length.
+
+    The patched model has recall "dense"; beside it stands the one that follows the pattern alone.
+    """
+    for length, name in FOR_ANSWERS:
+        dense, patched, package = _models(name, variant, "dense")
+        alone = twin(dense)
+        patch(alone, package, recall="pattern")
+        row = _prefill_row(dense, patched, length, alone=alone)
+        yield row | {"topology": name, "variant": package.cpu_variant}
 
 
 def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
@@ -94,19 +107,27 @@ def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> Non
         raise ModelError("model-cache", "the same logits with both caches", "others", "report this as a fault")
 
 
-def _models(name: str, variant: str | None) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
+def _models(
+    name: str, variant: str | None, recall: str = "pattern"
+) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
     """Two models over the same files, each with a config of its own, one of them patched."""
     folder = model_folder(SMOLLM2_135M, cache_folder())
     dense, patched = load_model(folder), load_model(folder)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
     package = load(out, strict=True, cpu_variant=variant)
-    patch(patched, package, recall="pattern")
+    patch(patched, package, recall=recall)
     return dense, patched, package
 
 
 def _prefill_row(
-    dense: PreTrainedModel, patched: PreTrainedModel, length: int, budget: float = 15.0, most: int = 15
+    dense: PreTrainedModel,
+    patched: PreTrainedModel,
+    length: int,
+    budget: float = 15.0,
+    most: int = 15,
+    alone: PreTrainedModel | None = None,
 ) -> dict[str, object]:
+    """Times both models on random tokens, and a third one, that follows the pattern alone, if there is one."""
     tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
 
     def prefill(model: PreTrainedModel) -> Callable[[], object]:
@@ -117,9 +138,11 @@ def _prefill_row(
         return run
 
     calls = {"dense": prefill(dense), "patched": prefill(patched)}
+    if alone:
+        calls["alone"] = prefill(alone)
     repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=budget, least=3, most=most)
     times = interleaved(calls, repeats)
-    return {
+    row: dict[str, object] = {
         "length": length,
         "dense_s": times["dense"].median,
         "patched_s": times["patched"].median,
@@ -127,6 +150,13 @@ def _prefill_row(
         "times_minimum": times["dense"].minimum / times["patched"].minimum,
         "times_cpu": times["dense"].cpu / times["patched"].cpu,
     }
+    if alone:
+        row |= {
+            "pattern_s": times["alone"].median,
+            "of_pattern": times["alone"].median / times["patched"].median,
+            "of_pattern_cpu": times["alone"].cpu / times["patched"].cpu,
+        }
+    return row
 
 
 def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:

@@ -1,7 +1,7 @@
 """Turns plans of tasks into prompts of a length: token ids, with the facts hidden in filler text."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -39,14 +39,21 @@ class Prompt:
     at_end: bool
 
 
+def every_task(drawn: random.Random) -> tuple[Plan, ...]:
+    """One plan of every task, single numbers at every depth."""
+    others = (several_keys, several_values, variable_tracking, common_words, frequent_words)
+    return (*single_numbers(drawn), *(plan(drawn) for plan in others))
+
+
 def make_prompts(
     tokenizer: PreTrainedTokenizerBase,
     fillers: Sequence[torch.Tensor],
     lengths: Sequence[int],
     rounds: int,
     seed: int = 0,
+    plans: Callable[[random.Random], Sequence[Plan]] = every_task,
 ) -> tuple[Prompt, ...]:
-    """Makes `rounds` times every task for each length, the same for the same seed.
+    """Makes `rounds` times every task, or those of `plans`, for each length; the same for the same seed.
 
     Fillers are token ids `[1, tokens]` of text, taken in turn, each as long as the greatest length. A text with one
     question is asked at its end and later in turn; of a text with several, all are asked later, and at its end one of
@@ -59,7 +66,7 @@ def make_prompts(
     prompts: list[Prompt] = []
     for length in lengths:
         for turn in range(rounds):
-            for index, plan in enumerate(_plans(drawn)):
+            for index, plan in enumerate(plans(drawn)):
                 filler = fillers[next(made) % len(fillers)][0]
                 prompts += _prompts(encoder, plan, filler, length, turn + index)
     return tuple(prompts)
@@ -72,11 +79,6 @@ def fitting_lengths(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[in
     except ModelError:
         return (length,)
     return (length // 2, length)
-
-
-def _plans(drawn: random.Random) -> tuple[Plan, ...]:
-    others = (several_keys, several_values, variable_tracking, common_words, frequent_words)
-    return (*single_numbers(drawn), *(plan(drawn) for plan in others))
 
 
 class _Encoder:
