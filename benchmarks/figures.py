@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inputs.checkpoints import CHECKPOINTS, SMOLLM2_135M
 from surgeon.runtime.evaluate.continuation import CONTINUATION
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
-from surgeon.runtime.evaluate.tasks.numbers import SINGLE
+from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 
 RESULTS = Path(__file__).parent / "results"
 QUARTER = "smollm2-135m-25"
+TITLES = {name: checkpoint.title for name, checkpoint in CHECKPOINTS.items()}
 _PERPLEXITIES = ("dense_perplexity", "perplexity")
 
 Row = Mapping[str, Any]
@@ -20,42 +22,44 @@ Row = Mapping[str, Any]
 
 def first_figures() -> str:
     """The few figures that a reader sees first, each with its condition."""
-    rows: list[tuple[str, ...]] = [_continuation(row) for row in _read("answers")["rows"]]
+    rows: list[tuple[str, ...]] = [_continuation(row) for row in _answers(2048)]
+    pilots = _pilots()
+    for pilot in (pilots[0], pilots[-1]):
+        dense, patched = (_column(pilot, name) for name in ("dense", "patched"))
+        hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_visible(patched)}"
+        rows.append((hidden, _found(pilot, dense), _found(pilot, patched)))
+    alone = _column(pilots[0], "pattern")
+    forgets = f'the same with `recall="pattern"`, {_visible(alone)}'
+    rows.append((forgets, _found(pilots[0], _column(pilots[0], "dense")), _found(pilots[0], alone)))
+    first = _suite("model-first-token")
     rows += [
         (
-            f"first token of a prompt of {row['length']:,} tokens, {_share(_learned(row['topology']))}",
+            f"first token of a prompt of {row['length']:,} tokens, {_share(_for_answers(row['topology']))}",
             f"{row['dense_s']:.2f} s",
             f"{row['patched_s']:.2f} s",
         )
-        for row in _suite("model-first-token")["rows"]
+        for row in first["rows"]
     ]
-    pilot = read_pilot(RESULTS / f"pilot-{QUARTER}.json")
-    dense, patched = (_column(pilot, name) for name in ("dense", "patched"))
-    learned = _learned(QUARTER)
-    hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_share(learned)}"
-    rows += [
-        (hidden, _found(pilot, dense), _found(pilot, patched)),
-        (f"of these, in the first half of {pilot.length:,} tokens", _far_back(pilot, dense), _far_back(pilot, patched)),
-    ]
-    layer, cache = _suite("prefill-peers")["rows"][0], _suite("model-cache")["rows"][0]
+    layers, caches = _suite("prefill-peers"), _suite("model-cache")
+    layer, cache = layers["rows"][0], caches["rows"][0]
     rows += [
         (
-            f"attention of one layer (dense: PyTorch's SDPA), {layer['length']:,} tokens, {_share(layer)}",
+            f"attention of one layer, {layer['length']:,} tokens, {_share(layer)} (1)",
             f"{layer['sdpa_ms']:.0f} ms",
             f"{layer['ours_ms']:.0f} ms",
         ),
         (
-            f"keys and values kept after {cache['length']:,} tokens, {_share(_learned(cache['topology']))}",
+            f"cache kept after {cache['length']:,} tokens, {_share(_learned(cache['topology']))} (1, 2)",
             f"{cache['full_cache_mb']:.0f} MB",
             f"{cache['kept_cache_mb']:.0f} MB",
         ),
     ]
-    machine = _suite("model-first-token")["machine"]
+    here = first["machine"]
     return (
-        _table((f"SmolLM2-135M, {machine['threads']} CPU threads", "dense", "Surgeon"), rows)
-        + f"\n{machine['processor']}, {machine['torch_isa']}, torch {machine['torch']}, fp32, "
-        f'{machine["date"][:10]}. Times are medians.\nThe first row is with `recall="dense"`, the others with '
-        '`recall="pattern"`.\n'
+        _table((f"SmolLM2-135M, {here['threads']} CPU threads", "dense", "Surgeon"), rows)
+        + f"\n{_processor(first)}, torch {here['torch']}, fp32, {here['date'][:10]}. Times are medians.\n"
+        + f"(1) {_processor(layers)}, {layers['machine']['date'][:10]}; dense is PyTorch's SDPA. "
+        '(2) With `recall="pattern"`.\n'
     )
 
 
@@ -72,37 +76,37 @@ def choices() -> str:
     """The figures of each density, block and length, to choose by."""
     pilots = {file.stem.removeprefix("pilot-"): read_pilot(file) for file in RESULTS.glob("pilot-*.json")}
     speeds = {row["topology"]: row["times"] for row in _suite("model-first-token")["rows"]}
-    caches = {row["topology"]: row["kept_cache_mb"] / row["full_cache_mb"] for row in _suite("model-cache")["rows"]}
-    quarter, dense = pilots[QUARTER], _column(pilots[QUARTER], "dense")
-    hidden = (_found(quarter, dense), _far_back(quarter, dense))
-    rows = [("any", "100%", "–", "1.000x", "100%", "1.00x", "100%", *hidden)]
-    for row in _windows():
-        name = row["topology"]
-        speed, kept, found, far = speeds.get(name), caches.get(name), "–", "–"
+    one = next(iter(pilots.values()))
+    asked = (_found(one, _column(one, "dense"), task) for task in (SINGLE, KEYS))
+    rows = [("any", "100%", "–", "1.000x", "0", "100%", "1.00x", *asked)]
+    for row in _read("answers")["rows"]:
+        if row["model"] != SMOLLM2_135M.name:
+            continue
+        name, found, speed = row["topology"], ("–", "–"), speeds.get(row["topology"])
         if pilot := pilots.get(name):
             patched = _column(pilot, "patched")
-            found, far = _found(pilot, patched), _far_back(pilot, patched)
-            speed = patched.against_dense.first_token_speedup.value if patched.against_dense else None
-            kept = (patched.kept_cache_bytes or 0) / (_column(pilot, "dense").kept_cache_bytes or 1)
+            found = (_found(pilot, patched), _found(pilot, patched, KEYS))
+            if speed is None and patched.against_dense:
+                speed = patched.against_dense.first_token_speedup.value
         same = statistics.fmean(text["same_first"] for text in row["texts"])
         shape = (f"{row['length']:,}", f"{row['density']:.0%}", str(row["block_size"]))
-        gained = (f"{speed:.2f}x" if speed else "–", f"{kept:.0%}" if kept else "–")
-        rows.append((*shape, f"{row['ratio']:.3f}x", f"{same:.0%}", *gained, found, far))
-    quality, speed_and_memory = ("perplexity", "same next token"), ("first token", "cache")
-    head = ("length", "visible", "block", *quality, *speed_and_memory, "found", "found far back")
+        quality = (f"{row['ratio']:.3f}x", f"{_mean(row, 'divergence'):.4f}", f"{same:.0%}")
+        rows.append((*shape, *quality, f"{speed:.2f}x" if speed else "–", *found))
+    head = ("length", "visible", "block", "perplexity", "KL", "same next token", "first token", "found", "of five")
     short = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in _suite("model-short")["rows"])
-    return _table(head, rows) + f"\nFirst token with the 25% topology and shorter prompts: {short}.\n"
+    return _table(head, rows) + f"\nFirst token with 25% and shorter prompts: {short}.\n"
 
 
 def far_back() -> str:
     """The loss of a fixed pattern, as a sentence."""
     pilots = _pilots()
     dense, tried = _far(pilots[0], _column(pilots[0], "dense"))
-    patched = [(pilot, _column(pilot, "patched")) for pilot in pilots]
-    found = [f"{_far(pilot, column)[0]:.0f} with {column.density:.0%}" for pilot, column in patched]
+    found = [f"{_far(pilot, _column(pilot, name))[0]:.0f}" for name in ("patched", "pattern") for pilot in pilots]
+    shares = _listed([f"{_column(pilot, 'patched').density:.0%}" for pilot in pilots])
     return (
-        f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M by the pattern "
-        f"alone found {dense:.0f} when it read all blocks, {', '.join(found[:-1])} and {found[-1]}.\n"
+        f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M found {dense:.0f} "
+        f"when it read all blocks. With {shares} of the blocks it found {_listed(found[: len(pilots)])}, and by the "
+        f"pattern alone {_listed(found[len(pilots) :])}.\n"
     )
 
 
@@ -158,17 +162,18 @@ def all_figures() -> str:
 def _everything() -> Iterator[tuple[str, str]]:
     for row in _suite("model-first-token")["rows"]:
         yield (
-            f"SmolLM2-135M, first token of a prompt of {row['length']:,}",
-            f"{row['patched_s']:.2f} s, dense {row['dense_s']:.2f} s: {row['times']:.2f}x",
+            f"SmolLM2-135M, first token of a prompt of {row['length']:,}, {_share(_for_answers(row['topology']))}",
+            f"{row['patched_s']:.2f} s, dense {row['dense_s']:.2f} s: {row['times']:.2f}x; by the pattern alone "
+            f"{row['pattern_s']:.2f} s",
         )
     for row in _suite("demo")["rows"]:
         yield (
-            f"SmolLM2-135M, perplexity at {row['length']:,} tokens of unseen text, {row['density']:.0%} of the blocks",
+            f"SmolLM2-135M, perplexity after a prompt, {row['length']:,} tokens of unseen text, {_share(row)}",
             f"{row['patched_perplexity']:.2f}, dense {row['dense_perplexity']:.2f}",
         )
     for row in _read("answers")["rows"]:
         yield (
-            f"windows learned for answers, SmolLM2-135M, recall dense, {_share(row)}: the {CONTINUATION} tokens after "
+            f"windows learned for answers, {TITLES[row['model']]}, {_share(row)}: the {CONTINUATION} tokens after "
             f"a prompt of {row['length'] - CONTINUATION:,}, two unseen texts",
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {_mean(row, 'divergence'):.4f}, "
             f"equal windows {_mean(row, 'windows_divergence'):.4f}",
@@ -180,17 +185,20 @@ def _everything() -> Iterator[tuple[str, str]]:
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of that of equal windows",
         )
     for pilot in _pilots():
-        dense, patched, window = (_column(pilot, name) for name in ("dense", "patched", "window"))
-        yield (
-            f"SmolLM2-135M, numbers hidden in {_lengths(pilot, 'and')} tokens and found again, "
-            f"{patched.density:.0%} of the blocks",
-            f"{_found(pilot, patched)}, dense {_found(pilot, dense)}, equal windows {_found(pilot, window)}",
+        dense, patched, alone, window = (_column(pilot, name) for name in ("dense", "patched", "pattern", "window"))
+        for task in (SINGLE, KEYS):
+            yield (
+                f"SmolLM2-135M, {task}, hidden in {_lengths(pilot, 'and')} tokens and found, {_visible(patched)}",
+                f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}, equal windows "
+                f"{_found(pilot, window, task)}; by the pattern alone {_found(pilot, alone, task)}",
+            )
+        quality = [each.against_dense.continuation_ratio for each in (patched, window, alone) if each.against_dense]
+        ours, theirs, forgetful = (
+            f"{found.value:.3f}x" + (f" ± {found.error:.3f}" if found.error else "") for found in quality if found
         )
-        quality = [column.against_dense.perplexity_ratio for column in (patched, window) if column.against_dense]
-        ours, theirs = (f"{found.value:.3f}x" + (f" ± {found.error:.3f}" if found.error else "") for found in quality)
         yield (
-            f"SmolLM2-135M, perplexity in that pilot, {patched.density:.0%} of the blocks",
-            f"{ours} dense, equal windows {theirs}",
+            f"SmolLM2-135M, perplexity after a prompt in that pilot, {_visible(patched)}",
+            f"{ours} dense, equal windows {theirs}; by the pattern alone {forgetful}",
         )
     for row in _suite("model-decode")["rows"]:
         yield (
@@ -245,8 +253,23 @@ def _mean(row: Row, name: str) -> float:
     return statistics.fmean(text[name] for text in row["texts"])
 
 
-def _windows() -> list[Row]:
-    return [row for row in _read("learn")["rows"] if row["method"] == "budget" and not row["heads_with_a_cut"]]
+def _answers(length: int) -> list[Row]:
+    """The rows of SmolLM2-135M's topologies of this length that were learned for answers."""
+    rows: list[Row] = _read("answers")["rows"]
+    return [row for row in rows if row["model"] == SMOLLM2_135M.name and row["length"] == length]
+
+
+def _for_answers(topology: str) -> Row:
+    rows: dict[str, Row] = {row["topology"]: row for row in _read("answers")["rows"]}
+    return rows[topology]
+
+
+def _visible(column: Column) -> str:
+    return f"{column.density:.0%} of the blocks"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _share(row: Row) -> str:
@@ -274,13 +297,13 @@ def _way(row: Row) -> str:
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
 
 
-def _hits(pilot: Pilot, column: Column, far: bool) -> tuple[float, int]:
-    """The single numbers that a model finds, of how many; `far` ones in the first half of the longest prompts only."""
+def _hits(pilot: Pilot, column: Column, far: bool, task: str = SINGLE) -> tuple[float, int]:
+    """The numbers of a task that a model finds, of how many; `far` in the first half of the longest prompts only."""
     longest = max(each.length for each in pilot.questions)
     found = [
         score
         for each, score in zip(pilot.questions, column.scores, strict=True)
-        if each.task == SINGLE and (not far or (each.length == longest and (each.depth or 0) <= 0.5))
+        if each.task == task and (not far or (each.length == longest and (each.depth or 0) <= 0.5))
     ]
     return sum(found), len(found)
 
@@ -289,13 +312,8 @@ def _far(pilot: Pilot, column: Column) -> tuple[float, int]:
     return _hits(pilot, column, far=True)
 
 
-def _found(pilot: Pilot, column: Column) -> str:
-    found, hidden = _hits(pilot, column, far=False)
-    return f"{found:.0f} of {hidden}"
-
-
-def _far_back(pilot: Pilot, column: Column) -> str:
-    found, hidden = _far(pilot, column)
+def _found(pilot: Pilot, column: Column, task: str = SINGLE) -> str:
+    found, hidden = _hits(pilot, column, far=False, task=task)
     return f"{found:.0f} of {hidden}"
 
 

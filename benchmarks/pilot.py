@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pilot SmolLM2-135M's topologies on held-out text.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(TOPOLOGIES)}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for the pilots' findings")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32; bf16 is faster on processors with AMX"
+    )
     page = FOLDER.parent / "build" / "pilot.html"
     parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
     options = parser.parse_args(arguments)
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.report.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        pilots = run_pilots(options.results, names)
+        pilots = run_pilots(options.results, names, options.dtype)
     except SurgeonError as error:
         console.print(f"pilot: {error}", style="red", markup=False)
         return 2
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_pilots(results: Path, names: Sequence[str]) -> list[Path]:
+def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
     """Compiles and pilots the topologies, and returns the pilots' files.
 
     Raises:
@@ -71,7 +74,7 @@ def run_pilots(results: Path, names: Sequence[str]) -> list[Path]:
         held_out = [argument for file in texts for argument in ("--text", str(file))]
         for name in names:
             topology = read_topology(topology_file(name))
-            package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=["fp32"])
+            package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / f"pilot-{name}.json"
             surgeon("pilot", str(model), str(package), *held_out, *MEASURED, *THRESHOLDS, "--out", str(out))
             pilots.append(out)

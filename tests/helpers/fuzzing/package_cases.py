@@ -420,7 +420,8 @@ def _changed_topology(base: Base, manifest: Json, rng: random.Random) -> bytes:
             manifest["layers"] = [at for at, layer in enumerate(document["layers"]) if layer]
     text = json_mutations.encode(document)
     if rng.random() < 0.7 and not json_mutations.is_special(document):
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"))  # as the compiler writes it
+        with contextlib.suppress(TypeError):  # keys of several types have no order
+            text = json.dumps(document, sort_keys=True, separators=(",", ":"))  # as the compiler writes it
     data = text.encode("utf-8", "surrogatepass") + rng.choice((b"\n", b"\n", b"", b"\n\n"))
     return json_mutations.damage(data, rng) if rng.random() < 0.1 else data
 

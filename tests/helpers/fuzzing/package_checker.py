@@ -104,7 +104,8 @@ def out_of_bounds(tables: Arrays, names: tuple[str, ...], patterns: int) -> str:
                 if not 0 <= first <= middle <= end <= len(segments) or first == end:
                     return f"{name}: row {row} has no plan"
                 before = 0
-                for begin, stop, follow, _readers in segments[first:end].tolist():
+                for number, (begin, stop, follow, _readers) in enumerate(segments[first:end].tolist(), first):
+                    before = 0 if number == middle else before  # each of a plan's two parts ascends
                     begin, stop = begin + row * (follow & 1), stop + row * (follow >> 1 & 1)
                     if follow not in range(4) or not 0 <= begin < stop <= row + 1:
                         return f"{name}: row {row} reads blocks {begin} to {stop}"
