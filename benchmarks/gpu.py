@@ -132,7 +132,7 @@ def check(name: str, mask: torch.Tensor, tensors: Tensors, out: torch.Tensor) ->
         raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
 
 
-def with_cudnn(call: Callable[[], object]) -> object:
+def with_cudnn(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Runs the call with SDPA's cuDNN back end and no other."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return call()

@@ -75,7 +75,12 @@ class Case:
     @property
     def results(self) -> Path:
         """The file of its score."""
-        return RESULTS if self.way else ANSWERS
+        return ANSWERS if self.for_answers else RESULTS
+
+    @property
+    def for_answers(self) -> bool:
+        """True if it is learned for answers, the default, and scored with recall "dense"."""
+        return not {"text", "ultrametric"} & set(self.way)
 
 
 CASES = (
@@ -90,6 +95,7 @@ CASES = (
     Case("smollm2-135m-25-answers", 0.25, 2048, 32, 2048, ()),
     Case("smollm2-135m-15-answers", 0.15, 2048, 32, 2048, ()),
     Case("smollm2-135m-10-answers", 0.1, 2048, 32, 2048, ()),
+    Case("smollm2-135m-25-answers-cuts", 0.25, 2048, 32, 2048, ("--cuts",)),
     Case("smollm2-135m-24-answers-4096", 0.25, 4096, 32, 2048, ()),
     Case("smollm2-135m-23-answers-8192", 0.25, 8192, 32, 2048, ()),
     Case("smollm2-135m-9-answers-8192", 0.1, 8192, 32, 2048, ()),
@@ -184,7 +190,7 @@ def score(case: Case, topology: Topology) -> list[Score]:
     )
     grid = Grid(topology.block_size, topology.num_blocks, SINK, case.density)
     baseline = pattern_topology(shape, grid, Pattern(equal), {})
-    recall = "pattern" if case.way else "dense"
+    recall = "dense" if case.for_answers else "pattern"
     models = [model(case.checkpoint, "dense")]
     for role, which in (("patched", topology), ("windows", baseline)):
         name = case.name if role == "patched" else f"{case.name}-windows"
