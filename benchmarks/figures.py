@@ -22,15 +22,13 @@ Row = Mapping[str, Any]
 
 def first_figures() -> str:
     """The few figures that a reader sees first, each with its condition."""
-    rows: list[tuple[str, ...]] = [_continuation(row) for row in _answers(2048)]
-    pilots = _pilots()
-    for pilot in (pilots[0], pilots[-1]):
-        dense, patched = (_column(pilot, name) for name in ("dense", "patched"))
-        hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_visible(patched)}"
-        rows.append((hidden, _found(pilot, dense), _found(pilot, patched)))
-    alone = _column(pilots[0], "pattern")
-    forgets = f'the same with `recall="pattern"`, {_visible(alone)}'
-    rows.append((forgets, _found(pilots[0], _column(pilots[0], "dense")), _found(pilots[0], alone)))
+    answers = _answers(2048)
+    rows: list[tuple[str, ...]] = [_continuation(row) for row in (answers[0], answers[-1])]
+    pilot = _pilots()[-1]
+    dense, patched, alone = (_column(pilot, name) for name in ("dense", "patched", "pattern"))
+    hidden = f"numbers hidden in {_lengths(pilot, 'or')} tokens and found, {_visible(patched)}"
+    rows.append((hidden, _found(pilot, dense), _found(pilot, patched)))
+    rows.append(('the same with `recall="pattern"`', _found(pilot, dense), _found(pilot, alone)))
     first = _suite("model-first-token")
     rows += [
         (
@@ -38,28 +36,22 @@ def first_figures() -> str:
             f"{row['dense_s']:.2f} s",
             f"{row['patched_s']:.2f} s",
         )
-        for row in first["rows"]
+        for row in {row["length"]: row for row in first["rows"]}.values()
     ]
-    layers, caches = _suite("prefill-peers"), _suite("model-cache")
-    layer, cache = layers["rows"][0], caches["rows"][0]
+    layers = _suite("prefill-peers")
+    layer = layers["rows"][0]
     rows += [
         (
-            f"attention of one layer, {layer['length']:,} tokens, {_share(layer)} (1)",
+            f"attention of one layer (*), {layer['length']:,} tokens, {_share(layer)}",
             f"{layer['sdpa_ms']:.0f} ms",
             f"{layer['ours_ms']:.0f} ms",
-        ),
-        (
-            f"cache kept after {cache['length']:,} tokens, {_share(_learned(cache['topology']))} (1, 2)",
-            f"{cache['full_cache_mb']:.0f} MB",
-            f"{cache['kept_cache_mb']:.0f} MB",
         ),
     ]
     here = first["machine"]
     return (
         _table((f"SmolLM2-135M, {here['threads']} CPU threads", "dense", "Surgeon"), rows)
         + f"\n{_processor(first)}, torch {here['torch']}, fp32, {here['date'][:10]}. Times are medians.\n"
-        + f"(1) {_processor(layers)}, {layers['machine']['date'][:10]}; dense is PyTorch's SDPA. "
-        '(2) With `recall="pattern"`.\n'
+        + f"(*) {_processor(layers)}, {layers['machine']['date'][:10]}; dense is PyTorch's SDPA.\n"
     )
 
 

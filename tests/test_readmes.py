@@ -152,7 +152,7 @@ def test_a_command_is_one_that_there_is(command: list[str], monkeypatch: pytest.
             assert {name for name in what if name.isalnum()} <= libraries
         case [script, "python", program, *_]:
             assert (ROOT / script).is_file()
-            assert (ROOT / program).is_file()
+            assert (ROOT / program).is_file() or (ROOT / program / "__main__.py").is_file()
         case _:
             pytest.fail(f"no test knows of this command: {shlex.join(command)}")
 
