@@ -246,9 +246,10 @@ def _mean(row: Row, name: str) -> float:
 
 
 def _answers(length: int) -> list[Row]:
-    """The rows of SmolLM2-135M's topologies of this length that were learned for answers."""
+    """The rows of SmolLM2-135M's windows of this length that were learned for answers, the densest first."""
     rows: list[Row] = _read("answers")["rows"]
-    return [row for row in rows if row["model"] == SMOLLM2_135M.name and row["length"] == length]
+    found = [row for row in rows if row["model"] == SMOLLM2_135M.name and not row["heads_with_a_cut"]]
+    return sorted((row for row in found if row["length"] == length), key=lambda row: -float(row["density"]))
 
 
 def _for_answers(topology: str) -> Row:

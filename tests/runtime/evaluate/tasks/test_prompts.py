@@ -7,7 +7,7 @@ import torch
 
 from oracles import filler, letters
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.tasks.numbers import DEPTHS
+from surgeon.runtime.evaluate.tasks.numbers import DEPTHS, single_numbers
 from surgeon.runtime.evaluate.tasks.prompts import Prompt, fitting_lengths, make_prompts
 
 LENGTH = 1500
@@ -74,3 +74,9 @@ def test_a_tokenizer_without_tokens_is_refused() -> None:
     silent = type("Silent", (), {"bos_token_id": None, "__call__": lambda *_, **__: {"input_ids": []}})()
     with pytest.raises(ModelError, match=r"Silent: expected tokens for ' \d+', got none; use"):
         make_prompts(silent, [filler(400)], (400,), 1)
+
+
+def test_plans_can_be_chosen() -> None:
+    made = make_prompts(letters(), [filler(400)], (400,), 1, plans=single_numbers)  # too short for every task
+    assert [question.query.depth for prompt in made for question in prompt.questions] == list(DEPTHS)
+    assert [prompt.at_end for prompt in made] == [True, False, True, False, True]
