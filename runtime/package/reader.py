@@ -250,7 +250,7 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
         )
     covered: dict[tuple[str, str, str], dict[int, list[tuple[int, ...]]]] = {}
     for index, kernel in enumerate(manifest.kernels):
-        for name in ("target", "dtype", "phase"):  # shown in errors as they are
+        for name in ("target", "dtype", "phase", "schedule", "table", "symbol"):  # shown in errors as they are
             if not (text := getattr(kernel, name)).isprintable():
                 raise PackageError(f"{root}: kernels[{index}].{name}", "a printable name", short_repr(text), _AGAIN)
         if kernel.file not in files:

@@ -318,7 +318,7 @@ def test_a_kernel_in_a_file_that_is_not_there(package: Path) -> None:
     refused(package, "kernels[0].file: expected a file of the package")
 
 
-@pytest.mark.parametrize("name", ["target", "dtype", "phase"])
+@pytest.mark.parametrize("name", ["target", "dtype", "phase", "schedule", "table", "symbol"])
 @pytest.mark.parametrize("text", ["cpu\n", "\ud800", "\x1b[2J"])
 def test_a_kernel_for_something_that_cannot_be_shown(package: Path, name: str, text: str) -> None:
     rewrite(package, lambda root: root["kernels"][0].update({name: text}))  # type: ignore[index]
