@@ -13,7 +13,8 @@ from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 
 RESULTS = Path(__file__).parent / "results"
-QUARTER = "smollm2-135m-25"
+QUARTER = "smollm2-135m-25-answers"
+"""The topology of the densest pilot."""
 TITLES = {name: checkpoint.title for name, checkpoint in CHECKPOINTS.items()}
 _PERPLEXITIES = ("dense_perplexity", "perplexity")
 
@@ -104,7 +105,7 @@ def far_back() -> str:
 
 def learning_cost() -> str:
     """The cost of learning, for each model that was measured and each way of learning."""
-    costs, ways = _read("learning-cost")["rows"], _read("learn")["rows"]
+    costs, ways, answers = _read("learning-cost")["rows"], _read("learn")["rows"], _answers(2048)
     models = [
         (
             re.sub("-[0-9a-f]{12}$", "", row["model"]),  # a cached model's folder ends in a hash
@@ -118,12 +119,16 @@ def learning_cost() -> str:
         for row in costs
     ]
     learned = [
-        (_way(row), f"{row['density']:.0%}", str(row["block_size"]), f"{row['learning_cpu_seconds'] / 60:.0f} min")
-        for row in ways
+        (
+            _way(row) + (", for answers" if row in answers else ", for text"),
+            f"{row['density']:.0%}",
+            str(row["block_size"]),
+            _processor(row),
+            f"{row['learning_cpu_seconds'] / 60:.0f} min",
+        )
+        for row in (*answers, *ways)
         if row["length"] == 2048
     ]
-    prompt = _suite("model-first-token")["rows"][0]["dense_s"] * _suite("model-first-token")["machine"]["threads"]
-    prompts = _learned(QUARTER)["learning_cpu_seconds"] / prompt
     head = (
         "model",
         "parameters",
@@ -136,8 +141,7 @@ def learning_cost() -> str:
     return (
         _table(head, models)
         + "\n"
-        + _table(("learned for SmolLM2-135M", "visible", "block", "CPU time"), learned)
-        + f"\n{_processor(ways[0])}; the windows at 25% took as much as {prompts:.0f} dense prompts there.\n"
+        + _table(("learned for SmolLM2-135M", "visible", "block", "processor", "CPU time"), learned)
     )
 
 
@@ -234,11 +238,6 @@ def _suite(name: str) -> Row:
 def _pilots() -> list[Pilot]:
     """The densest first."""
     return sorted(map(read_pilot, RESULTS.glob("pilot-*.json")), key=lambda pilot: -_column(pilot, "patched").density)
-
-
-def _learned(topology: str) -> Row:
-    rows: dict[str, Row] = {row["topology"]: row for row in _read("learn")["rows"]}
-    return rows[topology]
 
 
 def _mean(row: Row, name: str) -> float:

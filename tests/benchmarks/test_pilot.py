@@ -1,4 +1,4 @@
-"""The committed pilots passed, and belong to the committed topologies."""
+"""The committed pilots belong to the committed topologies, and those that are recommended passed."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ def test_the_page_is_about_the_sparsest_topology() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(pilot.RESULTS.glob("pilot-*.json")), ids=lambda file: str(file.stem))
-def test_a_committed_pilot_passed_and_is_of_the_topology_that_lies_here(file: Path) -> None:
+def test_a_committed_pilot_is_of_the_topology_that_lies_here(file: Path) -> None:
     found = read_pilot(file)
-    assert found.passed
+    assert found.weights_unchanged
     assert len(found.thresholds) >= 2
     topology = read_topology(pilot.topology_file(file.stem.removeprefix("pilot-")))
     dense, patched, window = map(found.column, ("dense", "patched", "window"))
@@ -28,3 +28,21 @@ def test_a_committed_pilot_passed_and_is_of_the_topology_that_lies_here(file: Pa
     assert patched.topology_sha256 == topology.sha256
     assert window.density == pytest.approx(patched.density, abs=0.01)
     assert len(dense.losses) == 12
+
+
+def test_a_quarter_of_the_blocks_passed_and_forgets_by_the_pattern_alone() -> None:
+    found = read_pilot(pilot.RESULTS / "pilot-smollm2-135m-25-answers.json")
+    assert found.passed
+    alone = found.column("pattern")
+    assert alone is not None
+    worst = alone.beside_dense("worst_retrieval")
+    assert worst is not None
+    assert worst.value < 0.5
+
+
+def test_a_tenth_of_the_blocks_loses_some_of_several_keys() -> None:
+    """README says so."""
+    found = read_pilot(pilot.RESULTS / "pilot-smollm2-135m-10-answers.json")
+    assert [limit.figure for limit in found.thresholds if not limit.met] == [
+        "retrieval, times dense, of the task several keys"
+    ]

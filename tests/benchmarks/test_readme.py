@@ -44,10 +44,17 @@ def test_every_result_has_its_command() -> None:
 
 def test_far_back_is_the_first_half_of_the_longest_prompts() -> None:
     pilot = json.loads((figures.RESULTS / f"pilot-{figures.QUARTER}.json").read_text(encoding="utf-8"))
-    dense = {(cell["length"], cell["depth"]): cell["found"] for cell in pilot["columns"][0]["passkeys"]}
-    expected = sum(dense[pilot["length"], depth] for depth in (0.1, 0.3, 0.5))
-    assert f"found {expected} when it read all blocks" in figures.far_back()
-    assert f"| {expected} of 12 |" in figures.choices()
+    asked = [
+        index
+        for index, question in enumerate(pilot["questions"])
+        if question["task"] == "single number" and question["length"] == pilot["length"] and question["depth"] <= 0.5
+    ]
+    found = {column["name"]: sum(column["scores"][index] for index in asked) for column in pilot["columns"]}
+    shown = figures.far_back()
+    assert f"Of {len(asked)} numbers" in shown
+    assert f"found {found['dense']:.0f} when it read all blocks" in shown
+    assert f"of the blocks it found {found['patched']:.0f}" in shown
+    assert f"by the pattern alone {found['pattern']:.0f}" in shown
 
 
 def test_the_rules_of_thumb_cover_what_was_measured() -> None:

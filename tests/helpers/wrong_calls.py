@@ -14,7 +14,7 @@ import packages
 import topologies
 
 ROOT = Path(__file__).parents[2]
-PILOT = ROOT / "benchmarks" / "results" / "pilot-smollm2-135m-25.json"
+PILOT = ROOT / "benchmarks" / "results" / "pilot-smollm2-135m-25-answers.json"
 
 TOPOLOGIES = {
     "missing.json": None,

@@ -10,8 +10,8 @@ import pytest
 from command_line import RUN
 
 ROOT = Path(__file__).parents[3]
-PILOT = ROOT / "benchmarks" / "results" / "pilot-smollm2-135m-25.json"
-TOPOLOGY = ROOT / "benchmarks" / "topologies" / "smollm2-135m-25.json"
+PILOT = ROOT / "benchmarks" / "results" / "pilot-smollm2-135m-25-answers.json"
+TOPOLOGY = ROOT / "benchmarks" / "topologies" / "smollm2-135m-25-answers.json"
 MODEL: list[str | Path] = ["--text", ROOT / "benchmarks" / "text" / "lighthouse.txt", "--density", "0.5"]
 
 

@@ -18,7 +18,7 @@ def forecast(others: tuple[str, ...], sequences: int = 12, prompts: int = 40, ro
 def test_a_pilot_of_smollm2_takes_about_what_it_took() -> None:
     """That pilot read its sequences once more, and asked for its numbers by logits."""
     found = forecast(("patched", "window"))
-    assert found.seconds == pytest.approx(633.5, rel=0.2), "seconds in pilot-smollm2-135m-25.json"
+    assert found.seconds == pytest.approx(633.5, rel=0.2), "seconds of a pilot of 2026-11-24"
     assert found.memory_bytes == pytest.approx(1.289e9, rel=0.2)
 
 
