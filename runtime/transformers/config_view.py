@@ -31,11 +31,16 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
     """
     override = _Override(implementation)
 
+    def is_own(view: PreTrainedConfig) -> bool:
+        return vars(view) is vars(
+            config
+        )  # and not a fresh config of this type, as Transformers 5.19 makes for defaults
+
     def named(view: PreTrainedConfig) -> str | None:
-        return override.implementation or cast(str | None, vars(view).get(_NAME))
+        return (override.implementation if is_own(view) else None) or cast(str | None, vars(view).get(_NAME))
 
     def rename(view: PreTrainedConfig, name: str | None) -> None:
-        if override.implementation is None:
+        if override.implementation is None or not is_own(view):
             vars(view)[_NAME] = name
         elif name != override.implementation:  # written by a model that is made from this config
             raise PatchError(
