@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from surgeon.runtime.errors import ModelError, PatchError, reason_of
-from surgeon.runtime.transformers.fingerprint import SIGNS, same_weights, weights_id
+from surgeon.runtime.transformers.fingerprint import NOTHING_TOLD, SIGNS, same_weights, weights_id
 
 _FILES = "*.safetensors"
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -34,7 +34,7 @@ def check_weights(model_config: Any, load_config: Any, expected: str) -> None:
             f"{folder}", f"{_FILES} of the weights that the topology was learned on, SHA-256 {expected}", "none", remedy
         )
     found = checkpoint_id(files, model_config.hf_config)
-    if not same_weights(found, expected):
+    if found == NOTHING_TOLD or not same_weights(found, expected):
         raise PatchError("weights", f"those that the topology was learned on, SHA-256 {expected}", found, remedy)
 
 
