@@ -44,7 +44,7 @@ def check_start(config: Any) -> None:
     except SurgeonError:
         _show_in_one_line()
         raise
-    config.additional_config.update(found.options.to_config())
+    config.additional_config = config.additional_config | found.options.to_config()
 
 
 def serving(config: Any) -> Serving | None:
