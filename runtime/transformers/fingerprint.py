@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from surgeon.runtime.transformers.offload import fetched
 
@@ -24,7 +24,7 @@ SIGNS = 2**20
 """The signs of each parameter that count: so 7 billion weights take seconds, and rows that are added later do not."""
 
 Reader = Callable[[str], torch.Tensor | None]
-"""Gives the first `SIGNS` elements or more of the parameter of a name, or None for a quantised one."""
+"""Gives the first `SIGNS` elements or more of the parameter of a name; None if it is quantised, or not there."""
 
 _ADAPTED = ("base_layer", "original_module")  # where PEFT's layers keep the module that they stand for
 _PLAIN = (torch.Tensor, torch.nn.Parameter, DTensor)
@@ -81,6 +81,21 @@ def weights_id(model: PreTrainedModel, read: Reader | None = None) -> str:
         _UNTOLD if lines is None else hashlib.sha256(lines.encode()).hexdigest(),
     )
     return "".join(half[:_HALF] for half in halves)
+
+
+def stored_weights_id(config: PreTrainedConfig, read: Reader) -> str:
+    """The `weights_id` of a model of this config whose parameters are stored elsewhere, tied ones under any name."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    def read_any(path: str) -> torch.Tensor | None:
+        found = map(read, names[id(model.get_parameter(path))])
+        return next((tensor for tensor in found if tensor is not None), None)
+
+    return weights_id(model, read_any)
 
 
 def are_weights(model: PreTrainedModel, expected: str) -> bool:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from surgeon.runtime.errors import ModelError, PatchError, reason_of
-from surgeon.runtime.transformers.fingerprint import NOTHING_TOLD, SIGNS, same_weights, weights_id
+from surgeon.runtime.transformers.fingerprint import NOTHING_TOLD, SIGNS, same_weights, stored_weights_id
 
 _FILES = "*.safetensors"
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -38,26 +37,16 @@ def check_weights(model_config: Any, load_config: Any, expected: str) -> None:
         raise PatchError("weights", f"those that the topology was learned on, SHA-256 {expected}", found, remedy)
 
 
-def checkpoint_id(files: list[Path], config: PreTrainedConfig) -> str:
-    """The `weights_id` of the model in these files; a half that they do not tell is 32 times f.
+def checkpoint_id(files: list[Path], config: Any) -> str:
+    """The `weights_id` of the model of this config in these files; a half that they do not tell is 32 times f.
 
     Raises:
-        ModelError: a file cannot be read, or Transformers cannot make a model of this config.
+        ModelError: a file cannot be read.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
     with _opened(files) as tensors:
-
-        def read(path: str) -> torch.Tensor | None:
-            for name in names[id(model.get_parameter(path))]:
-                if name in tensors:
-                    return _first_elements(tensors[name].get_slice(name))
-            return None
-
-        return weights_id(model, read)
+        return stored_weights_id(
+            config, lambda name: _first_elements(tensors[name].get_slice(name)) if name in tensors else None
+        )
 
 
 def _first_elements(stored: Any) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The script of test_tensor_parallel.py: an engine and its workers in processes of their own, on half of the heads each.
+"""The script of test_tensor_parallel.py: an engine and two workers, each on half of the heads.
 
 Arguments: the model's folder, the package's, and a file of prompts, in whose place the greedy tokens are written.
 """

@@ -11,8 +11,9 @@ from engines import Engine, World, prompts_of
 LENGTHS = (700, 130, 33, 512, 1, 64)
 
 
-@pytest.mark.parametrize("recall", ["dense", "pattern"])
-@pytest.mark.parametrize(("page", "chunk"), [(64, 4096), (128, 100), (32, 256)])
+@pytest.mark.parametrize(
+    ("recall", "page", "chunk"), [("dense", 64, 4096), ("dense", 128, 100), ("dense", 32, 256), ("pattern", 128, 100)]
+)
 def test_a_batch_whole_and_in_chunks(
     world: World, engine: Callable[..., Engine], recall: str, page: int, chunk: int
 ) -> None:
