@@ -3,6 +3,7 @@
 Source: `vllm.v1.attention.backends.cpu_attn`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,11 +23,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from surgeon.runtime.cache.liveness import Liveness
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.vllm.batch import Call, calls_of
 from surgeon.runtime.vllm.compatibility import covered_layers
+from surgeon.runtime.vllm.freeing import PatternSpec, by_need
 from surgeon.runtime.vllm.hooks import replace
 from surgeon.runtime.vllm.page_layout import PageLayout
 from surgeon.runtime.vllm.prompts import noting_prompts, prompt_lengths
@@ -35,6 +38,7 @@ from surgeon.runtime.vllm.serving import Serving, serving
 _LOG = init_logger("vllm.surgeon")
 
 replace(GPUModelRunner, "_build_attention_metadata", noting_prompts)
+replace(Attention, "get_kv_cache_spec", by_need)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         found = serving(vllm_config)
         self.pages: PageLayout | None = None
+        self.liveness: Liveness | None = None  # of the group, where pages are freed
         if found is None:
             return
         self.asking = found.options.asking
@@ -96,9 +101,9 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         ours = {name: layer for name, layer in layers.items() if extract_layer_index(name) in covered}
         if ours:
             self._bind(found, ours, kv_cache_spec)
-        own = [extract_layer_index(name) for name in layers if name not in ours]
         if get_tensor_model_parallel_rank() == 0:
-            _LOG.info(_report(found, [extract_layer_index(name) for name in ours], own))
+            every = map(extract_layer_index, get_layers_from_vllm_config(vllm_config, Attention))
+            _LOG.info_once(_report(found, sorted(every), covered))
 
     def _bind(self, found: Serving, layers: dict[str, Attention], kv_cache_spec: Any) -> None:
         manifest = found.package.manifest
@@ -116,6 +121,8 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         for name, layer in layers.items():
             _check_layer(name, layer, manifest.model.head_dim)
             layer.impl.site = Site(package, extract_layer_index(name), self.pages)
+        if isinstance(kv_cache_spec, PatternSpec):
+            self.liveness = Liveness(torch.tensor([kv_cache_spec.readers]))
         self._init_reorder_batch_threshold(1)  # decoding first, so that it is one call
 
     def build(
@@ -141,12 +148,13 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
                 "another one",
                 "serve without a package",
             )
-        step = Step(
-            calls_of(starts, lengths.tolist(), prompts, self.asking),
-            (lengths - common_attn_metadata.query_start_loc_cpu.diff()).long(),
-            self.pages.block_table(common_attn_metadata.block_table_tensor, lengths),
-            self.pages.key_rows(common_attn_metadata.slot_mapping),
-        )
+        positions = (lengths - common_attn_metadata.query_start_loc_cpu.diff()).long()
+        table = self.pages.block_table(common_attn_metadata.block_table_tensor, lengths)
+        if self.liveness is not None:  # vLLM leaves freed pages in the table: to read one is to be an error
+            live = self.liveness.live(positions // self.pages.block_size, table.shape[2])
+            table.masked_fill_(~live, -1)
+        calls = calls_of(starts, lengths.tolist(), prompts, self.asking)
+        step = Step(calls, positions, table, self.pages.key_rows(common_attn_metadata.slot_mapping))
         known = {field.name: getattr(built, field.name) for field in fields(CPUAttentionMetadata)}
         return SurgeonCPUMetadata(**known, step=step)
 
@@ -246,9 +254,10 @@ def _check_layer(name: str, layer: Attention, head_dim: int) -> None:
             raise PatchError(f"{name}: {what}", str(wanted), str(got), "serve this model without a package")
 
 
-def _report(found: Serving, ours: list[int], own: list[int]) -> str:
-    """Says in one line which layers of a group run on which kernels."""
+def _report(found: Serving, layers: Sequence[int], covered: Sequence[int]) -> str:
+    """Says in one line which of a process's layers run on which kernels."""
     package, options = found.package, found.options
+    ours, own = ([layer for layer in layers if (layer in covered) == is_ours] for is_ours in (True, False))
     kernels = f"{package.cpu_variant} kernels of package {package.id[:12]}, recall {options.recall}"
     asking = f", the last {options.dense_rows} tokens of a prompt read everything" if options.asking else ""
     parts = [f"layers {_ranges(ours)} run on {kernels}{asking}"] if ours else []
@@ -256,9 +265,9 @@ def _report(found: Serving, ours: list[int], own: list[int]) -> str:
     return "surgeon: " + "; ".join(parts)
 
 
-def _ranges(numbers: list[int]) -> str:
+def _ranges(numbers: Sequence[int]) -> str:
     ends: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in numbers:
         if ends and ends[-1][1] == number - 1:
             ends[-1][1] = number
         else:

@@ -30,6 +30,7 @@ def install() -> None:
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         _mark_prefixes()
+        _free_pages()
 
 
 def replace(owner: Any, name: str, made: Callable[[Any], Any], is_class_method: bool = False) -> None:
@@ -58,6 +59,12 @@ def _mark_prefixes() -> None:
     replace(kv_cache_utils, "generate_block_hash_extra_keys", with_mark)
     replace(core, "get_request_block_hasher", _hasher)
     replace(core.EngineCore, "_initialize_kv_caches", _noting_engine)
+
+
+def _free_pages() -> None:
+    from surgeon.runtime.vllm.freeing import register_spec
+
+    register_spec()
 
 
 def _noting_engine(initialize: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,8 +9,9 @@ from typing import Any
 from surgeon.runtime.errors import PatchError, SurgeonError, printable, short_repr
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.vllm.checkpoint import check_weights
-from surgeon.runtime.vllm.compatibility import check_server, check_version
+from surgeon.runtime.vllm.compatibility import check_server, check_version, covered_layers
 from surgeon.runtime.vllm.options import Options, options_of
+from surgeon.runtime.vllm.page_needs import Group, groups_of
 
 _TRACEBACK = "SURGEON_TRACEBACK"
 
@@ -21,6 +22,23 @@ class Serving:
 
     package: Package
     options: Options
+
+    def group_of(self, layer: int, config: Any) -> Group | None:
+        """The group of layers with which a layer shares its pages, or None if the server frees none.
+
+        It frees pages under recall "pattern", in a model whose layers are all covered, without pipeline parallelism.
+        """
+        manifest, parallel = self.package.manifest, config.parallel_config
+        covered = covered_layers(config.model_config.hf_config, manifest)
+        whole = len(covered) == manifest.model.num_hidden_layers and parallel.pipeline_parallel_size == 1
+        if self.options.asking or not whole:
+            return None
+        return next(group for group in _groups(self.package) if layer in group.layers)
+
+
+@cache
+def _groups(package: Package) -> tuple[Group, ...]:
+    return groups_of(package.liveness(), package.manifest.num_blocks)
 
 
 def check_start(config: Any) -> None:

@@ -40,12 +40,9 @@ def test_prefix_hits_give_what_a_request_of_its_own_gives(
     assert min(served.cached) > 0
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
-def test_preempted_requests_go_on_as_they_began(
-    world: World, engine: Callable[..., Engine], prefix_caching: bool
-) -> None:
+def test_preempted_requests_go_on_as_they_began(world: World, engine: Callable[..., Engine]) -> None:
     prompts = prompts_of(300, 310, 320, 290)
-    served = engine("mixed", num_gpu_blocks_override=22, enable_prefix_caching=prefix_caching)
+    served = engine("mixed", num_gpu_blocks_override=22)
     assert served.generate(prompts, 100) == world.expected(prompts, "mixed", new_tokens=100)
     assert served.count("vllm:num_preemptions") > 0
 
