@@ -23,14 +23,19 @@ TESTED = ((0, 32), (0, 33))
 """The first version of vLLM that the plugin was tested with, and the first one behind them."""
 
 
+def is_taken(version: str) -> bool:
+    """True for a version of vLLM that the plugin was tested with, or that the environment says to try."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return TESTED[0] <= numbers < TESTED[1] or os.environ.get(ANY_VERSION) == "1"
+
+
 def check_version(version: str) -> None:
-    """Refuses a version of vLLM that the plugin was not tested with.
+    """Refuses a version of vLLM that is not taken.
 
     Raises:
-        PatchError: it is not one of those, and the environment does not say to go on.
+        PatchError: it is another one.
     """
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if not TESTED[0] <= numbers < TESTED[1] and os.environ.get(ANY_VERSION) != "1":
+    if not is_taken(version):
         first, end = (".".join(map(str, each)) for each in TESTED)
         raise PatchError(
             "vLLM", f"version {first} or newer, below {end}", version, f"install one, or set {ANY_VERSION}=1 to try it"

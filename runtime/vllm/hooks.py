@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from surgeon.runtime.vllm.compatibility import is_taken
 from surgeon.runtime.vllm.prefix_hashes import Asking, marking, with_mark
 from surgeon.runtime.vllm.serving import check_start, serving
 
@@ -22,13 +23,16 @@ _ENGINES: list[Asking | None] = [None]
 
 
 def install() -> None:
-    """Puts the plugin's hooks into this process; a second call changes nothing."""
+    """Puts the plugin's hooks into this process; a second call changes nothing.
+
+    In a version of vLLM that is not taken there is only the one that refuses a package.
+    """
+    from vllm import __version__
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     replace(type(current_platform), "check_and_update_config", _checking, is_class_method=True)
-    if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    if current_platform.device_type == "cpu" and is_taken(__version__):
+        _replace_backend()
         _mark_prefixes()
         _free_pages()
 
@@ -50,6 +54,12 @@ def _checking(update: Callable[[Any], Any]) -> Callable[[Any], None]:
         check_start(config)
 
     return update_and_check
+
+
+def _replace_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
 
 
 def _mark_prefixes() -> None:

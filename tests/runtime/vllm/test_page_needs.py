@@ -1,17 +1,21 @@
 """Pages that may go: exactly those with no block that a later row of any layer of the group sees, by the definition."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from surgeon.compiler.schedule.liveness import liveness_tables
 from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.cache.liveness import Liveness
 from surgeon.runtime.vllm.page_needs import groups_of, unread_pages
 from topologies import DENSE, build, random_topology, window_head
 
 LONG = 24
+TOPOLOGIES = Path(__file__).parents[3] / "benchmarks/topologies"
 
 
 def liveness_of(topology: Topology) -> dict[int, Liveness]:
@@ -55,3 +59,12 @@ def test_a_dense_layer_keeps_its_pages() -> None:
     made = build([[window_head()], [DENSE]], num_blocks=16)
     kept = [unread_pages(group.readers, 1, 40, 40) for group in groups_of(liveness_of(made), 16)]
     assert kept == [list(range(40)), []]
+
+
+def test_what_a_learned_topology_leaves() -> None:
+    made = read_topology(TOPOLOGIES / "smollm2-135m-21-8192.json")
+    row = made.num_blocks
+    groups = groups_of(liveness_of(made), row)
+    freed = sum(len(group.layers) * len(unread_pages(group.readers, 1, row, row)) for group in groups)
+    assert len(groups) == 5
+    assert 1 - freed / (row * len(made.layers)) == pytest.approx(0.25, abs=0.005), "runtime/README.md says 25%"
