@@ -13,7 +13,7 @@ help:
 	@echo "make learn-demo  learn SmolLM2-135M's topology anew, and score it on text held out (a quarter of an hour and more)"
 	@echo "make pilot   pilot SmolLM2-135M's topologies on text held out, and report on them in build/pilot.html"
 	@echo "make test    formatting, linting, types and tests"
-	@echo "make test-vllm  install vLLM for CPUs into .venv-vllm (1.9 GB), and test the plugin in its engine"
+	@echo "make test-vllm  install vLLM for CPUs into .venv-vllm (3.4 GB), and test the plugin in its engine"
 	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
 	@echo "make rates   measure anew what decides between kernels and torch's dense attention on processors like this one"
 	@echo "make format  rewrite the sources as the formatter wants them"

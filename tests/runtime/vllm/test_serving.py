@@ -1,6 +1,5 @@
 """The package of a server: which of its layers free pages, and how an error that nobody catches is shown."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import pytest
 
 from models import Compiled, tiny_config
+from surgeon.runtime.errors import PatchError
 from surgeon.runtime.vllm.options import Options
-from surgeon.runtime.vllm.serving import Serving
+from surgeon.runtime.vllm.serving import Serving, _show_in_one_line
 
 
 def config(pipeline: int = 1, **changes: Any) -> Any:
@@ -37,27 +37,27 @@ def test_others_keep_them(compiled: dict[str, Compiled], recall: str, changes: d
     assert Serving(compiled["sparse"].package, Options("kernels", recall)).group_of(0, config(**changes)) is None
 
 
-@pytest.mark.parametrize(
-    ("error", "traceback", "shown"),
-    [
-        (
-            "PatchError('here', 'this', 'that\\nand', 'do so')",
-            "",
-            "surgeon: here: expected this, got that\\nand; do so\n",
-        ),
-        ("PatchError('here', 'this', 'that', 'do so')", "1", "Traceback"),
-        ("ValueError('another')", "", "Traceback"),
-    ],
-)
-def test_only_surgeons_errors_are_one_line(error: str, traceback: str, shown: str) -> None:
-    script = (
-        "import os\n"
-        f"os.environ['SURGEON_TRACEBACK'] = {traceback!r}\n"
-        "from surgeon.runtime.errors import PatchError\n"
-        "from surgeon.runtime.vllm import serving\n"
-        "serving._show_in_one_line()\n"
-        f"raise {error}\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == shown if shown.endswith("\n") else done.stderr.startswith(shown)
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """The errors that the interpreter would show with a traceback."""
+    errors: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda _kind, error, _trace: errors.append(error))
+    monkeypatch.delenv("SURGEON_TRACEBACK", raising=False)
+    _show_in_one_line()
+    return errors
+
+
+def test_surgeons_errors_are_one_line(shown: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    sys.excepthook(PatchError, PatchError("here", "this", "that\nand", "do so"), None)
+    assert shown == []
+    assert capsys.readouterr().err == "surgeon: here: expected this, got that\\nand; do so\n"
+
+
+def test_others_and_those_that_somebody_looks_into_have_their_traceback(
+    shown: list[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, own = ValueError("another"), PatchError("here", "this", "that", "do so")
+    sys.excepthook(ValueError, other, None)
+    monkeypatch.setenv("SURGEON_TRACEBACK", "1")
+    sys.excepthook(PatchError, own, None)
+    assert shown == [other, own]
