@@ -3,7 +3,7 @@
 Source: `vllm.v1.attention.backends.cpu_attn`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -99,11 +99,12 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         covered = covered_layers(vllm_config.model_config.hf_config, found.package.manifest)
         ours = {name: layer for name, layer in layers.items() if extract_layer_index(name) in covered}
+        every = get_layers_from_vllm_config(vllm_config, Attention)
         if ours:
+            _check_sharing(every, ours)
             self._bind(found, ours, kv_cache_spec)
         if get_tensor_model_parallel_rank() == 0:
-            every = map(extract_layer_index, get_layers_from_vllm_config(vllm_config, Attention))
-            _LOG.info_once(_report(found, sorted(every), covered))
+            _LOG.info_once(_report(found, sorted(map(extract_layer_index, every)), covered))
 
     def _bind(self, found: Serving, layers: dict[str, Attention], kv_cache_spec: Any) -> None:
         manifest = found.package.manifest
@@ -252,6 +253,22 @@ def _check_layer(name: str, layer: Attention, head_dim: int) -> None:
     for what, (got, wanted) in expected.items():
         if (got is None) != (wanted is None) or (wanted is not None and got != wanted):
             raise PatchError(f"{name}: {what}", str(wanted), str(got), "serve this model without a package")
+
+
+def _check_sharing(every: Mapping[str, Attention], ours: Container[str]) -> None:
+    """Refuses a layer that reads the cache of one of ours, whose pages have another order than vLLM's kernels expect.
+
+    Raises:
+        PatchError: there is one.
+    """
+    for name, layer in every.items():
+        if (target := layer.kv_sharing_target_layer_name) in ours:
+            raise PatchError(
+                f"{name}: kv_sharing_target_layer_name",
+                "a layer with a cache of its own",
+                f"one that reads the cache of {target}",
+                "serve this model without a package",
+            )
 
 
 def _report(found: Serving, layers: Sequence[int], covered: Sequence[int]) -> str:
