@@ -6,10 +6,11 @@ INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_INSTALLED := $(VLLM)/.installed
 
-.PHONY: help demo learn-demo pilot test test-vllm bench rates format clean
+.PHONY: help demo demo-vllm learn-demo pilot test test-vllm bench rates format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
+	@echo "make demo-vllm  serve SmolLM2-135M with vLLM, dense and on the kernels (3.4 GB for vLLM, some minutes)"
 	@echo "make learn-demo  learn SmolLM2-135M's topology anew, and score it on text held out (a quarter of an hour and more)"
 	@echo "make pilot   pilot SmolLM2-135M's topologies on text held out, and report on them in build/pilot.html"
 	@echo "make test    formatting, linting, types and tests"
@@ -22,6 +23,9 @@ help:
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/demo.py
+
+demo-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	$(VENV)/bin/python benchmarks/demo_vllm.py
 
 learn-demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/learn.py smollm2-135m-25 --again
