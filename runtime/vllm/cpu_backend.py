@@ -239,16 +239,17 @@ def _check_layer(name: str, layer: Attention, head_dim: int) -> None:
         PatchError: it is another kind of attention.
     """
     impl = layer.impl
+    if not isinstance(impl, SurgeonCPUImpl):
+        raise PatchError(f"{name}: backend", "the plugin's", type(impl).__name__, "serve this model without a package")
     expected: dict[str, tuple[object, object]] = {
         "sliding_window": (layer.sliding_window, None),
         "logits_soft_cap": (impl.logits_soft_cap or None, None),
         "alibi_slopes": (impl.alibi_slopes, None),
         "sinks": (impl.sinks, None),
         "kv_sharing_target_layer_name": (layer.kv_sharing_target_layer_name, None),
-        "attn_type": (str(layer.attn_type), str(AttentionType.DECODER)),
+        "attn_type": (AttentionType(layer.attn_type).value, AttentionType.DECODER.value),
         "head_size": (layer.head_size, head_dim),
         "head_size_v": (layer.head_size_v, head_dim),
-        "backend": (isinstance(impl, SurgeonCPUImpl), True),
     }
     for what, (got, wanted) in expected.items():
         if (got is None) != (wanted is None) or (wanted is not None and got != wanted):
