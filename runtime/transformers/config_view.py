@@ -31,16 +31,11 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
     """
     override = _Override(implementation)
 
-    def is_own(view: PreTrainedConfig) -> bool:
-        return vars(view) is vars(
-            config
-        )  # and not a fresh config of this type, as Transformers 5.19 makes for defaults
-
     def named(view: PreTrainedConfig) -> str | None:
-        return (override.implementation if is_own(view) else None) or cast(str | None, vars(view).get(_NAME))
+        return override.implementation or cast(str | None, vars(view).get(_NAME))
 
     def rename(view: PreTrainedConfig, name: str | None) -> None:
-        if override.implementation is None or not is_own(view):
+        if override.implementation is None:
             vars(view)[_NAME] = name
         elif name != override.implementation:  # written by a model that is made from this config
             raise PatchError(
@@ -54,7 +49,11 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
         copied = copy.deepcopy(config, memo)
         return copied if override.implementation is None else open_view(copied, override.implementation)
 
+    def fresh(_type: type[PreTrainedConfig], *arguments: Any, **settings: Any) -> PreTrainedConfig:
+        return type(config)(*arguments, **settings)  # as Transformers 5.19 makes one, for the defaults
+
     names = {
+        "__new__": fresh,
         _NAME: property(named, rename),
         "_surgeon_override": override,
         "__deepcopy__": deep_copy,
