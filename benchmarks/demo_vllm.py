@@ -23,7 +23,7 @@ from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import Package, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
 
-TOPOLOGY, LENGTH, PROMPTS, NEW_TOKENS = "smollm2-135m-25", 2048, 4, 24
+TOPOLOGY, LENGTH, NEW_TOKENS = "smollm2-135m-25", 2048, 24
 ROOT = Path(__file__).parents[1]
 LOG = ROOT / "build/demo-vllm.log"
 
@@ -43,20 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit status: 1 if the tokens are not those of the patched model."""
     parser = argparse.ArgumentParser(description="Serve SmolLM2 with vLLM, dense and on compiled kernels.")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-vllm/bin/python", help="of vLLM's environment")
+    parser.add_argument("--prompts", type=int, default=4, help="how many of them (default: 4)")
     options = parser.parse_args(arguments)
     try:
-        return 0 if run(options.python) else 1
+        return 0 if run(options.python, options.prompts) else 1
     except SurgeonError as error:
         console.print(f"demo: {error}", style="red", markup=False)
         return 2
 
 
-def run(python: Path) -> bool:
+def run(python: Path, count: int) -> bool:
     """Serves, compares and prints; true if all tokens are the expected ones."""
     LOG.parent.mkdir(exist_ok=True)
     folder = model_folder(SMOLLM2_135M, cache_folder(), console.print)
     _, package = compiled(TOPOLOGY)
-    texts = windows(load_tokenizer(folder), real_text(cache_folder()), LENGTH, most=PROMPTS)
+    texts = windows(load_tokenizer(folder), real_text(cache_folder()), LENGTH, most=count)
     prompts = [[int(token) for token in text[0]] for text in texts]
     kernels: dict[str, object] = {"surgeon_package": str(cache_folder() / "kernels" / TOPOLOGY)}
     settings: dict[str, dict[str, object]] = {
@@ -73,6 +74,7 @@ def run(python: Path) -> bool:
             runs[name] = measured(server, prompts)
         answers = [answer.tokens for answer in (*runs[name].alone, *runs[name].together)]
         right[name] = sum(answer == wanted for answer, wanted in zip(answers, [*expected, *expected], strict=True))
+        console.print(f"{name}: {right[name]} of {2 * len(prompts)} answers are those of Transformers")
     console.print(table_of(runs, right))
     return all(count == 2 * len(prompts) for count in right.values())
 
@@ -107,7 +109,7 @@ def measured(server: Server, prompts: Sequence[Sequence[int]]) -> Run:
 def used_by(server: Server, prompt: Sequence[int]) -> float:
     """The cache's share in use while a prompt is answered, at the last look."""
     looks = [0.0]
-    asking = threading.Thread(target=server.ask, args=(prompt, 4 * NEW_TOKENS))
+    asking = threading.Thread(target=server.ask, args=(prompt, 2 * NEW_TOKENS))
     asking.start()
     while asking.is_alive():
         looks.append(server.cache_used())
@@ -117,7 +119,7 @@ def used_by(server: Server, prompt: Sequence[int]) -> float:
 
 def table_of(runs: dict[str, Run], right: dict[str, int]) -> Table:
     """The servers side by side, for the terminal."""
-    table = Table(title=f"SmolLM2-135M-Instruct under vLLM, {PROMPTS} prompts of {LENGTH:,} tokens, fp32")
+    table = Table(title=f"SmolLM2-135M-Instruct under vLLM, prompts of {LENGTH:,} tokens, fp32")
     for heading in ("", "as Transformers", "first token", "all at once: tokens/s", "cache in use"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, run in runs.items():

@@ -116,7 +116,7 @@ def served(python: Path, model: Path, options: Mapping[str, object], log: Path, 
     with socket.create_server((ADDRESS, 0)) as free:
         port = free.getsockname()[1]
     flags = ["--dtype", "float32", "--host", ADDRESS, "--port", str(port), "--additional-config", json.dumps(options)]
-    flags += ["--no-enable-prefix-caching", "--max-model-len", "8192"]
+    flags += ["--no-enable-prefix-caching", "--enforce-eager", "--max-model-len", "8192"]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
