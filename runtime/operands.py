@@ -132,7 +132,9 @@ def check(operands: Operands, shape: ModelShape) -> None:
         raise _misfit("v", f"{list(k.shape)}, as k", v)
 
 
-def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int) -> None:
+def check_paged(
+    operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int, out: torch.Tensor | None = None
+) -> None:
     """Refuses operands like `check`, with k and v as pools of blocks; see `LayerKernels.run_paged`.
 
     Raises:
@@ -148,6 +150,11 @@ def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape
         raise _misfit("block_table", f"[{q.shape[0]}, {shape.num_key_value_heads}, blocks]", block_table)
     if block_table.dtype != torch.int32 or block_table.device.type != "cpu":
         raise _mismatch("block_table", "torch.int32 on cpu", block_table)
+    if out is not None:
+        expected = (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+        if out.shape != expected or not out.is_contiguous():
+            raise _misfit("out", f"{list(expected)}, contiguous", out)
+        _check_on_cpu("out", out, q)
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:

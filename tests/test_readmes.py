@@ -20,6 +20,7 @@ from surgeon.compiler import compile_package
 from surgeon.compiler.cli import main as cli
 from surgeon.compiler.package.export_hf import export
 from surgeon.runtime import load, patch
+from surgeon.runtime.vllm.options import options_of
 
 ROOT = Path(__file__).parents[1]
 FRONT = ROOT / "README.md"
@@ -150,6 +151,8 @@ def test_a_command_is_one_that_there_is(command: list[str], monkeypatch: pytest.
             assert extras <= project["optional-dependencies"].keys()
             libraries = {re.split(r"\W", requirement)[0] for requirement in project["dependencies"]}
             assert {name for name in what if name.isalnum()} <= libraries
+        case ["vllm", "serve", _, "--dtype", _, "--additional-config", options]:
+            assert options_of(json.loads(options), {}) is not None
         case [script, "python", program, *_]:
             assert (ROOT / script).is_file()
             assert (ROOT / program).is_file() or (ROOT / program / "__main__.py").is_file()

@@ -59,21 +59,26 @@ class LayerKernels:
         out = kernels.attend(layer, taken, lse, self.kv_heads.start)
         return out if taken is operands else out.to(operands.q.dtype)
 
-    def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
+    def run_paged(
+        self, layer: int, operands: Operands, block_table: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of one layer on the CPU over a cache that holds only some of the blocks; otherwise like `run`.
 
         k and v are pools of blocks `[slots, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, gives the slot
         of each block of each KV head, counted from the first valid key; -1 stands for a block that is not held, which
-        no query may read.
+        no query may read. `out`, contiguous `[B,Sq,Hq,D]`, is filled and returned if it is given.
 
         Raises:
             PatchError: shapes, dtypes or devices do not fit, or a query reads a block that is not held.
         """
         self.check_layer(layer)
-        check_paged(operands, block_table, self._shape, self._manifest.block_size)
+        check_paged(operands, block_table, self._shape, self._manifest.block_size, out)
         kernels = self.devices.cpu
         taken = self._in_one_of(kernels.dtypes, operands)
-        return kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
+        if taken is operands:
+            return kernels.attend_paged(layer, operands, block_table, self.kv_heads.start, out)
+        found = kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
+        return found if out is None else out.copy_(found)
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Attention of one layer on the CPU over whole sequences, whose q and k the kernel rotates; else like `run`.

@@ -49,7 +49,11 @@ def open_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig
         copied = copy.deepcopy(config, memo)
         return copied if override.implementation is None else open_view(copied, override.implementation)
 
+    def fresh(_type: type[PreTrainedConfig], *arguments: Any, **settings: Any) -> PreTrainedConfig:
+        return type(config)(*arguments, **settings)  # as Transformers 5.19 makes one, for the defaults
+
     names = {
+        "__new__": fresh,
         _NAME: property(named, rename),
         "_surgeon_override": override,
         "__deepcopy__": deep_copy,

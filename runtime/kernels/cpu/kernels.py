@@ -95,11 +95,16 @@ class CpuKernels:
         return self.dense_rows.tokens[layer]
 
     def attend_paged(
-        self, layer: int, operands: Operands, block_table: torch.Tensor, first_kv_head: int = 0
+        self,
+        layer: int,
+        operands: Operands,
+        block_table: torch.Tensor,
+        first_kv_head: int = 0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel on keys and values in pools of blocks; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table)
+        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, out=out)
 
 
 def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:

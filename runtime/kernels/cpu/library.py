@@ -111,12 +111,13 @@ class CpuLibrary:
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         block_table: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool.
 
         k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
         `[batch, length, head_dim]`, rotates q and k, which then have one length. With `block_table`, k and v are pools;
-        see `LayerKernels.run_paged`.
+        see `LayerKernels.run_paged`. `out` is filled if it is given.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
@@ -125,7 +126,8 @@ class CpuLibrary:
         q, k, v, position, cache_leftpad, scale, *_ = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         batch, heads, q_length, head_dim = q.shape
-        out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
+        if out is None:
+            out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
         if block_table is None:
             k_length, max_blocks, pool_blocks = k.shape[2], 0, 0
         else:

@@ -50,6 +50,15 @@ def test_copies_of_a_view() -> None:
     assert type(copy.deepcopy(view)) is LlamaConfig  # which is closed
 
 
+def test_a_fresh_config_of_a_views_type_is_a_plain_one() -> None:
+    config = tiny_config()
+    view = open_view(config, "surgeon")
+    fresh = type(view)(vocab_size=7)
+    fresh._attn_implementation = "eager"
+    assert (type(fresh), fresh._attn_implementation, fresh.vocab_size) == (LlamaConfig, "eager", 7)
+    assert (view._attn_implementation, view.vocab_size) == ("surgeon", config.vocab_size)
+
+
 def test_another_attention_for_a_patched_model_is_refused(
     model: LlamaForCausalLM, compiled: dict[str, Compiled]
 ) -> None:

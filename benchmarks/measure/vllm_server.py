@@ -1,0 +1,139 @@
+"""vLLM's OpenAI server on this machine: started, asked and stopped by its own protocol, without importing vLLM."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon.runtime.errors import ModelError
+
+ADDRESS = "127.0.0.1"
+START_SECONDS = 300
+_USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of an answer, and the seconds until the first of them and until the last."""
+
+    tokens: tuple[int, ...]
+    first: float
+    whole: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, which knows its model by the folder's name, and its port on this machine."""
+
+    model: str
+    port: int
+
+    def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
+        """Has a prompt's greedy continuation streamed."""
+        request = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        started, times, tokens = time.perf_counter(), [], []
+        with self._open("/v1/completions", request) as reply:
+            for chunk in chunks_of(reply):
+                found = [token for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
+                times += [time.perf_counter() - started] * len(found)
+                tokens += found
+        return Answer(tuple(tokens), times[0], times[-1])
+
+    def ask_together(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+        """Asks all of the prompts at the same time."""
+        answers: dict[int, Answer] = {}
+
+        def ask(index: int) -> None:
+            answers[index] = self.ask(prompts[index], new_tokens)
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [answers[index] for index in range(len(prompts))]
+
+    def cache_used(self) -> float:
+        """The share of the cache's pages that are in use now."""
+        with self._open("/metrics") as reply:
+            return usage_of(reply.read().decode())
+
+    def is_up(self) -> bool:
+        """True if the server answers."""
+        try:
+            self._open("/health").close()
+        except (OSError, urllib.error.URLError):
+            return False
+        return True
+
+    def _open(self, path: str, request: Mapping[str, object] | None = None) -> Any:
+        data = None if request is None else json.dumps(request).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"http://{ADDRESS}:{self.port}{path}", data, headers)
+        return urllib.request.urlopen(asked, timeout=START_SECONDS)
+
+
+def chunks_of(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects of a stream of server-sent events, up to its end."""
+    for line in lines:
+        kind, _, data = line.decode().strip().partition(": ")
+        if kind == "data" and data != "[DONE]":
+            yield json.loads(data)
+
+
+def usage_of(metrics: str) -> float:
+    """The share of the cache's pages in use, from a server's metrics in Prometheus' text format; 0 before any."""
+    return sum(map(float, _USAGE.findall(metrics)))
+
+
+@contextmanager
+def served(python: Path, model: Path, options: Mapping[str, object], log: Path, gigabytes: int = 1) -> Iterator[Server]:
+    """Runs a server of a model's folder in another environment's Python for the duration of a `with` statement.
+
+    Raises:
+        ModelError: it ends while it starts, or does not start in time; `log` has what it said.
+    """
+    with socket.create_server((ADDRESS, 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--dtype", "float32", "--host", ADDRESS, "--port", str(port), "--additional-config", json.dumps(options)]
+    flags += ["--no-enable-prefix-caching", "--enforce-eager", "--max-model-len", "8192"]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_CPU_KVCACHE_SPACE": str(gigabytes),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server, deadline = Server(str(model), port), time.monotonic() + START_SECONDS
+        try:
+            while not server.is_up():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ModelError("vLLM's server", "one that starts", "one that does not", f"read {log}")
+                time.sleep(0.5)
+            yield server
+        finally:
+            process.terminate()
+            process.wait()

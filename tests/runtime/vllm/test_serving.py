@@ -1,0 +1,63 @@
+"""The package of a server: which of its layers free pages, and how an error that nobody catches is shown."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from models import Compiled, tiny_config
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.vllm.options import Options
+from surgeon.runtime.vllm.serving import Serving, _show_in_one_line
+
+
+def config(pipeline: int = 1, **changes: Any) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=tiny_config(**changes)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
+    )
+
+
+def test_a_server_by_the_pattern_frees_pages(compiled: dict[str, Compiled]) -> None:
+    serving = Serving(compiled["sparse"].package, Options("kernels", "pattern"))
+    groups = [serving.group_of(layer, config()) for layer in range(3)]
+    assert [group is not None and layer in group.layers for layer, group in enumerate(groups)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("recall", "changes"),
+    [
+        ("dense", {}),
+        ("pattern", {"pipeline": 2}),
+        ("pattern", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    ],
+)
+def test_others_keep_them(compiled: dict[str, Compiled], recall: str, changes: dict[str, Any]) -> None:
+    assert Serving(compiled["sparse"].package, Options("kernels", recall)).group_of(0, config(**changes)) is None
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """The errors that the interpreter would show with a traceback."""
+    errors: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda _kind, error, _trace: errors.append(error))
+    monkeypatch.delenv("SURGEON_TRACEBACK", raising=False)
+    _show_in_one_line()
+    return errors
+
+
+def test_surgeons_errors_are_one_line(shown: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    sys.excepthook(PatchError, PatchError("here", "this", "that\nand", "do so"), None)
+    assert shown == []
+    assert capsys.readouterr().err == "surgeon: here: expected this, got that\\nand; do so\n"
+
+
+def test_others_and_those_that_somebody_looks_into_have_their_traceback(
+    shown: list[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, own = ValueError("another"), PatchError("here", "this", "that", "do so")
+    sys.excepthook(ValueError, other, None)
+    monkeypatch.setenv("SURGEON_TRACEBACK", "1")
+    sys.excepthook(PatchError, own, None)
+    assert shown == [other, own]
