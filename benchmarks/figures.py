@@ -79,15 +79,17 @@ def choices() -> str:
         if pilot := pilots.get(name):
             patched = _column(pilot, "patched")
             found = (_found(pilot, patched), _found(pilot, patched, KEYS))
-            if speed is None and patched.against_dense:
-                speed = patched.against_dense.first_token_speedup.value
         same = statistics.fmean(text["same_first"] for text in row["texts"])
         shape = (f"{row['length']:,}", f"{row['density']:.0%}", str(row["block_size"]))
         quality = (f"{row['ratio']:.3f}x", f"{_mean(row, 'divergence'):.4f}", f"{same:.0%}")
         rows.append((*shape, *quality, f"{speed:.2f}x" if speed else "–", *found))
     head = ("length", "visible", "block", "perplexity", "KL", "same next token", "first token", "found", "of five")
-    short = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in _suite("model-short")["rows"])
-    return _table(head, rows) + f"\nFirst token with 25% and shorter prompts: {short}.\n"
+    short = _suite("model-short")
+    times = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in short["rows"])
+    return (
+        _table(head, rows)
+        + f"\nFirst token of shorter prompts, by a pattern of 25%, on another machine ({_processor(short)}): {times}.\n"
+    )
 
 
 def far_back() -> str:
@@ -147,11 +149,13 @@ def learning_cost() -> str:
 
 def all_figures() -> str:
     """Every headline figure of the results."""
-    machine = _suite("model-first-token")["machine"]
+    first, older = _suite("model-first-token"), _suite("prefill-peers")
+    machine = first["machine"]
     return (
         _table(("measured", "Surgeon beside its peer"), _everything())
-        + f"\n{machine['processor']} with {machine['torch_isa']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, fp32, {machine['date'][:10]}; medians of calls made in turn.\n"
+        + f"\n{_processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
+        f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding, caches, short prompts and "
+        f"kernels: {_processor(older)}, {older['machine']['date'][:10]}.\n"
     )
 
 

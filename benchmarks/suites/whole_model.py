@@ -22,7 +22,7 @@ FOR_ANSWERS = (
     (2048, "smollm2-135m-25-answers"),
     (4096, "smollm2-135m-24-answers-4096"),
     (8192, "smollm2-135m-23-answers-8192"),
-    (8192, "smollm2-135m-9-answers-8192"),
+    (8192, "smollm2-135m-8-answers-8192"),
 )
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096", 8192: "smollm2-135m-21-8192"}
 

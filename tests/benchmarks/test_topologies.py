@@ -28,7 +28,7 @@ def test_a_shipped_topology_is_valid_and_of_the_models_shape(file: Path) -> None
     Draft202012Validator(json.loads(schema)).validate(json.loads(file.read_text()))
     topology = read_topology(file)
     assert topology.model == ModelShape("llama", 30, 9, 3, 64, WEIGHTS)
-    assert topology.block_size == (32 if file.stem.endswith(("-15", "-answers")) else 64)
+    assert topology.block_size == (32 if file.stem.endswith("-15") or "-answers" in file.stem else 64)
     assert topology.provenance["method"]
 
 
