@@ -18,6 +18,12 @@ from surgeon.runtime.package.reader import read_package
 
 COMPILE = "import sys; from surgeon.compiler.cli.main import main_compile; sys.exit(main_compile())"
 
+AS_IN_A_TERMINAL = (
+    "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+)
+"""Undoes what nohup and a shell's background leave ignored, so that the tests can run there too."""
+
 # Reads numbers. For each n, forks a compile that kills itself just before the n-th time that it changes something
 # below a folder, and prints how that ended. The swap of the two folders is a call through ctypes, of which only the
 # look-up of the library is seen; the removal of the old package, which follows it, is seen again.
@@ -138,7 +144,7 @@ def test_a_compile_ended_while_compilers_run_leaves_the_old_package(
     )
     compiler.chmod(0o755)
     process = subprocess.Popen(
-        [sys.executable, "-c", COMPILE, *workshop.arguments("new", out)],
+        [sys.executable, "-c", AS_IN_A_TERMINAL + COMPILE, *workshop.arguments("new", out)],
         env=workshop.environment | {"CXX": str(compiler), "TMPDIR": str(scratch)},
         stderr=subprocess.PIPE,
         text=True,

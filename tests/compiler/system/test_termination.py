@@ -1,11 +1,21 @@
 """Signals that ask a process to end, as an exception."""
 
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from surgeon.compiler.system.termination import Terminated, terminable
+
+
+@pytest.fixture(autouse=True)
+def _defaults() -> Iterator[None]:
+    """Signals as a shell in a terminal gives them: who runs the tests under nohup has SIGHUP ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
