@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from demo import compiled
+from demo import compiled, continued, on_kernels
 from inputs.checkpoints import SMOLLM2_135M, load_model, load_tokenizer, model_folder
 from inputs.texts import real_text, windows
 from measure.vllm_server import Answer, Server, served
 from surgeon.compiler.system.cache import cache_folder
-from surgeon.runtime import Package, patch, unpatch
+from surgeon.runtime import Package
 from surgeon.runtime.errors import SurgeonError
 
 TOPOLOGY, LENGTH, NEW_TOKENS = "smollm2-135m-25", 2048, 24
@@ -84,18 +84,10 @@ def continuations(
     folder: Path, package: Package | None, recall: str, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[int, ...]]:
     """The greedy continuations of the Transformers model, patched with the package if there is one."""
-    model: Any = load_model(folder)
-    model.generation_config.eos_token_id = None  # as many tokens from everybody
-    if package is not None:
-        patch(model, package, recall=recall)
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
-        found.append(tuple(int(token) for token in generated[0, len(prompt) :]))
-    if package is not None:
-        unpatch(model)
-    return found
+    model = load_model(folder)
+    of: Any = model if package is None else on_kernels(model, package, recall)
+    of.generation_config.eos_token_id = None  # as many tokens from everybody
+    return [tuple(continued(of, torch.tensor([prompt]), NEW_TOKENS).tolist()) for prompt in prompts]
 
 
 def measured(server: Server, prompts: Sequence[Sequence[int]]) -> Run:

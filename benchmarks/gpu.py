@@ -23,16 +23,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inputs import topologies as patterns
 from inputs.topologies import Shape
+from measure.checked import Tensors, checked
 from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.tune.clock import timed
-from surgeon.compiler.tune.exact import sampled_error
 from surgeon.runtime import Package, load
 
 SHAPE = Shape(heads=32, kv_heads=8, head_dim=128, block_size=128)  # Llama-3.1-8B
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
-TOLERANCE = 5e-3
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def main() -> None:
@@ -86,21 +84,21 @@ def rows(packages: Path, lengths: Sequence[int]) -> Iterator[dict[str, object]]:
 
 def row(topology: Topology, package: Package, length: int, q_length: int) -> dict[str, object]:
     """Makes one comparison: milliseconds by name, and our speed as a multiple of each peer's."""
-    tensors = inputs(q_length, length)
+    tensors = patterns.inputs(SHAPE, q_length, length, torch.bfloat16, device="cuda")
     q, k, v = tensors
     mask = torch.from_numpy(topology.block_mask(0, length // SHAPE.block_size)).cuda()
     density = float(mask.sum() / (len(mask) * mask.shape[1] * (mask.shape[1] + 1) / 2))
     if q_length == 1:
         density = float(mask[:, -1].sum() / mask[:, -1].numel())
     ours = partial(package.attention, 0, q, k, v)
-    check("ours", mask, tensors, ours())
+    checked("ours", mask, SHAPE.block_size, tensors, ours())
     dense = partial(scaled_dot_product_attention, q, k, v, is_causal=q_length > 1, enable_gqa=True)
     calls: dict[str, Callable[[], object]] = {"ours": ours, "sdpa": dense}
     if q_length > 1:
         calls["cudnn"] = partial(with_cudnn, dense)
     if density < 1.0:
         flex = flexible(mask, tensors)
-        check("flex", mask, tensors, flex().transpose(1, 2))
+        checked("flex", mask, SHAPE.block_size, tensors, flex().transpose(1, 2))
         calls["flex"] = flex
     milliseconds = timed(calls, graphs=q_length == 1)
     result: dict[str, object] = {
@@ -113,23 +111,6 @@ def row(topology: Topology, package: Package, length: int, q_length: int) -> dic
     result |= {f"times_{name}": value / milliseconds["ours"] for name, value in milliseconds.items() if name != "ours"}
     result["times_sdpa_x_density"] = milliseconds["sdpa"] / milliseconds["ours"] * density
     return result
-
-
-def inputs(q_length: int, k_length: int) -> Tensors:
-    """Random bf16 tensors on the GPU, with q laid out as projections leave it."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
-    q = torch.randn(1, q_length, SHAPE.heads, SHAPE.head_dim, **options).transpose(1, 2)
-    k = torch.randn(1, SHAPE.kv_heads, k_length, SHAPE.head_dim, **options)
-    v = torch.randn(1, SHAPE.kv_heads, k_length, SHAPE.head_dim, **options)
-    return q, k, v
-
-
-def check(name: str, mask: torch.Tensor, tensors: Tensors, out: torch.Tensor) -> None:
-    """Compares a sample of the queries with fp64; `mask` is over blocks, `[heads, rows, blocks]`."""
-    error = sampled_error(mask, SHAPE.block_size, *tensors, out)
-    if not error < TOLERANCE:
-        raise ArithmeticError(f"{name} is wrong on this pattern: relative error {error:.1e}")
 
 
 def with_cudnn(call: Callable[[], torch.Tensor]) -> torch.Tensor:

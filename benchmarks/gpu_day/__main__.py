@@ -1,6 +1,6 @@
 """Proves, tunes and times the kernels on a GPU in a few minutes, from packages that were compiled beforehand.
 
-From a source tree, first on a machine without a GPU, which takes a quarter of an hour, then on one with a Hopper card:
+From a source tree, first on a machine without a GPU, which takes a few minutes, then on one with a Hopper card:
 
     benchmarks/from_source python benchmarks/gpu_day --packages gpu-packages --prepare
     benchmarks/from_source python benchmarks/gpu_day --packages gpu-packages --out gpu-results

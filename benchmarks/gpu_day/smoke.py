@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from gpu_day.calls import block_mask, checked, inputs
+from gpu_day.calls import block_mask
 from gpu_day.day import Day, Row, Tell
+from inputs.topologies import inputs
+from measure.checked import checked
 from surgeon.runtime import load
 from surgeon.runtime.kernels.gpu.driver import C_TYPES, Driver, Function
 
@@ -30,7 +32,7 @@ def smoke(day: Day, packages: Path, tell: Tell) -> None:
     package = load(packages / PACKAGE, strict=True, device=day.device)
     mask, length = block_mask(day, topology), topology.num_blocks * topology.block_size
     for phase, q_length in (("prefill", length), ("decode", 1)):
-        tensors = inputs(day, day.shape, q_length, length)
+        tensors = inputs(day.shape, q_length, length, day.torch_dtype, device=day.device)
         found = package.attention(0, *tensors)
         tell({"phase": phase, "error": checked(phase, mask, topology.block_size, tensors, found)})
 

@@ -8,8 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import gpu
-from gpu_day.calls import Tensors, block_mask, checked, inputs, milliseconds
+from gpu_day.calls import block_mask, milliseconds
 from gpu_day.day import Day, Row, Tell
+from inputs.topologies import inputs
+from measure.checked import Tensors, checked
 from surgeon.compiler import Topology
 from surgeon.runtime import Package, load
 
@@ -32,7 +34,7 @@ def compared(day: Day, topology: Topology, package: Package, mask: torch.Tensor,
     A decoded token's density is that of the last row, which it is.
     """
     length = topology.num_blocks * topology.block_size
-    tensors = inputs(day, day.shape, q_length, length, batch)
+    tensors = inputs(day.shape, q_length, length, day.torch_dtype, batch, day.device)
     calls = _calls(day, package, mask, tensors)
     row: Row = {
         "phase": "decode" if q_length == 1 else "prefill",

@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_day.calls import WrongResultError, block_mask, checked, inputs, milliseconds
+from gpu_day.calls import block_mask, milliseconds
 from gpu_day.day import Day, Row, Tell
 from gpu_day.packages import candidate_name, candidates
-from inputs.topologies import Shape
+from inputs.topologies import Shape, inputs
+from measure.checked import WrongResultError, checked
 from surgeon.compiler.specs.tiles import PHASES, Tile, tiles_json, tiles_of
 from surgeon.runtime import load
 from surgeon.runtime.errors import SurgeonError
@@ -26,7 +27,7 @@ def tiles(day: Day, packages: Path, tell: Tell) -> None:
                 package = load(packages / candidate_name(shape, index), strict=True, device=day.device)
                 for phase, tile, q_length in zip(PHASES, pair, (day.tuned_length, 1), strict=True):
                     row[f"{phase}_tile"] = _numbers(tile)
-                    tensors = inputs(day, shape, q_length, day.tuned_length)
+                    tensors = inputs(shape, q_length, day.tuned_length, day.torch_dtype, device=day.device)
                     call = partial(package.attention, 0, *tensors)
                     row[f"{phase}_error"] = checked(phase, mask, shape.block_size, tensors, call())
                     row[f"{phase}_ms"] = milliseconds(day, {"ours": call}, phase == "decode", 10)["ours"]

@@ -67,11 +67,16 @@ def compiled(topology: Topology, variant: str | None) -> Package:
     return load(compile_package(topology, folder), strict=True, cpu_variant=variant)
 
 
-def inputs(shape: Shape, queries: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Random q `[1, heads, queries, head_dim]`, as a transposed view, and k and v `[1, kv_heads, keys, head_dim]`."""
-    q = torch.randn(1, queries, shape.heads, shape.head_dim).to(dtype).transpose(1, 2)
-    k, v = torch.randn(2, 1, shape.kv_heads, keys, shape.head_dim).to(dtype)
-    return q, k, v
+def inputs(
+    shape: Shape, queries: int, keys: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random q `[batch, heads, queries, head_dim]`, transposed, and k and v `[batch, kv_heads, keys, head_dim]`."""
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(batch, *size, dtype=dtype, device=device)
+
+    q = random(queries, shape.heads, shape.head_dim).transpose(1, 2)
+    return q, random(shape.kv_heads, keys, shape.head_dim), random(shape.kv_heads, keys, shape.head_dim)
 
 
 def operations(topology: Topology, mask: np.ndarray) -> float:

@@ -23,7 +23,7 @@ from surgeon.compiler.cli.report import REPORT
 from surgeon.compiler.cli.tune import TUNE
 from surgeon.compiler.system.main_process import is_main_process, let_the_main_process_speak
 from surgeon.compiler.system.termination import Terminated, terminable
-from surgeon.runtime.errors import BuildError, SurgeonError, reason_of, remedy_for
+from surgeon.runtime.errors import BuildError, SurgeonError, printable, reason_of, remedy_for
 
 COMMANDS = (COMPILE, INSPECT, PLAN, ASSESS, LEARN, PILOT, REPORT, EXPORT, TUNE)
 
@@ -160,7 +160,7 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Out
 def _show(lines: Iterable[str]) -> int:
     if not is_main_process():
         return DONE
-    text = "".join(f"{_printable(line)}\n" for line in lines)
+    text = "".join(f"{printable(line)}\n" for line in lines)
     if sys.stdout is None:  # started with standard output closed
         return DONE
     encoding = sys.stdout.encoding or "ascii"
@@ -184,15 +184,8 @@ def _report(message: str, status: int) -> int:
     let_the_main_process_speak()
     with contextlib.suppress(OSError):  # nobody is reading; the exit status still tells
         if sys.stderr is not None:
-            print(f"surgeon: {_printable(message)}", file=sys.stderr, flush=True)
+            print(f"surgeon: {printable(message)}", file=sys.stderr, flush=True)
     return status
-
-
-def _printable(text: str) -> str:
-    """The text on one line, with control, direction and other unprintable characters escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 def _unforeseen(error: BaseException, program: str, argv: Sequence[str] | None) -> str:

@@ -10,6 +10,7 @@ import torch
 import gpu
 import reference
 from inputs import topologies as patterns
+from measure.checked import WrongResultError, checked
 from surgeon.runtime.package.reader import read_package
 
 SHAPE = patterns.Shape(heads=4, kv_heads=2, head_dim=64, block_size=128)
@@ -43,9 +44,9 @@ def test_the_check_takes_what_is_right_and_nothing_else(q_length: int) -> None:
     k, v = torch.randn(2, 1, SHAPE.kv_heads, LENGTH, SHAPE.head_dim, generator=generator)
     mask = torch.from_numpy(topology.block_mask(0, LENGTH // SHAPE.block_size))
     expected, _ = reference.attention(topology, 0, q, k, v)
-    gpu.check("the reference", mask, (q, k, v), expected)
-    with pytest.raises(ArithmeticError, match="nonsense is wrong on this pattern"):
-        gpu.check("nonsense", mask, (q, k, v), expected * 1.1)
+    checked("the reference", mask, SHAPE.block_size, (q, k, v), expected)
+    with pytest.raises(WrongResultError, match="nonsense: expected a relative error below"):
+        checked("nonsense", mask, SHAPE.block_size, (q, k, v), expected * 1.1)
 
 
 @pytest.mark.parametrize("q_length", [LENGTH, 1])
