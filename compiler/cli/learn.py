@@ -36,6 +36,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ' as with recall="pattern"; default: answers, but text for ultrametric',
     )
     parser.add_argument(
+        "--no-questions",
+        dest="questions",
+        action="store_false",
+        help="learn for answers on plain text only; default: half of the text gets facts hidden in it, and ends with"
+        " questions about them",
+    )
+    parser.add_argument(
         "--steps", type=positive, default=60, metavar="N", help="training steps of ultrametric; default: 60"
     )
     parser.add_argument(
@@ -111,7 +118,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
             divided(texts, request)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
         with stage_display() as progress:
-            topology = learn(model, texts, request, work=work, progress=progress)
+            tokenizer = outline.tokenizer if arguments.questions else None
+            topology = learn(model, texts, request, work=work, progress=progress, tokenizer=tokenizer)
     if is_main_process():
         write_topology(topology, out)
         if arguments.work is None:

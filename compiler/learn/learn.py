@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.compiler.forecast.learning import Counts, descending_stages, forecast, learning_stages, seconds_of_prompt
 from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
+from surgeon.compiler.learn.measure.questions import with_questions
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
@@ -97,9 +98,11 @@ def learn(
     effort: Effort | None = None,
     work: Path | None = None,
     progress: Progress | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Topology:
     """Learns a topology for a frozen model, without changing its weights.
 
+    With the model's tokenizer, about half of the sequences for answers end with questions about facts hidden in them.
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
     If torch.distributed has several processes, they share the sequences, and all return the same topology. They may
     share a folder, but need not.
@@ -129,7 +132,9 @@ def learn(
 
     uniform_windows(*size, measured, request.sink, request.density)  # refuses a density out of reach before the work
     grid = request.grid(measured)
-    sequences = divided(texts, request, effort)
+    sequences, questions = divided(texts, request, effort), 0
+    if tokenizer is not None and grid.asking:
+        sequences, questions = with_questions(sequences, tokenizer, grid.scored, request.seed)
     store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
@@ -161,6 +166,7 @@ def learn(
                 "calibrate": len(sequences.calibrate),
                 "validate": len(sequences.validate),
                 "refine": [len(fresh) for fresh in sequences.refine],
+                "with_questions": questions,
             },
             **figures,
             "steps": {"computed": int(computed), "found": int(found)},

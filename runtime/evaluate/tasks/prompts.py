@@ -62,7 +62,7 @@ def make_prompts(
     Raises:
         ModelError: a task does not fit a length, or the tokenizer has no tokens for a text.
     """
-    encoder, drawn, made = _Encoder(tokenizer), random.Random(seed), count()
+    encoder, drawn, made = Encoder(tokenizer), random.Random(seed), count()
     prompts: list[Prompt] = []
     for length in lengths:
         for turn in range(rounds):
@@ -81,7 +81,7 @@ def fitting_lengths(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[in
     return (length // 2, length)
 
 
-class _Encoder:
+class Encoder:
     """A tokenizer without special tokens, except those that it puts before every text, which are in `start`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,6 +90,7 @@ class _Encoder:
         self.start: list[int] = list(first) if first == [tokenizer.bos_token_id] else []
 
     def ids(self, text: str) -> list[int]:
+        """The text's token ids; raises a ModelError where there are none."""
         found = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if not found:
             remedy = "use the model's own tokenizer, or --tasks 0"
@@ -97,11 +98,12 @@ class _Encoder:
         return found
 
     def question(self, query: Query) -> Question:
+        """The query's token ids, with room for its answer."""
         answer = self.ids(" " + ", ".join(query.expected))
         return Question(query, torch.tensor(self.ids(query.text), device="cpu"), len(answer) + _SPARE)
 
 
-def _prompts(encoder: _Encoder, plan: Plan, filler: torch.Tensor, length: int, turn: int) -> Iterator[Prompt]:
+def _prompts(encoder: Encoder, plan: Plan, filler: torch.Tensor, length: int, turn: int) -> Iterator[Prompt]:
     questions = tuple(encoder.question(query) for query in plan.queries)
     by_task: dict[str, list[Question]] = {}
     for question in questions:
@@ -116,7 +118,7 @@ def _prompts(encoder: _Encoder, plan: Plan, filler: torch.Tensor, length: int, t
             f"{length}",
             "choose a larger --length, or --tasks 0",
         )
-    text = _laid_out(encoder.start, hidden, filler[: room - least].tolist())
+    text = laid_out(encoder.start, hidden, filler[: room - least].tolist())
     if len(questions) == 1:
         yield Prompt(length, text, questions, at_end=turn % 2 == 0)
         return
@@ -125,7 +127,7 @@ def _prompts(encoder: _Encoder, plan: Plan, filler: torch.Tensor, length: int, t
         yield Prompt(length, text, (asked[turn % len(asked)],), at_end=True)
 
 
-def _laid_out(start: list[int], hidden: Sequence[tuple[list[int], Fact]], filler: list[int]) -> torch.Tensor:
+def laid_out(start: list[int], hidden: Sequence[tuple[list[int], Fact]], filler: list[int]) -> torch.Tensor:
     """The filler with each fact's tokens at its depth, after the tokens that start every text."""
     whole, place = list(start), 0
     for ids, fact in sorted(hidden, key=lambda pair: pair[1].depth):

@@ -47,7 +47,7 @@ def test_it_beats_equal_windows_and_says_what_it_did(tmp_path: Path) -> None:
     assert said["weights_sha256"] == before
     assert topology.model.weights_sha256 == weights_id(model)
     assert said["texts"] == [{"name": name, "sha256": name * 64, "tokens": 8 * LENGTH} for name in "ab"]
-    assert said["sequences"] == {"calibrate": 4, "validate": 4, "refine": [2, 2]}
+    assert said["sequences"] == {"calibrate": 4, "validate": 4, "refine": [2, 2], "with_questions": 0}
     assert said["rounds"]
     kept = [step["divergence"] for step in said["rounds"] if step["kept"]]
     assert kept == sorted(kept, reverse=True)
