@@ -45,6 +45,20 @@ class Operands(NamedTuple):
         return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
 
+class Nodes(NamedTuple):
+    """The nodes that routed heads choose by, kept from call to call, int8, and how many there are, int64 `[B]`.
+
+    `values` is `[B, Hkv, keys // 8, D]` or, for a pool of blocks, `[slots, block_size // 8, D]`; `written` counts each
+    sequence's nodes from its first valid key. A call writes the nodes that its keys complete, and counts them.
+    """
+
+    values: torch.Tensor
+    written: torch.Tensor
+
+
+NODE = 8
+"""Tokens in a node."""
+
 PATTERN_ALONE = -(2**31)
 """A `dense_tail` that leaves every row to the topology."""
 

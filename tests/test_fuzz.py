@@ -147,9 +147,9 @@ def test_the_checker_sees_every_fault_of_a_topology(fault: Any) -> None:
 def accepting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the reader of topologies miss something."""
     if name == "integers":
-        monkeypatch.setattr(read, "_integer", lambda value, *_: int(value))
+        monkeypatch.setattr(read, "integer", lambda value, *_: int(value))
     elif name == "keys":
-        monkeypatch.setattr(read, "_object", lambda value, where, required, optional=(): value)
+        monkeypatch.setattr(read, "object_of", lambda value, where, required, optional=(): value)
     elif name == "trees":
         checked = Dendrogram.from_linkage
 

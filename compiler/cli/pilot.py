@@ -28,8 +28,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recall",
         choices=("dense", "pattern"),
-        default="dense",
-        help="what the rows that ask read: everything (the pattern is shown beside it) or the pattern; default: dense",
+        help="what the rows that ask read: everything (the pattern is shown beside it) or the pattern; default: dense,"
+        " but pattern for a package with routed heads",
     )
     parser.add_argument(
         "--dense-rows", type=positive, default=128, metavar="ROWS", help="of recall dense; default: 128"

@@ -2,6 +2,7 @@
 
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.topology.read import parse_topology
+from surgeon.compiler.topology.router import Router
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PackageError, TopologyError
 from surgeon.runtime.package.reader import PackageFiles
@@ -28,8 +29,10 @@ def packaged_topology(package: PackageFiles) -> Topology:
     return topology
 
 
-def packaged_layers(package: PackageFiles) -> tuple[LayerSchedule, ...]:
+def packaged_layers(package: PackageFiles, router: Router | None) -> tuple[LayerSchedule, ...]:
     """Reads the schedule of every layer; equal heads and equal layers are one object, as in `schedule_layers`.
+
+    `router` is that of the package's topology.
 
     Raises:
         PackageError: the package's schedules are missing or damaged.
@@ -43,6 +46,7 @@ def packaged_layers(package: PackageFiles) -> tuple[LayerSchedule, ...]:
             num_key_value_heads=manifest.model.num_key_value_heads,
             block_size=manifest.block_size,
             num_rows=package.num_rows,
+            router=None if router is None else router.layers[index],
         )
         found.append(layers.setdefault(layer, layer))
     return tuple(found)

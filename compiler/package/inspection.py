@@ -206,7 +206,7 @@ def _inspect_package(folder: Path) -> PackageReport:
     package = read_package(folder)
     topology = packaged_topology(package)
     # The schedules that its kernels were made from: making them again would take most of the time.
-    summary = summary_of(topology, packaged_layers(package))
+    summary = summary_of(topology, packaged_layers(package, topology.router))
     size = len(package.manifest_bytes) + sum(file.size for file in package.manifest.files)
     schedules = {layer: schedule.heads for layer, schedule in package.schedules.items()}
     level = processor_level(processor_features())

@@ -66,6 +66,7 @@ def write_package(
         files=tuple(
             FileEntry(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in sorted(files.items())
         ),
+        routed=tuple(index for index in topology.covered if topology.router and topology.router.layers[index]),
         tools=tuple(
             sorted(
                 {Tool("surgeon", version()), *(tool for binary in binaries for tool in binary.tools)},

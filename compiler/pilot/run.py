@@ -34,6 +34,7 @@ from surgeon.runtime.package.reader import read_package
 from surgeon.runtime.transformers.compatibility import check_config
 from surgeon.runtime.transformers.fingerprint import fingerprint
 from surgeon.runtime.transformers.patching import patch
+from surgeon.runtime.transformers.recall import recall_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST = 4  # tokens: two of a prompt and two that follow it
@@ -58,7 +59,7 @@ class PilotRequest:
     tasks: int = 2
     rounds: int = 5
     window: bool = True
-    recall: str = "dense"
+    recall: str | None = None
     dense_rows: int = 128
     min_retrieval: float | None = 0.9
     max_ppl_ratio: float | None = 1.02
@@ -79,6 +80,7 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     started = time.perf_counter()
     topology = packaged_topology(read_package(request.package))
     package = load(request.package)
+    recall = recall_of(request.recall, package.manifest)
     device = torch.device("cpu" if "cpu" in package.manifest.targets else "cuda")
     dtype = next(name for name, kind in _DTYPES.items() if kind in package.dtypes_on(device))
     length: int = request.length or topology.num_blocks * topology.block_size
@@ -94,18 +96,20 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
     if request.device_map is None:
         dense.eval().to(device)
-    expect(progress, partial(_forecast, dense, len(sequences), sequences[0], len(prompts), request))
+    others = 1 + (recall == "dense") + request.window
+    sizes = (len(sequences), sequences[0], len(prompts), request.rounds, others)
+    expect(progress, partial(_forecast, dense, *sizes))
     candidates = [
         Candidate("dense", dense, None, 1.0),
-        _patched("patched", dense, package, density, request.recall, request.dense_rows),
+        _patched("patched", dense, package, density, recall, request.dense_rows),
     ]
-    if request.recall == "dense":
+    if recall == "dense":
         candidates.append(_patched("pattern", dense, package, density, "pattern", request.dense_rows))
     if request.window:
         baseline = window_baseline(topology, length)
         compiled = _compiled(baseline, processes_of(dense), package, dtype, scratch, progress)
         found = density_at(baseline, length)
-        candidates.append(_patched("window", dense, compiled, found, request.recall, request.dense_rows))
+        candidates.append(_patched("window", dense, compiled, found, recall, request.dense_rows))
     weights = fingerprint(dense)
     measured = run_pilot(candidates, sequences, tokenizer, prompts, request.rounds, progress)
     (beside,) = (each.against_dense for each in measured.columns if each.name == "patched" and each.against_dense)
@@ -134,10 +138,9 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
 
 
 def _forecast(
-    dense: PreTrainedModel, sequences: int, first: torch.Tensor, prompts: int, request: PilotRequest
+    dense: PreTrainedModel, sequences: int, first: torch.Tensor, prompts: int, rounds: int, others: int
 ) -> Forecast:
     prompt = seconds_of_prompt(dense, first)
-    others = 1 + (request.recall == "dense") + request.window
     return pilot_forecast(
         dense.config,
         dense.num_parameters(),
@@ -145,7 +148,7 @@ def _forecast(
         (prompt,) * others,
         sequences,
         prompts,
-        request.rounds,
+        rounds,
         dense.dtype.itemsize,
     )
 

@@ -27,6 +27,8 @@ def last_readers(layer: LayerSchedule, num_blocks: int) -> npt.NDArray[np.int64]
 
 def _head_readers(head: HeadSchedule, num_blocks: int, num_rows: int) -> Ints:
     """The last readers of one head's blocks, `[num_blocks]`, in time that grows with its pieces and blocks."""
+    if head.route:  # any later row may choose any block
+        return np.full(num_blocks, UNBOUNDED if num_rows == UNBOUNDED else num_rows - 1, dtype=np.int64)
     readers = np.zeros(num_blocks, dtype=np.int64)
     last = np.zeros(len(head.runs), dtype=np.int64)  # the last row that reads each run
     # From the last row up, blocks from `seen` on have a reader: a last run ends on its own row, so they are contiguous.

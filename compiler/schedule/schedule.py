@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from surgeon.compiler.schedule.fragments import HIDDEN, CutBlocks, by_cut
 from surgeon.compiler.schedule.limits import check_size
+from surgeon.compiler.topology.router import LayerRouter
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule, Piece, Run
 
@@ -21,12 +22,14 @@ class LayerSchedule:
     """The schedules of one layer's query heads; consecutive groups of heads share a KV head.
 
     `num_rows` is the number of rows that may be requested, `UNBOUNDED` unless the topology refuses rows beyond its own.
+    `router` is None where no head is routed.
     """
 
     heads: tuple[HeadSchedule, ...]
     num_key_value_heads: int
     block_size: int
     num_rows: int
+    router: LayerRouter | None = None
 
 
 def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
@@ -46,12 +49,13 @@ def schedule_layers(topology: Topology) -> tuple[LayerSchedule, ...]:
     shared_layers: dict[LayerSchedule, LayerSchedule] = {}
     by_head = {head: shared_heads.setdefault(schedule, schedule) for head, schedule in schedules.items()}
     layers = []
-    for layer_heads in topology.layers:
+    for index, layer_heads in enumerate(topology.layers):
         layer = LayerSchedule(
             heads=tuple(by_head[head] for head in layer_heads),
             num_key_value_heads=topology.model.num_key_value_heads,
             block_size=topology.block_size,
             num_rows=topology.num_blocks if topology.beyond == "error" else UNBOUNDED,
+            router=None if topology.router is None else topology.router.layers[index],
         )
         layers.append(shared_layers.setdefault(layer, layer))
     return tuple(layers)
@@ -80,7 +84,7 @@ def _sparse_schedule(head: WindowHead | SparseHead, cut: CutBlocks, beyond: str)
         for first_row, end_row, plan in planners[label].plans(begin, end):
             pieces.append(Piece(first_row, end_row, *plan))
     pieces += _pieces_beyond(head, num_blocks, beyond, table)
-    return HeadSchedule(tuple(table.runs), tuple(_merge_pieces(pieces)))
+    return HeadSchedule(tuple(table.runs), tuple(_merge_pieces(pieces)), head.route)
 
 
 def _first_hidden(head: WindowHead | SparseHead, cut: CutBlocks) -> list[Run]:

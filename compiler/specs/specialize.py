@@ -53,6 +53,13 @@ def specialize_gpu(
         TargetError: the target does not support a dtype, the head size or the block size.
     """
     specs = _specs(topology, layers, target, dtypes)
+    if topology.router is not None:
+        raise TargetError(
+            f"target {target}",
+            "a topology without routed heads: kernels for GPUs do not choose blocks yet",
+            "one with routed heads",
+            'compile it for cpu, or remove "route" and "router"',
+        )
     if topology.block_size & (topology.block_size - 1):
         raise TargetError(
             "block_size",

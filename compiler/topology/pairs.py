@@ -1,6 +1,7 @@
 """Counts of pairs of a row and a key block, computed without a mask: the basis of every density."""
 
 import numpy as np
+import numpy.typing as npt
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
 
@@ -17,16 +18,23 @@ def window_pairs(blocks: int, sink: int, window: int) -> int:
 
 
 def cluster_pairs(blocks: int, sink: int, window: int, tree: Dendrogram, cut: float) -> int:
-    """Counts the pairs of the first `blocks` blocks that only a cut's clusters see: between the sink and the window.
+    """Counts the pairs of the first `blocks` blocks that only a cut's clusters see; see `cluster_counts`."""
+    return int(cluster_counts(blocks, sink, window, tree, cut).sum())
+
+
+def cluster_counts(blocks: int, sink: int, window: int, tree: Dendrogram, cut: float) -> npt.NDArray[np.int64]:
+    """Counts the blocks that each of the first rows sees only in its cluster, between sink and window: `[blocks]`.
 
     `blocks` is at most the tree's own number.
     """
+    counts = np.zeros(blocks, dtype=np.int64)
     if sink + window >= blocks:
-        return 0
+        return counts
     clusters = tree.labels(cut)[:blocks]
     members = np.argsort(clusters, kind="stable")
-    cache_leftpad = clusters[members] * blocks
-    keys = cache_leftpad + members  # ascending: the blocks of one cluster after those of the other
+    first_keys = clusters[members] * blocks
+    keys = first_keys + members  # ascending: the blocks of one cluster after those of the other
     before_window = np.searchsorted(keys, keys - window, side="right")
-    in_sink = np.searchsorted(keys, cache_leftpad + sink, side="left")
-    return int(np.maximum(before_window - in_sink, 0).sum())
+    in_sink = np.searchsorted(keys, first_keys + sink, side="left")
+    counts[members] = np.maximum(before_window - in_sink, 0)
+    return counts

@@ -1,6 +1,6 @@
 """Reads topology.json without trusting anything in it.
 
-Source: topology.json version 1 (`topology.schema.json` beside this file holds the same format for editors).
+Source: topology.json versions 1 and 2 (`topology.schema.json` beside this file holds the same formats for editors).
 """
 
 import os
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
+from surgeon.compiler.topology.fields import choice, constant, integer, list_of, mapping, object_of
 from surgeon.compiler.topology.provenance import check_provenance
+from surgeon.compiler.topology.read_router import read_router
 from surgeon.compiler.topology.topology import DenseHead, Head, SparseHead, Topology, WindowHead
 from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
@@ -41,22 +43,25 @@ def parse_topology(text: str) -> Topology:
     Raises:
         TopologyError: it violates the format; the text says where.
     """
-    root = _object(
-        parse_json(text, "topology", _FAULT),
+    parsed = mapping(parse_json(text, "topology", _FAULT), "topology")
+    routes = type(parsed.get("version")) is int and parsed["version"] == 2
+    root = object_of(
+        parsed,
         "topology",
         required=("format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"),
-        optional=("beyond", "provenance"),
+        optional=("beyond", "provenance", *(("router",) if routes else ())),
     )
-    _constant(root["format"], "format", "surgeon.topology")
-    _constant(root["version"], "version", 1)
+    constant(root["format"], "format", "surgeon.topology")
+    if not routes and (type(root["version"]) is not int or root["version"] != 1):
+        raise TopologyError("version", "1 or 2", short_repr(root["version"]), "this version reads nothing else")
     model = _model(root["model"])
-    block_size = _integer(root["block_size"], "block_size", BLOCK_SIZES.start, BLOCK_SIZES[-1])
+    block_size = integer(root["block_size"], "block_size", BLOCK_SIZES.start, BLOCK_SIZES[-1])
     if block_size not in BLOCK_SIZES:
         raise TopologyError("block_size", "a multiple of 16 tokens", str(block_size), "use 32, 64 or 128")
-    num_blocks = _integer(root["num_blocks"], "num_blocks", 1, MAX_BLOCKS)
-    beyond = _choice(root.get("beyond", "window"), "beyond", ("window", "dense", "error"))
-    trees = _list(root["dendrograms"], "dendrograms", 0, MAX_LAYERS * MAX_HEADS)
-    layers = _list(root["layers"], "layers", 1, MAX_LAYERS)
+    num_blocks = integer(root["num_blocks"], "num_blocks", 1, MAX_BLOCKS)
+    beyond = choice(root.get("beyond", "window"), "beyond", ("window", "dense", "error"))
+    trees = list_of(root["dendrograms"], "dendrograms", 0, MAX_LAYERS * MAX_HEADS)
+    layers = list_of(root["layers"], "layers", 1, MAX_LAYERS)
     if len(layers) != model.num_hidden_layers:
         raise TopologyError(
             "layers",
@@ -66,21 +71,23 @@ def parse_topology(text: str) -> Topology:
         )
     if all(layer is None for layer in layers):
         raise TopologyError("layers", "heads for at least one layer", "null for all", "give a layer its heads")
+    read_layers = tuple(
+        _layer(layer, f"layers[{i}]", model.num_attention_heads, len(trees), routes) for i, layer in enumerate(layers)
+    )
     return Topology(
         model=model,
         block_size=block_size,
         num_blocks=num_blocks,
         dendrograms=tuple(_dendrogram(tree, f"dendrograms[{i}]", num_blocks) for i, tree in enumerate(trees)),
-        layers=tuple(
-            _layer(layer, f"layers[{i}]", model.num_attention_heads, len(trees)) for i, layer in enumerate(layers)
-        ),
+        layers=read_layers,
         beyond=beyond,
-        provenance=check_provenance(_mapping(root.get("provenance", {}), "provenance")),
+        provenance=check_provenance(mapping(root.get("provenance", {}), "provenance")),
+        router=read_router(root.get("router"), model, read_layers),
     )
 
 
 def _model(value: object) -> ModelShape:
-    fields = _object(
+    fields = object_of(
         value,
         "model",
         required=("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -91,8 +98,8 @@ def _model(value: object) -> ModelShape:
         raise TopologyError(
             "model.model_type", "a Transformers model type", short_repr(model_type), 'use for example "llama"'
         )
-    heads = _integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
-    kv_heads = _integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
+    heads = integer(fields["num_attention_heads"], "model.num_attention_heads", 1, MAX_HEADS)
+    kv_heads = integer(fields["num_key_value_heads"], "model.num_key_value_heads", 1, MAX_HEADS)
     if heads % kv_heads:
         raise TopologyError(
             "model.num_attention_heads",
@@ -110,25 +117,25 @@ def _model(value: object) -> ModelShape:
         )
     return ModelShape(
         model_type=model_type,
-        num_hidden_layers=_integer(fields["num_hidden_layers"], "model.num_hidden_layers", 1, MAX_LAYERS),
+        num_hidden_layers=integer(fields["num_hidden_layers"], "model.num_hidden_layers", 1, MAX_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=_integer(fields["head_dim"], "model.head_dim", 1, 1024),
+        head_dim=integer(fields["head_dim"], "model.head_dim", 1, 1024),
         weights_sha256=weights,
     )
 
 
 def _dendrogram(value: object, where: str, num_blocks: int) -> Dendrogram:
-    fields = _mapping(value, where)
+    fields = mapping(value, where)
     if "paths" not in fields:
-        rows = _list(_object(value, where, required=("linkage",))["linkage"], f"{where}.linkage", 0, MAX_BLOCKS)
+        rows = list_of(object_of(value, where, required=("linkage",))["linkage"], f"{where}.linkage", 0, MAX_BLOCKS)
         return Dendrogram.from_linkage(cast(list[list[object]], rows), num_blocks, f"{where}.linkage")
-    _object(value, where, required=("paths", "arity"))
-    arity = _integer(fields["arity"], f"{where}.arity", 2, 1024)
+    object_of(value, where, required=("paths", "arity"))
+    arity = integer(fields["arity"], f"{where}.arity", 2, 1024)
     place = f"{where}.paths"
     paths = [
-        _digits(_list(path, f"{place}[{block}]", 0, MAX_DEPTH), f"{place}[{block}]")
-        for block, path in enumerate(_list(fields["paths"], place, 0, MAX_BLOCKS))
+        _digits(list_of(path, f"{place}[{block}]", 0, MAX_DEPTH), f"{place}[{block}]")
+        for block, path in enumerate(list_of(fields["paths"], place, 0, MAX_BLOCKS))
     ]
     if len(paths) != num_blocks:
         raise TopologyError(place, f"{num_blocks} paths, one per block", str(len(paths)), "give every block its digits")
@@ -140,14 +147,14 @@ def _digits(path: list[Any], where: str) -> list[int]:
         if (
             type(digit) is not int or not 0 <= digit <= _MAX_DIGIT
         ):  # names the place of a wrong one only: there are many
-            _integer(digit, f"{where}[{level}]", 0, _MAX_DIGIT)
+            integer(digit, f"{where}[{level}]", 0, _MAX_DIGIT)
     return path
 
 
-def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[Head, ...]:
+def _layer(value: object, where: str, num_heads: int, num_trees: int, routes: bool) -> tuple[Head, ...]:
     if value is None:  # not covered
         return ()
-    heads = _list(_object(value, where, required=("heads",))["heads"], f"{where}.heads", 1, MAX_HEADS)
+    heads = list_of(object_of(value, where, required=("heads",))["heads"], f"{where}.heads", 1, MAX_HEADS)
     if len(heads) != num_heads:
         raise TopologyError(
             f"{where}.heads",
@@ -155,22 +162,22 @@ def _layer(value: object, where: str, num_heads: int, num_trees: int) -> tuple[H
             str(len(heads)),
             'list every query head; {"dense": true} is one',
         )
-    return tuple(_head(head, f"{where}.heads[{i}]", num_trees) for i, head in enumerate(heads))
+    return tuple(_head(head, f"{where}.heads[{i}]", num_trees, routes) for i, head in enumerate(heads))
 
 
-def _head(value: object, where: str, num_trees: int) -> Head:
-    if "dense" in _mapping(value, where):
-        _constant(_object(value, where, required=("dense",))["dense"], f"{where}.dense", True)
+def _head(value: object, where: str, num_trees: int, routes: bool) -> Head:
+    if "dense" in mapping(value, where):
+        constant(object_of(value, where, required=("dense",))["dense"], f"{where}.dense", True)
         return DenseHead()
-    of_tree = ("dendrogram", "cut")
-    if not any(key in _mapping(value, where) for key in of_tree):
-        fields = _object(value, where, required=("sink", "window"), optional=of_tree)
-        return WindowHead(sink=_sink(fields, where), window=_window(fields, where))
-    fields = _object(value, where, required=(*of_tree, "sink", "window"))
+    of_tree, more = ("dendrogram", "cut"), ("route",) if routes else ()
+    if not any(key in mapping(value, where) for key in of_tree):
+        fields = object_of(value, where, required=("sink", "window"), optional=(*of_tree, *more))
+        return WindowHead(sink=_sink(fields, where), window=_window(fields, where), route=_route(fields, where))
+    fields = object_of(value, where, required=(*of_tree, "sink", "window"), optional=more)
     cut = fields["cut"]
     if isinstance(cut, bool) or not isinstance(cut, int | float) or not 0 <= cut <= sys.float_info.max:
         raise TopologyError(f"{where}.cut", "a finite height of at least 0", short_repr(cut), "use 0.0 for no clusters")
-    dendrogram = _integer(fields["dendrogram"], f"{where}.dendrogram", 0, MAX_LAYERS * MAX_HEADS)
+    dendrogram = integer(fields["dendrogram"], f"{where}.dendrogram", 0, MAX_LAYERS * MAX_HEADS)
     if dendrogram >= num_trees:
         raise TopologyError(
             f"{where}.dendrogram",
@@ -183,59 +190,17 @@ def _head(value: object, where: str, num_trees: int) -> Head:
         cut=abs(float(cut)),  # abs: −0.0 and 0.0 are one height
         sink=_sink(fields, where),
         window=_window(fields, where),
+        route=_route(fields, where),
     )
 
 
 def _sink(fields: Mapping[str, Any], where: str) -> int:
-    return _integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS)
+    return integer(fields["sink"], f"{where}.sink", 0, MAX_BLOCKS)
 
 
 def _window(fields: Mapping[str, Any], where: str) -> int:
-    return _integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS)
+    return integer(fields["window"], f"{where}.window", 1, MAX_BLOCKS)
 
 
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise TopologyError(where, "an object", short_repr(value), "write it in braces")
-    return value
-
-
-def _object(value: object, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    fields = _mapping(value, where)
-    for key in required:
-        if key not in fields:
-            raise TopologyError(where, f"the key {key!r}", "an object without it", "add it")
-    for key in fields:
-        if key not in required and key not in optional:
-            known = ", ".join((*required, *optional))
-            raise TopologyError(
-                where, f"the keys {known}", f"an unknown key {short_repr(key)}", "remove it or correct its spelling"
-            )
-    return fields
-
-
-def _list(value: object, where: str, low: int, high: int) -> list[Any]:
-    if not isinstance(value, list):
-        raise TopologyError(where, "a list", short_repr(value), "write it in brackets")
-    if not low <= len(value) <= high:
-        raise TopologyError(where, f"{low} to {high} entries", str(len(value)), "correct the list")
-    return value
-
-
-def _integer(value: object, where: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TopologyError(where, "a whole number", short_repr(value), "write it without quotes, point or exponent")
-    if not low <= value <= high:
-        raise TopologyError(where, f"a number in {low}..{high}", short_repr(value), "correct it")
-    return value
-
-
-def _choice(value: object, where: str, choices: tuple[str, ...]) -> str:
-    if value not in choices or not isinstance(value, str):
-        raise TopologyError(where, "one of " + ", ".join(choices), short_repr(value), "choose one of these")
-    return value
-
-
-def _constant(value: object, where: str, constant: object) -> None:
-    if value != constant or type(value) is not type(constant):
-        raise TopologyError(where, repr(constant), short_repr(value), "this version reads nothing else")
+def _route(fields: Mapping[str, Any], where: str) -> int:
+    return integer(fields.get("route", 0), f"{where}.route", 0, MAX_BLOCKS)

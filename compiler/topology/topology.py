@@ -1,6 +1,6 @@
 """The learned topology: the definition of the blocks that each attention head sees.
 
-Source: topology.json version 1 (`topology.schema.json` beside this file).
+Source: topology.json versions 1 and 2 (`topology.schema.json` beside this file).
 """
 
 import hashlib
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
-from surgeon.compiler.topology.pairs import causal_pairs, cluster_pairs, window_pairs
+from surgeon.compiler.topology.pairs import causal_pairs, cluster_counts, cluster_pairs, window_pairs
+from surgeon.compiler.topology.router import NODE, TILE, Router
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
 
@@ -27,10 +28,14 @@ class DenseHead:
 
 @dataclass(frozen=True)
 class WindowHead:
-    """A head that sees the first `sink` blocks and the last `window` blocks, and so needs no tree."""
+    """A head that sees the first `sink` blocks and the last `window` blocks, and so needs no tree.
+
+    It may choose up to `route` more blocks by their content.
+    """
 
     sink: int
     window: int
+    route: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class SparseHead:
     """A head that sees the first `sink` blocks, the last `window` blocks, and its own cluster under `cut`.
 
     `dendrogram` is an index into the topology's dendrograms; sink and window are in blocks, and cut is a tree height.
+    It may choose up to `route` more blocks by their content.
     """
 
     dendrogram: int
     cut: float
     sink: int
     window: int
+    route: int = 0
 
 
 Head = DenseHead | WindowHead | SparseHead
@@ -55,7 +62,8 @@ class Topology:
 
     `layers[l][h]` is query head h of layer l; a layer without heads, null in the file, is not covered: it has no kernel
     and keeps the model's own attention. `block_size` is in tokens; `beyond` says what rows from `num_blocks` on see
-    besides sink and window: "window" nothing, "dense" everything, and "error" refuses such rows.
+    besides sink and window: "window" nothing, "dense" everything, and "error" refuses such rows. `router` is None
+    where no head is routed.
     """
 
     model: ModelShape
@@ -65,11 +73,13 @@ class Topology:
     layers: tuple[tuple[Head, ...], ...]
     beyond: str
     provenance: Mapping[str, Any]
+    router: Router | None = None
 
     def block_mask(self, layer: int, num_blocks: int) -> npt.NDArray[np.bool_]:
         """The blocks that each head sees, straight from the definition: bool `[heads, num_blocks, num_blocks]`.
 
-        visible(i, j) ⇔ j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut). `num_blocks` may be any length.
+        visible(i, j) ⇔ j ≤ i and (j < sink or i − j < window or d(i,j) ≤ cut). `num_blocks` may be any length. What
+        routed heads choose besides depends on the text.
 
         Raises:
             TopologyError: the length is beyond the topology's own and `beyond` is "error".
@@ -100,7 +110,9 @@ class Topology:
         return tuple(layer for layer, heads in enumerate(self.layers) if heads)
 
     def visible_pairs(self, head: Head, num_blocks: int | None = None) -> int:
-        """Counts the pairs of blocks that one of its heads sees, at `num_blocks` or its own length, as in the mask.
+        """Counts the pairs of blocks that one of its heads sees, at `num_blocks` or its own length.
+
+        They are those of the mask and, in every row, as many more as a routed head may choose.
 
         Raises:
             TopologyError: as in `block_mask`.
@@ -114,7 +126,15 @@ class Topology:
         pairs = window_pairs(sparse, head.sink, head.window) + causal_pairs(length) - causal_pairs(sparse)
         if isinstance(head, SparseHead):
             pairs += cluster_pairs(known, head.sink, head.window, self.dendrograms[head.dendrogram], head.cut)
-        return pairs
+        return pairs + (self._chosen_pairs(head, known, sparse) if head.route else 0)
+
+    def _chosen_pairs(self, head: WindowHead | SparseHead, known: int, sparse: int) -> int:
+        """Counts the pairs that a routed head chooses in its first `sparse` rows; trees are over the first `known`."""
+        hidden = np.maximum(np.arange(1, sparse + 1) - head.sink - head.window, 0)
+        if isinstance(head, SparseHead):
+            tree = self.dendrograms[head.dendrogram]
+            hidden[:known] -= cluster_counts(known, head.sink, head.window, tree, head.cut)
+        return int(np.minimum(hidden, head.route).sum())
 
     def density(self, layer: int, num_blocks: int | None = None) -> npt.NDArray[np.float64]:
         """Visible pairs over causal pairs of blocks, per head: `[num_attention_heads]`.
@@ -136,18 +156,22 @@ class Topology:
             )
 
     def canonical(self) -> str:
-        """The topology as JSON in one canonical form: keys sorted, trees as linkages, no provenance."""
+        """The topology as JSON in one canonical form: keys sorted, trees as linkages, no provenance.
+
+        It is of version 2 only if a head is routed.
+        """
         return json.dumps(
             {
                 "format": "surgeon.topology",
-                "version": 1,
+                "version": 1 if self.router is None else 2,
                 "model": asdict(self.model),
                 "block_size": self.block_size,
                 "num_blocks": self.num_blocks,
                 "dendrograms": [{"linkage": tree.linkage} for tree in self.dendrograms],
                 "layers": [_layer_json(heads) for heads in self.layers],
                 "beyond": self.beyond,
-            },
+            }
+            | ({} if self.router is None else {"router": _router_json(self.router)}),
             sort_keys=True,
             separators=(",", ":"),
         )
@@ -174,4 +198,10 @@ def _layer_json(heads: tuple[Head, ...]) -> dict[str, Any] | None:
 
 
 def _head_json(head: Head) -> dict[str, Any]:
-    return {"dense": True} if isinstance(head, DenseHead) else asdict(head)
+    if isinstance(head, DenseHead):
+        return {"dense": True}
+    return {name: value for name, value in asdict(head).items() if name != "route" or value}
+
+
+def _router_json(router: Router) -> dict[str, Any]:
+    return {"node": NODE, "tile": TILE, "layers": [layer and asdict(layer) for layer in router.layers]}

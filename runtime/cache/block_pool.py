@@ -4,7 +4,11 @@ Each block lies in a slot of the pool; `table`, the block table, says which. Fre
 and shrinks in steps of a fraction of what it holds, so that it stays near that size and is seldom copied.
 """
 
+from collections.abc import Callable
+
 import torch
+
+from surgeon.runtime.operands import NODE, Nodes
 
 _SPARE = 8  # one spare slot for this many in use
 _CPU = torch.device("cpu")
@@ -19,16 +23,24 @@ class BlockPool:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, block_size: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Makes an empty pool for a layer with keys and values like these, `[batch, KV heads, tokens, head_dim]`."""
+    def __init__(self, block_size: int, keys: torch.Tensor, values: torch.Tensor, routed: bool = False) -> None:
+        """Makes an empty pool for a layer with keys and values like these, `[batch, KV heads, tokens, head_dim]`.
+
+        A routed layer's pool also has `nodes`, which its kernels write.
+        """
         self.table = torch.empty((*keys.shape[:2], 0), dtype=torch.int32, device=_CPU)
         self.keys = keys.new_empty((0, block_size, keys.shape[3]))
         self.values = values.new_empty((0, block_size, values.shape[3]))
+        self.nodes = None
+        if routed:
+            nodes = torch.empty((0, block_size // NODE, keys.shape[3]), dtype=torch.int8, device=_CPU)
+            self.nodes = Nodes(nodes, torch.zeros(len(keys), dtype=torch.int64, device=_CPU))
 
     @property
     def nbytes(self) -> int:
         """The size in bytes of all slots, in use or not, and of the block table."""
-        return self.keys.nbytes + self.values.nbytes + self.table.nbytes
+        nodes = 0 if self.nodes is None else self.nodes.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.table.nbytes + nodes
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -72,20 +84,22 @@ class BlockPool:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def crop_nodes(self, lengths: torch.Tensor) -> None:
+        """Forgets the nodes of tokens from each sequence's length on, `[batch]`."""
+        if self.nodes is not None:
+            self.nodes.written.clamp_(max=lengths.clamp(min=0) // NODE)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def select(self, sequences: torch.Tensor) -> None:
         """Keeps these sequences, in this order and possibly repeated; neighbouring blocks are moved together."""
         table = self.table.index_select(0, sequences)
         is_held = table >= 0
         slots = table[is_held].long()
-        self.keys, self.values = (
-            torch.cat(
-                (
-                    held.index_select(0, slots),
-                    held.new_empty(self._with_spare(len(slots)) - len(slots), *held.shape[1:]),
-                )
-            )
-            for held in (self.keys, self.values)
-        )
+        spare = self._with_spare(len(slots)) - len(slots)
+        self._replace(lambda held: torch.cat((held.index_select(0, slots), held.new_empty(spare, *held.shape[1:]))))
+        if self.nodes is not None:
+            self.nodes = self.nodes._replace(written=self.nodes.written.index_select(0, sequences))
         table[is_held] = torch.arange(len(slots), dtype=torch.int32, device=_CPU)
         self.table = table
 
@@ -101,10 +115,14 @@ class BlockPool:
         if len(free) < count:
             more = self._with_spare(len(self.keys) + count - len(free)) - len(self.keys)
             free = torch.cat((free, torch.arange(len(self.keys), len(self.keys) + more, device=_CPU)))[:count]
-            self.keys, self.values = (
-                torch.cat((held, held.new_empty(more, *held.shape[1:]))) for held in (self.keys, self.values)
-            )
+            self._replace(lambda held: torch.cat((held, held.new_empty(more, *held.shape[1:]))))
         table[new] = free.to(torch.int32)
+
+    def _replace(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces everything that the slots hold."""
+        self.keys, self.values = of(self.keys), of(self.values)
+        if self.nodes is not None:
+            self.nodes = self.nodes._replace(values=of(self.nodes.values))
 
     def _with_spare(self, slots: int) -> int:
         batch, kv_heads = self.table.shape[:2]

@@ -9,7 +9,7 @@ import torch
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.kernels import backward
 from surgeon.runtime.kernels.devices import DeviceKernels
-from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands, check, check_paged, check_rotary
+from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Nodes, Operands, check, check_paged, check_rotary
 from surgeon.runtime.package.reader import PackageFiles
 
 _LOG = logging.getLogger("surgeon")
@@ -60,13 +60,19 @@ class LayerKernels:
         return out if taken is operands else out.to(operands.q.dtype)
 
     def run_paged(
-        self, layer: int, operands: Operands, block_table: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        layer: int,
+        operands: Operands,
+        block_table: torch.Tensor,
+        out: torch.Tensor | None = None,
+        nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Attention of one layer on the CPU over a cache that holds only some of the blocks; otherwise like `run`.
 
         k and v are pools of blocks `[slots, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, gives the slot
         of each block of each KV head, counted from the first valid key; -1 stands for a block that is not held, which
-        no query may read. `out`, contiguous `[B,Sq,Hq,D]`, is filled and returned if it is given.
+        no query may read; routed heads may read any. `out`, contiguous `[B,Sq,Hq,D]`, is filled and returned if it is
+        given. Without `nodes`, routed heads make theirs in every call.
 
         Raises:
             PatchError: shapes, dtypes or devices do not fit, or a query reads a block that is not held.
@@ -76,7 +82,7 @@ class LayerKernels:
         kernels = self.devices.cpu
         taken = self._in_one_of(kernels.dtypes, operands)
         if taken is operands:
-            return kernels.attend_paged(layer, operands, block_table, self.kv_heads.start, out)
+            return kernels.attend_paged(layer, operands, block_table, self.kv_heads.start, out, nodes)
         found = kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
         return found if out is None else out.copy_(found)
 
@@ -111,6 +117,13 @@ class LayerKernels:
                 "surgeon.attention",
                 "tensors on the CPU in a backward pass",
                 str(operands.q.device),
+                WITHOUT_GRADIENTS,
+            )
+        if layer in self._manifest.routed:
+            raise PatchError(
+                "surgeon.attention",
+                f"a layer whose heads do not choose blocks in a backward pass, unlike layer {layer}",
+                "one with routed heads",
                 WITHOUT_GRADIENTS,
             )
         heads = self._shape.num_attention_heads

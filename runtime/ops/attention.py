@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Operands
+from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Nodes, Operands
 from surgeon.runtime.ops.plain_inference import is_plain_inference
 from surgeon.runtime.ops.registry import Runner, find
 from surgeon.runtime.ops.transforms import refuse_tangents, transformable, untransformable, without_tangents
@@ -46,11 +46,16 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
     return result
 
 
-def attention_paged(package: Runner, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
-    """Calls the op `surgeon::attention_paged`, on pools of blocks in place of k and v; otherwise like `attention`."""
+def attention_paged(
+    package: Runner, layer: int, operands: Operands, block_table: torch.Tensor, nodes: Nodes | None = None
+) -> torch.Tensor:
+    """Calls the op `surgeon::attention_paged`, on pools of blocks in place of k and v; otherwise like `attention`.
+
+    The op has no use for `nodes`, and makes its own.
+    """
     q, k, v, *rest = operands
     if is_plain_inference(q, k, v, block_table):
-        return package.run_paged(layer, operands, block_table)
+        return package.run_paged(layer, operands, block_table, nodes=nodes)
     refuse_tangents(*operands)
     result: torch.Tensor = torch.ops.surgeon.attention_paged(q, k, v, block_table, *rest, package.id, layer)
     return result

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from surgeon.runtime.errors import PackageError
-from surgeon.runtime.operands import Gradients, Operands
+from surgeon.runtime.operands import Gradients, Nodes, Operands
 
 
 class Runner(Protocol):
@@ -18,7 +18,14 @@ class Runner(Protocol):
     def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer."""
 
-    def run_paged(self, layer: int, operands: Operands, block_table: torch.Tensor) -> torch.Tensor:
+    def run_paged(
+        self,
+        layer: int,
+        operands: Operands,
+        block_table: torch.Tensor,
+        out: torch.Tensor | None = None,
+        nodes: Nodes | None = None,
+    ) -> torch.Tensor:
         """Attention of one layer over a cache that holds only some of the blocks."""
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

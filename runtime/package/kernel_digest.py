@@ -34,7 +34,7 @@ def kernel_digest(
         "heads": [distinct[head] for head in heads],
         "dtypes": sorted(dtypes),
         "last_readers": last_readers.tolist(),
-        "schedules": [[head.runs, head.pieces] for head in distinct],
+        "schedules": [[head.runs, head.pieces, *([head.route] if head.route else [])] for head in distinct],
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
         "block_size": block_size,

@@ -1,6 +1,7 @@
 """The manifest of a package, `manifest.json`, as frozen dataclasses, with its writer and its strict reader.
 
-Source: package format version 1. A kernel is one attention function for one dtype; equal layers share it.
+Source: package formats version 1 and, with routed layers, 2. A kernel is one attention function for one dtype; equal
+layers share it.
 """
 
 import dataclasses
@@ -9,16 +10,17 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.runtime.errors import PackageError
+from surgeon.runtime.errors import PackageError, short_repr
 from surgeon.runtime.package.strict_json import Fault, parse_root, read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 6
+CPU_ABI_VERSION = 7
 """Version of the call structure between the runtime and a CPU library."""
 
 _FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
 _ROOT = {"format": "surgeon.package", "version": 1}
+_ROUTED_ROOT = _ROOT | {"version": 2}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Tool:
 class Manifest:
     """Everything that a serving machine must know to verify, load and call the kernels of a package.
 
-    `layers` are those that the topology covers; the others keep the model's own attention.
+    `layers` are those that the topology covers; the others keep the model's own attention. `routed` are those of them
+    with heads that choose blocks by content.
     """
 
     topology_sha256: str
@@ -117,6 +120,7 @@ class Manifest:
     kernels: tuple[KernelEntry, ...]
     files: tuple[FileEntry, ...]
     tools: tuple[Tool, ...]
+    routed: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -125,7 +129,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json, the same for equal manifests."""
-        return json.dumps(_ROOT | dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        plain = dataclasses.asdict(self)
+        if not self.routed:
+            del plain["routed"]
+        return json.dumps((_ROUTED_ROOT if self.routed else _ROOT) | plain, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -135,7 +142,12 @@ class Manifest:
             PackageError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        return typing.cast(Manifest, from_plain(cls, parse_root(text, _ROOT, "manifest.json", _FAULT), "manifest.json"))
+        routed = '"routed"' in text
+        plain = parse_root(text, _ROUTED_ROOT if routed else _ROOT, "manifest.json", _FAULT)
+        found = typing.cast(Manifest, from_plain(cls, plain if routed else plain | {"routed": []}, "manifest.json"))
+        if routed and not set(found.routed) <= set(found.layers):
+            raise _FAULT("manifest.json: routed", "some of the covered layers", short_repr(found.routed))
+        return found
 
 
 def from_plain(kind: Any, value: object, where: str) -> object:

@@ -1,9 +1,10 @@
 """Block schedules, the blocks of keys that each row of blocks reads, and their form in a package.
 
-Source: schedule.safetensors, package format version 1. For a schedule named n it holds the int32 matrices `n.pieces`
-[pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], `n.heads` [query heads, 3]: first piece, end piece, first run,
-`n.last_readers` [KV heads, blocks], and `n.layers` [layers, 1] that have it. A piece's run numbers count from its
-head's first run. `topology_sha256` [1, 8] is the hash of the topology that all were made from.
+Source: schedule.safetensors, package formats version 1 and 2. For a schedule named n it holds the int32 matrices
+`n.pieces` [pieces, 6] in the order of `Piece`, `n.runs` [runs, 2], `n.heads` [query heads, 3]: first piece, end piece,
+first run, `n.last_readers` [KV heads, blocks], and `n.layers` [layers, 1] that have it; for layers with routed heads
+also `n.routes` [query heads, 1]. A piece's run numbers count from its head's first run. `topology_sha256` [1, 8] is the
+hash of the topology that all were made from.
 """
 
 from bisect import bisect_right
@@ -54,13 +55,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSchedule:
-    """One head's pieces, ascending, without gaps from row 0 on, and the constant runs that they slice."""
+    """One head's pieces, ascending, without gaps from row 0 on, and the constant runs that they slice.
+
+    In each row, a routed head also reads up to `route` of the other blocks before the row's own, chosen by content.
+    """
 
     runs: tuple[Run, ...]
     pieces: tuple[Piece, ...]
+    route: int = 0
 
     def row(self, row: int) -> tuple[Run, ...]:
-        """The runs of one row, ascending; the last one ends with the diagonal block."""
+        """The runs of one row, ascending; the last one ends with the diagonal block. None is of chosen blocks."""
         piece = self.pieces[bisect_right(self.pieces, row, key=lambda piece: piece.first_row) - 1]
         last = Run(piece.last_begin + (row if piece.follows_row else 0), row + 1)
         return (*self.runs[piece.first_run : piece.end_run], last)
@@ -70,10 +75,10 @@ class HeadSchedule:
 
     @cached_property
     def _hash(self) -> int:  # kept, since layers of many heads are looked up by all of these
-        return hash((self.runs, self.pieces))
+        return hash((self.runs, self.pieces, self.route))
 
     def visible_blocks(self, num_rows: int) -> int:
-        """The number of blocks that the first `num_rows` rows read together."""
+        """The number of blocks that the first `num_rows` rows read together, chosen ones included."""
         blocks = 0
         before = [0, *accumulate(run.end - run.begin for run in self.runs)]
         for piece in self.pieces:
@@ -84,6 +89,10 @@ class HeadSchedule:
             blocks += (runs + 1 - piece.last_begin) * (end - piece.first_row)
             if not piece.follows_row:  # the last run also grows with its row: add first_row + … + (end − 1)
                 blocks += (piece.first_row + end - 1) * (end - piece.first_row) // 2
+            if self.route:
+                rows = np.arange(piece.first_row, end, dtype=np.int64)
+                hidden = piece.last_begin - runs + (rows if piece.follows_row else 0)
+                blocks += int(np.broadcast_to(np.minimum(hidden, self.route), rows.shape).sum())
         return blocks
 
     @property
@@ -124,7 +133,13 @@ class PackagedSchedule:
             f"{name}.heads": _matrix((places[head] for head in self.heads), 3),
             f"{name}.last_readers": self.last_readers,
             f"{name}.layers": _matrix(((layer,) for layer in layers), 1),
+            **({f"{name}.routes": _matrix(((head.route,) for head in self.heads), 1)} if self.is_routed else {}),
         }
+
+    @property
+    def is_routed(self) -> bool:
+        """True if a head chooses blocks by content."""
+        return any(head.route for head in self.heads)
 
 
 def origin(topology_sha256: str) -> dict[str, Matrix]:
@@ -160,9 +175,16 @@ def read_schedules(data: bytes | None, manifest: Manifest, where: str) -> dict[i
             raise matrices.fault(
                 f"{name}.layers", f"{short_repr(given)}, as the manifest has it", short_repr(layers.tolist())
             )
-    shared: dict[tuple[bytes, bytes], HeadSchedule] = {}
+    shared: dict[tuple[bytes, bytes, int], HeadSchedule] = {}
     room = _Room(matrices)
-    found = {name: _read(matrices, name, manifest.model, shared, room) for name in dict.fromkeys(names.values())}
+    routed = {names[layer] for layer in manifest.routed}
+    found = {
+        name: _read(matrices, name, manifest.model, shared, room, name in routed)
+        for name in dict.fromkeys(names.values())
+    }
+    for layer, name in names.items():
+        if layer not in manifest.routed and found[name].is_routed:
+            raise matrices.fault(f"{name}.routes", f"none for layer {layer}, as the manifest has it", "some")
     return {layer: found[name] for layer, name in sorted(names.items())}
 
 
@@ -190,13 +212,20 @@ class _Room:
 
 
 def _read(
-    matrices: Matrices, name: str, model: ModelShape, shared: dict[tuple[bytes, bytes], HeadSchedule], room: _Room
+    matrices: Matrices,
+    name: str,
+    model: ModelShape,
+    shared: dict[tuple[bytes, bytes, int], HeadSchedule],
+    room: _Room,
+    routed: bool,
 ) -> PackagedSchedule:
-    """Reads one schedule; `shared` are the heads read before, by the bytes of their pieces and runs."""
+    """Reads one schedule; `shared` are the heads read before, by the bytes of their pieces and runs, and by route."""
     pieces, runs = matrices.read(f"{name}.pieces", 6), matrices.read(f"{name}.runs", 2)
     places, last_readers = matrices.read(f"{name}.heads", 3), matrices.read(f"{name}.last_readers")
+    routes = matrices.read(f"{name}.routes", 1) if routed else np.zeros((len(places), 1), dtype=np.int32)
     for part, found, expected in (
         ("heads", places, model.num_attention_heads),
+        ("routes", routes, model.num_attention_heads),
         ("last_readers", last_readers, model.num_key_value_heads),
     ):
         if len(found) != expected:
@@ -205,8 +234,12 @@ def _read(
     first, end, first_run = places.T.astype(np.int64)
     fits = ascend(0, first, end - 1, len(pieces) - 1) & ascend(0, first_run)
     matrices.require(f"{name}.heads", places, fits, f"some of {len(pieces)} pieces, and a first run")
+    matrices.require(f"{name}.routes", routes, ascend(0, routes[:, 0].astype(np.int64)), "a number of blocks")
+    if routed and not routes.any():
+        raise matrices.fault(f"{name}.routes", "a routed head, as the manifest has it", "none")
     heads = {}
-    for place in dict.fromkeys(map(tuple, places.tolist())):
+    wanted = [(*place, route) for place, (route,) in zip(places.tolist(), routes.tolist(), strict=True)]
+    for place in dict.fromkeys(wanted):
         own, left = pieces[place[0] : place[1]], runs[place[2] :]
         num_runs = int(own[:, 3].max())
         room.take(len(own), num_runs)  # heads may name the same pieces, so the file's size is no limit
@@ -216,8 +249,8 @@ def _read(
             raise matrices.fault(
                 f"{name}.pieces", "rows from 0 on without gaps", f"others from piece {place[0]} to before {place[1]}"
             )
-        heads[place] = _head(own, left[:num_runs], shared)
-    return PackagedSchedule(tuple(heads[tuple(place)] for place in places.tolist()), last_readers)
+        heads[place] = _head(own, left[:num_runs], place[3], shared)
+    return PackagedSchedule(tuple(heads[place] for place in wanted), last_readers)
 
 
 def _check_bounds(matrices: Matrices, name: str, pieces: Matrix, runs: Matrix) -> None:
@@ -230,11 +263,14 @@ def _check_bounds(matrices: Matrices, name: str, pieces: Matrix, runs: Matrix) -
     matrices.require(f"{name}.runs", runs, ascend(0, begins, ends - 1), "blocks from a first to an end")
 
 
-def _head(pieces: Matrix, runs: Matrix, shared: dict[tuple[bytes, bytes], HeadSchedule]) -> HeadSchedule:
-    key = pieces.tobytes(), runs.tobytes()
+def _head(
+    pieces: Matrix, runs: Matrix, route: int, shared: dict[tuple[bytes, bytes, int], HeadSchedule]
+) -> HeadSchedule:
+    key = pieces.tobytes(), runs.tobytes(), route
     if key not in shared:
         shared[key] = HeadSchedule(
             tuple(map(Run._make, runs.tolist())),
             tuple(Piece._make((*numbers, bool(follows))) for *numbers, follows in pieces.tolist()),
+            route,
         )
     return shared[key]

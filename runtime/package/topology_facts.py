@@ -33,18 +33,23 @@ def check_topology(data: bytes, manifest: Manifest, folder: str) -> None:
     if not isinstance(root, dict) or not isinstance(layers, list):
         raise PackageError(f"{folder}/{FILE}", "a topology with layers", short_repr(root), _AGAIN)
     model = root.get("model")
+    router = root.get("router")
+    found_routers = router.get("layers") if isinstance(router, dict) else None
+    routers: list[object] = found_routers if isinstance(found_routers, list) else []
     stated: Mapping[str, object] = {f"model.{name}": value for name, value in asdict(manifest.model).items()} | {
         "block_size": manifest.block_size,
         "num_blocks": manifest.num_blocks,
         "beyond": manifest.beyond,
         "num_hidden_layers": manifest.model.num_hidden_layers,
         "layers": list(manifest.layers),
+        "routed": list(manifest.routed),
     }
     meant: Mapping[str, object] = {
         **{f"model.{name}": value for name, value in (model if isinstance(model, dict) else {}).items()},
         **{name: root.get(name) for name in ("block_size", "num_blocks", "beyond")},
         "num_hidden_layers": len(layers),
         "layers": [index for index, layer in enumerate(layers) if layer],
+        "routed": [index for index, layer in enumerate(routers) if layer is not None],
     }
     for name, value in stated.items():
         if value != meant.get(name):
@@ -54,7 +59,9 @@ def check_topology(data: bytes, manifest: Manifest, folder: str) -> None:
                 short_repr(value),
                 "do not use this package",
             )
-    spelled = [json.dumps(layer, sort_keys=True) for layer in layers]  # once: many kernels may name a layer
+    routers += [None] * (len(layers) - len(routers))
+    # Once: many kernels may name a layer.
+    spelled = [json.dumps(pair, sort_keys=True) for pair in zip(layers, routers[: len(layers)], strict=True)]
     schedules: dict[str, str] = {}
     for kernel in manifest.kernels:
         for layer in kernel.layers if kernel.schedule else ():

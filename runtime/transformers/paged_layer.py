@@ -145,13 +145,14 @@ class PagedLayer(CacheLayerMixin):
         length = self._length + keys.shape[2]
         if self._pool is None:
             attended = ops.attention(package.kernels, self.layer, operands)
-            self._pool = BlockPool(self._block_size, keys, values)
+            routed = self.layer in package.manifest.routed
+            self._pool = BlockPool(self._block_size, keys, values, routed)
             wanted = None if self.record_past else self._live(length)
             self._pool.write(first, new_keys, new_values, wanted)
         else:
             self._pool.write(first, new_keys, new_values)
             operands = operands._replace(k=self._pool.keys, v=self._pool.values)
-            attended = ops.attention_paged(package.kernels, self.layer, operands, self._pool.table)
+            attended = ops.attention_paged(package.kernels, self.layer, operands, self._pool.table, self._pool.nodes)
         self._length = length
         if not (self.record_past or self._keeps_all):
             self._drop()
@@ -229,6 +230,7 @@ class PagedLayer(CacheLayerMixin):
             self.reset()
         elif self._pool is not None:
             self._pool.keep(self._live(self._length))
+            self._pool.crop_nodes(self._length - torch.tensor(self._cache_leftpad, device="cpu"))
             self._rows = self._rows_at(self._length)
 
     def reset(self) -> None:

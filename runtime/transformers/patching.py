@@ -18,6 +18,7 @@ from surgeon.runtime.transformers.recall import (
     DENSE_ROWS,
     forget_prompt_ends,
     note_prompt_ends,
+    recall_of,
     rows_that_ask,
 )
 from surgeon.runtime.transformers.tensor_parallel import local_kv_heads
@@ -39,7 +40,7 @@ class _Patch:
 def patch(
     model: PreTrainedModel,
     package: Package | str | os.PathLike[str],
-    recall: str = DENSE,
+    recall: str | None = None,
     dense_rows: int = DENSE_ROWS,
 ) -> tuple[LeftLayer, ...]:
     """Makes the model's full attention run on the package's kernels, in place; the weights are not touched.
@@ -47,8 +48,9 @@ def patch(
     With `recall` "dense", the rows that ask read everything: the last `dense_rows` tokens of a call, by whole blocks,
     thus the end of a prompt, short questions and decoding; only the rest of a prompt follows the topology. In
     `generate()` they are counted from the prompt's end also where it is prefilled in chunks. With "pattern" every row
-    follows the topology, and a SurgeonCache drops what no later row reads: less memory and faster decoding, but the
-    model forgets what lies outside the pattern.
+    follows the topology, and a SurgeonCache drops what no later row reads: less memory and faster decoding, but heads
+    that are not routed forget what lies outside the pattern. The default is "pattern" for a package with routed heads,
+    else "dense".
 
     A package's folder is loaded. Returns the layers that keep their own attention: those of another type, and those
     that the topology does not cover. generate(), caches, chunked prefill and left padding work as before. Each process
@@ -62,8 +64,9 @@ def patch(
             unknown.
         PackageError, TargetError: as `load`, if the package is a folder.
     """
-    asking = rows_that_ask(recall, dense_rows)
+    rows_that_ask(DENSE if recall is None else recall, dense_rows)  # refuses wrong ones before a folder is loaded
     package = loaded(package)
+    asking = rows_that_ask(recall_of(recall, package.manifest), dense_rows)
     if not isinstance(model, torch.nn.Module):
         raise PatchError("model", "a PreTrainedModel of Transformers", f"a {type(model).__qualname__}", "pass a model")
     for name, module in model.named_modules():

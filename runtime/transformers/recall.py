@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.operands import number_of_tokens
+from surgeon.runtime.package.manifest import Manifest
 from surgeon.runtime.transformers.cache import CACHE_NAME
 
 DENSE = "dense"
@@ -26,6 +27,11 @@ DENSE_ROWS = 128
 
 _PREFILL = "_prefill"
 _PROMPT_END: ContextVar[int | None] = ContextVar("surgeon_prompt_end", default=None)
+
+
+def recall_of(recall: str | None, manifest: Manifest) -> str:
+    """The recall that a user asked for or, if None, "pattern" for a package with routed heads, else "dense"."""
+    return (PATTERN if manifest.routed else DENSE) if recall is None else recall
 
 
 def rows_that_ask(recall: str, dense_rows: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+import routing
 from surgeon.compiler import Topology
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -54,6 +55,7 @@ def attention(
     batch, heads, q_length, head_dim = q.shape
     k_length = k.shape[2]
     group = heads // k.shape[1]
+    routed = k
     k, v = (tensor.double().repeat_interleave(group, dim=1) for tensor in (k, v))
     out, lse = [], []
     for sequence in range(batch):
@@ -61,11 +63,32 @@ def attention(
         first = 0 if cache_leftpad is None else cache_leftpad[sequence]
         end = start + q_length  # longer k and v may hold anything after this
         mask = token_mask(topology, layer, q_length, end, start, first, dense_rows, tokens_ahead)
+        mask |= _chosen(topology, layer, q[sequence], routed[sequence], start, first, dense_rows, tokens_ahead, end)
         scores = q[sequence].double() @ k[sequence, :, :end].transpose(-1, -2) * (scale or head_dim**-0.5)
         scores = scores.masked_fill(~mask, -math.inf)
         out.append((torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v[sequence, :, :end]).transpose(0, 1))
         lse.append(torch.logsumexp(scores, dim=-1))
     return torch.stack(out), torch.stack(lse)
+
+
+def _chosen(
+    topology: Topology,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: int,
+    cache_leftpad: int,
+    dense_rows: int,
+    tokens_ahead: int,
+    end: int,
+) -> torch.Tensor:
+    """The keys that each query of one sequence chose, bool `[heads, q_length, end]`."""
+    prompt_end = position - cache_leftpad + q.shape[1] + tokens_ahead
+    dense = max(0, prompt_end - dense_rows) // topology.block_size if dense_rows else None
+    first = min(cache_leftpad, end)
+    blocks = routing.chosen_blocks(topology, layer, q, k[:, first:end], position - cache_leftpad, dense)
+    keys = blocks.repeat_interleave(topology.block_size, dim=2)[:, :, : end - first]
+    return torch.nn.functional.pad(keys, (end - keys.shape[2], 0))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -50,8 +50,11 @@ def dendrograms(draw: st.DrawFn, max_blocks: int = 20) -> Dendrogram:
 
 
 @st.composite
-def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
-    """Objects of valid topology files: every kind of head, tree and `beyond`, with all layers covered or only some."""
+def documents(draw: st.DrawFn, max_blocks: int = 16, routed: bool = True) -> dict[str, Any]:
+    """Objects of valid topology files: every kind of head, tree and `beyond`, with all layers covered or only some.
+
+    With `routed`, about half of them may have routed heads.
+    """
     trees: list[dict[str, Any]] = [{"linkage": draw(linkages(max_blocks=max_blocks))}]
     num_blocks = len(trees[0]["linkage"]) + 1
     for _ in range(draw(st.integers(0, 2))):
@@ -61,16 +64,18 @@ def documents(draw: st.DrawFn, max_blocks: int = 16) -> dict[str, Any]:
         else:
             trees.append({"linkage": draw(linkages(num_blocks, num_blocks))})
     near_length = st.integers(0, num_blocks + 4)
+    routes = st.integers(0, 3) | near_length if routed and draw(st.booleans()) else st.just(0)
     sparse_heads = st.builds(
         topologies.head,
         st.integers(0, len(trees) - 1),
         st.sampled_from([0.0, 0.3, 1.0, 2.0, topologies.HUGE_CUT]),
         st.integers(0, 2) | near_length,
         st.integers(1, 3) | near_length.map(lambda length: length + 1),
+        routes,
     )
     group, num_kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     num_heads = group * num_kv_heads
-    window_heads = st.builds(topologies.window_head, near_length, near_length.map(lambda length: length + 1))
+    window_heads = st.builds(topologies.window_head, near_length, near_length.map(lambda length: length + 1), routes)
     heads = st.lists(sparse_heads | window_heads | st.just(topologies.DENSE), min_size=num_heads, max_size=num_heads)
     return topologies.document(
         draw(st.lists(heads | st.just([]), min_size=1, max_size=3).filter(any)),

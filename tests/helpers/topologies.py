@@ -25,14 +25,30 @@ class Shape(TypedDict, total=False):
     beyond: str
 
 
-def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1) -> dict[str, Any]:
+def head(dendrogram: int = 0, cut: float = 0.0, sink: int = 0, window: int = 1, route: int = 0) -> dict[str, Any]:
     """A sparse head; by default it sees only its own block."""
-    return {"dendrogram": dendrogram, "cut": cut, "sink": sink, "window": window}
+    return {"dendrogram": dendrogram, "cut": cut, **window_head(sink, window, route)}
 
 
-def window_head(sink: int = 0, window: int = 1) -> dict[str, Any]:
+def window_head(sink: int = 0, window: int = 1, route: int = 0) -> dict[str, Any]:
     """A head without a tree."""
-    return {"sink": sink, "window": window}
+    return {"sink": sink, "window": window, **({"route": route} if route else {})}
+
+
+def router(layers: Sequence[Sequence[dict[str, Any]]], num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """A router for random normal keys, whose numbers differ by layer, KV head and channel."""
+    rng = np.random.default_rng(0)
+    shape = (num_kv_heads, head_dim)
+    return {
+        "node": 8,
+        "tile": 16,
+        "layers": [
+            {"centre": rng.normal(0, 0.3, shape).tolist(), "scale": rng.uniform(1.5, 3.5, shape).tolist()}
+            if any(head.get("route") for head in heads)
+            else None
+            for heads in layers
+        ],
+    }
 
 
 def tree(num_blocks: int, rng: np.random.Generator, contiguous: bool) -> list[list[float]]:
@@ -98,9 +114,10 @@ def document(
     beyond: str = "window",
 ) -> dict[str, Any]:
     """The object of a topology.json whose `layers` are lists of heads, empty for layers that are not covered."""
+    routed = any(head.get("route") for heads in layers for head in heads)
     return {
         "format": "surgeon.topology",
-        "version": 1,
+        "version": 2 if routed else 1,
         "model": {
             "model_type": "llama",
             "num_hidden_layers": len(layers),
@@ -115,6 +132,7 @@ def document(
         "layers": [{"heads": [dict(head) for head in heads]} if heads else None for heads in layers],
         "beyond": beyond,
         "provenance": {},
+        **({"router": router(layers, num_kv_heads, head_dim)} if routed else {}),
     }
 
 
@@ -133,6 +151,13 @@ def example() -> dict[str, Any]:
         {"paths": [[0, 1], [1, 0], [0, 0]], "arity": 2},
     ]
     return document([heads, heads[::-1]], trees, num_kv_heads=2, num_blocks=3)
+
+
+def routed_example() -> dict[str, Any]:
+    """A small valid document of version 2: both kinds of routed heads, and a layer without any."""
+    trees = [{"linkage": [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]}]
+    layers = [[window_head(1, 1, route=2), head(0, 1.0, route=1)], [window_head(1, 1), DENSE]]
+    return document(layers, trees, num_kv_heads=2, num_blocks=3, head_dim=3)
 
 
 def random_topology(

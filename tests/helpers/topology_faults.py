@@ -12,15 +12,19 @@ REMOVED = object()
 
 @dataclass(frozen=True)
 class Fault:
-    """`value` put at `place` of the example document; `structural` faults are ones that a JSON Schema can see."""
+    """`value` put at `place` of the example document; `structural` faults are ones that a JSON Schema can see.
+
+    `routed` faults are in the example of version 2.
+    """
 
     place: tuple[str | int, ...]
     value: object
     text: str
     structural: bool = True
+    routed: bool = False
 
     def document(self) -> dict[str, Any]:
-        document = topologies.example()
+        document = topologies.routed_example() if self.routed else topologies.example()
         parent: Any = functools.reduce(lambda inner, key: inner[key], self.place[:-1], cast(Any, document))
         if self.value is REMOVED:
             del parent[self.place[-1]]
@@ -32,7 +36,7 @@ class Fault:
 
     def __str__(self) -> str:
         value = "removed" if self.value is REMOVED else repr(self.value)[:20]
-        return ".".join(map(str, self.place)) + "=" + value
+        return "routed " * self.routed + ".".join(map(str, self.place)) + "=" + value
 
 
 INTEGER = "expected a whole number, got {}; write it without quotes, point or exponent"
@@ -134,9 +138,14 @@ def _model() -> list[Fault]:
             "surgeon.package",
             "format: expected 'surgeon.topology', got 'surgeon.package'; this version reads nothing else",
         ),
-        Fault(("version",), 2, "version: expected 1, got 2; this version reads nothing else"),
-        Fault(("version",), True, "version: expected 1, got True; this version reads nothing else"),
-        Fault(("version",), 1.0, "version: expected 1, got 1.0; this version reads nothing else", structural=False),
+        Fault(("version",), 3, "version: expected 1 or 2, got 3; this version reads nothing else"),
+        Fault(("version",), True, "version: expected 1 or 2, got True; this version reads nothing else"),
+        Fault(
+            ("version",), 1.0, "version: expected 1 or 2, got 1.0; this version reads nothing else", structural=False
+        ),
+        Fault(
+            ("version",), 2.0, "version: expected 1 or 2, got 2.0; this version reads nothing else", structural=False
+        ),
         Fault(("model",), ["llama"], "model: " + OBJECT.format("['llama']")),
         *(
             Fault(("model", "model_type"), value, kind.format(repr(value)))
@@ -311,4 +320,67 @@ def _layers() -> list[Fault]:
     ]
 
 
-FAULTS = [*_missing(), *_unknown(), *_integers(), *_model(), *_linkages(), *_paths(), *_layers()]
+def _routes() -> list[Fault]:
+    route, row = ("layers", 0, "heads", 0, "route"), ("router", "layers", 0, "scale", 1)
+    centre = ("router", "layers", 0, "centre")
+    root = ", ".join((*ROOT_KEYS, "beyond", "provenance"))
+    treeless = "sink, window, dendrogram, cut"
+    entry = "router: expected an entry for layer 0, which has routed heads, got no router; "
+    entry += 'add the router that the heads were learned with, or remove their "route"'
+    positive = "router.layers[0].scale[1][2]: expected a finite number above 0, got {}; measure the keys again"
+    finite = "router.layers[0].centre[1][2]: expected a finite number, got {}; measure the keys again"
+    three = "router.layers[0].scale[1]: expected 3 entries, one per channel, got {}; use the router of this model"
+    two = "router.layers[0].centre: expected 2 entries, one per KV head, got {}; use the router of this model"
+    layers = "router.layers: expected 2 layers, as model.num_hidden_layers says, got 1; "
+    layers += "list every layer; null stands for one without routed heads"
+    eight = "router.node: expected 8, got {!r}; this version reads nothing else"
+    sixteen = "router.tile: expected 16, got {!r}; this version reads nothing else"
+    where = "layers[0].heads[0].route: "
+    old = UNKNOWN.format(treeless, "route")
+    faults = [
+        Fault((*HEAD, "route"), 1, f"{_spelled(HEAD)}: " + UNKNOWN.format(", ".join(HEAD_KEYS), "route")),
+        Fault(HEAD, {"sink": 1, "window": 1, "route": 1}, f"{_spelled(HEAD)}: {old}"),
+        Fault(("router",), None, "topology: " + UNKNOWN.format(root, "router")),
+    ]
+    in_version_2: list[tuple[tuple[str | int, ...], object, str, bool]] = [
+        (("router",), REMOVED, entry, False),
+        (("router",), [], "router: " + OBJECT.format("[]"), True),
+        (("router", "colour"), 1, "router: " + UNKNOWN.format("node, tile, layers", "colour"), True),
+        *((("router", key), REMOVED, "router: " + MISSING.format(key), True) for key in ("node", "tile", "layers")),
+        *((("router", "node"), value, eight.format(value), True) for value in (16, "8", None)),
+        (("router", "node"), 8.0, eight.format(8.0), False),
+        *((("router", "tile"), value, sixteen.format(value), True) for value in (8, True)),
+        (("router", "layers"), {}, "router.layers: " + LIST.format("{}"), True),
+        (("router", "layers", 1), REMOVED, layers, False),
+        (
+            ("router", "layers", 0),
+            None,
+            "router.layers[0]: expected an object, for the layer's routed heads, got null; add centre and scale",
+            False,
+        ),
+        (("router", "layers", 0), [], "router.layers[0]: " + OBJECT.format("[]"), True),
+        *(
+            (("router", "layers", 0, key), REMOVED, "router.layers[0]: " + MISSING.format(key), True)
+            for key in ("centre", "scale")
+        ),
+        (("router", "layers", 0, "mean"), [], "router.layers[0]: " + UNKNOWN.format("centre, scale", "mean"), True),
+        (centre, 0.0, "router.layers[0].centre: " + LIST.format("0.0"), True),
+        ((*centre, 1), REMOVED, two.format(1), False),
+        ((*centre, 2), [0.0] * 3, two.format(3), False),
+        (row, 1.0, "router.layers[0].scale[1]: " + LIST.format("1.0"), True),
+        ((*row, 2), REMOVED, three.format(2), False),
+        ((*row, 3), 1.0, three.format(4), False),
+        *(((*row, 2), value, positive.format(repr(value)), True) for value in (0, 0.0, -1, True, "1", None)),
+        *(((*row, 2), value, positive.format(repr(value)), False) for value in (1e-39, 1e39, float("nan"))),
+        *(((*centre, 1, 2), value, finite.format(repr(value)), True) for value in (False, "0", None, [0])),
+        *(((*centre, 1, 2), value, finite.format(repr(value)), False) for value in (1e39, -1e39, float("inf"))),
+        ((*centre, 1, 2), HUGE, finite.format(HUGE_SHOWN), False),
+        *((route, value, where + INTEGER.format(repr(value)), True) for value in (True, None, "3", 2.5)),
+        (route, 2.0, where + INTEGER.format(2.0), False),
+        *((route, value, where + RANGE.format(0, 16384, value), True) for value in (-1, 16385)),
+        (("layers", 1, "heads", 1, "route"), 1, "layers[1].heads[1]: " + UNKNOWN.format("dense", "route"), True),
+    ]
+    return faults + [Fault(place, value, text, seen, routed=True) for place, value, text, seen in in_version_2]
+
+
+FAULTS = [*_missing(), *_unknown(), *_integers(), *_model(), *_linkages(), *_paths(), *_layers(), *_routes()]

@@ -9,7 +9,7 @@ from surgeon.runtime.kernels.cpu import sdpa
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.kernels.cpu.rates import processor_features, processor_level
-from surgeon.runtime.operands import Operands
+from surgeon.runtime.operands import Nodes, Operands
 from surgeon.runtime.package.kernel_digest import kernel_digest
 from surgeon.runtime.package.reader import PackageFiles
 
@@ -62,6 +62,7 @@ class CpuKernels:
         level = processor_level(processor_features(), {"amx"} if "x86_64_amx" in first.refused else ())
         schedules = {layer: schedule.heads for layer, schedule in files.schedules.items()}
         self.dense_rows = DenseRows.of(manifest, schedules, first.variant, level)
+        self._routed = frozenset(manifest.routed)
         self._torch_dtypes = frozenset(_DTYPES[dtype] for dtype in self.dense_rows.torch_dtypes)
 
     def attend(
@@ -71,6 +72,7 @@ class CpuKernels:
         lse: torch.Tensor | None = None,
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel, or dense attention where it is equivalent and faster; see `CpuLibrary.attend`."""
         queries, keys = operands.q.shape[2], operands.k.shape[2]
@@ -85,7 +87,9 @@ class CpuKernels:
                     )
                     return sdpa.attend(sdpa.rotated(operands, *rotary) if rotary else operands, end)
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, lse, first_kv_head, rotary)
+        if rotary and layer in self._routed:  # heads choose by rotated queries
+            operands, rotary = sdpa.rotated(operands, *rotary), None
+        return library.attend(kernel, operands, lse, first_kv_head, rotary, nodes=nodes)
 
     def _dense_tokens(self, layer: int, operands: Operands, end: int) -> int:
         """The tokens from the start that a layer sees densely in a call of sequences that end at `end`."""
@@ -101,10 +105,11 @@ class CpuKernels:
         block_table: torch.Tensor,
         first_kv_head: int = 0,
         out: torch.Tensor | None = None,
+        nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel on keys and values in pools of blocks; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, out=out)
+        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, out=out, nodes=nodes)
 
 
 def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_int32
 import torch
 
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
-from surgeon.runtime.operands import Operands
+from surgeon.runtime.operands import Nodes, Operands
 from surgeon.runtime.package.kernel_digest import digest_symbol
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
@@ -24,7 +24,7 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
-_CALL = struct.Struct("@11P11q6qf5i0q")
+_CALL = struct.Struct("@13P11q6qf5i0q")
 """`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
 
 The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
@@ -112,12 +112,13 @@ class CpuLibrary:
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         block_table: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool.
 
         k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
         `[batch, length, head_dim]`, rotates q and k, which then have one length. With `block_table`, k and v are pools;
-        see `LayerKernels.run_paged`. `out` is filled if it is given.
+        see `LayerKernels.run_paged`. `out` is filled if it is given. Without `nodes`, a routed layer makes its own.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
@@ -149,6 +150,8 @@ class CpuLibrary:
             _address(sin),
             _address(rotated_k),
             _address(block_table),
+            _address(nodes and nodes.values),
+            _address(nodes and nodes.written),
             *q.stride()[:3],
             *(k.stride()[:3] if block_table is None else (0, 0, head_dim)),
             *(v.stride()[:3] if block_table is None else (0, 0, head_dim)),

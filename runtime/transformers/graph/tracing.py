@@ -14,7 +14,7 @@ from surgeon.runtime.ops.input_checks import valid_keys
 from surgeon.runtime.transformers.graph.export import exported
 from surgeon.runtime.transformers.graph.fuse_rotary import fuse_rotary
 from surgeon.runtime.transformers.patching import is_patched, patch, unpatch
-from surgeon.runtime.transformers.recall import DENSE, DENSE_ROWS
+from surgeon.runtime.transformers.recall import DENSE_ROWS
 from surgeon.runtime.transformers.tensor_parallel import is_sharded
 
 _SITES = (torch.ops.surgeon.attention.default, torch.ops.surgeon.attention_rotary.default)
@@ -36,7 +36,7 @@ class _Logits(torch.nn.Module):
 def trace(
     model: PreTrainedModel,
     package: Package | str | os.PathLike[str],
-    recall: str = DENSE,
+    recall: str | None = None,
     dense_rows: int = DENSE_ROWS,
 ) -> torch.fx.GraphModule:
     """Traces the model as a graph `(input_ids, attention_mask=None) -> logits` on the package's kernels, for inference.

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given
 
+import routing
 import strategies
 from surgeon.compiler.schedule.liveness import last_readers
 from surgeon.compiler.schedule.schedule import schedule_layers
@@ -20,7 +21,7 @@ def test_the_last_readers_are_those_of_the_mask(drawn: tuple[Topology, int]) -> 
         if not layer.heads:
             assert (last_readers(layer, length) == UNBOUNDED).all()
             continue
-        mask = topology.block_mask(index, far).reshape(num_kv_heads, -1, far, far).any(axis=1)
+        mask = routing.may_read(topology, index, far).numpy().reshape(num_kv_heads, -1, far, far).any(axis=1)
         last = far - 1 - np.asarray(mask)[:, ::-1, :length].argmax(axis=1)
         if topology.beyond != "error":
             last[last == far - 1] = UNBOUNDED

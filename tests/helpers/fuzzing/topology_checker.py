@@ -41,11 +41,12 @@ def check(data: bytes) -> Valid:
     """
     _require(len(data) <= rules.MAX_FILE_BYTES, "too large")
     root = _parse(data)
-    _keys(
-        root, {"format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"}, "beyond provenance"
-    )
+    _require(type(root) is dict, "an object")
+    version = root.get("version")
+    _require(_is_int(version) and version in (1, 2), "version")
+    required = {"format", "version", "model", "block_size", "num_blocks", "dendrograms", "layers"}
+    _keys(root, required, "beyond provenance" + " router" * (version == 2))
     _require(root["format"] == "surgeon.topology", "format")
-    _require(_is_int(root["version"]) and root["version"] == 1, "version")
     heads = _check_model(root["model"])
     _require(_within(root["block_size"], 16, rules.MAX_BLOCK_SIZE) and root["block_size"] % 16 == 0, "block_size")
     _require(_within(root["num_blocks"], 1, rules.MAX_BLOCKS), "num_blocks")
@@ -62,7 +63,8 @@ def check(data: bytes) -> Valid:
             _keys(layer, {"heads"})
             _require(type(layer["heads"]) is list and len(layer["heads"]) == heads, "heads")
             for head in layer["heads"]:
-                _check_head(head, len(trees))
+                _check_head(head, len(trees), version)
+    _check_router(root)
     return Valid(root, trees)
 
 
@@ -161,20 +163,50 @@ def _of_paths(tree: Any, blocks: int) -> dict[tuple[int, int], float]:
     }
 
 
-def _check_head(head: Any, trees: int) -> None:
+def _check_head(head: Any, trees: int, version: int) -> None:
     _require(type(head) is dict, "a head")
     if "dense" in head:
         _keys(head, {"dense"})
         _require(head["dense"] is True, "dense")
         return
     of_tree = {"dendrogram", "cut"}
-    _keys(head, {"sink", "window"} | (set() if rules.TREELESS_HEADS and not of_tree & head.keys() else of_tree))
+    required = {"sink", "window"} | (set() if rules.TREELESS_HEADS and not of_tree & head.keys() else of_tree)
+    _keys(head, required, "route" * (version == 2))
+    _require(_within(head.get("route", 0), 0, rules.MAX_BLOCKS), "route")
     _require(
         _within(head["sink"], 0, rules.MAX_BLOCKS) and _within(head["window"], 1, rules.MAX_BLOCKS), "sink, window"
     )
     if "cut" in head:
         _require(_within(head["dendrogram"], 0, trees - 1), "dendrogram")
         _require(_is_number(head["cut"]) and 0 <= head["cut"] <= 1.7976931348623157e308, "cut")
+
+
+def _check_router(root: Any) -> None:
+    """An entry of the model's shape for every layer that has a routed head."""
+    routed = [layer is not None and any(head.get("route") for head in layer["heads"]) for layer in root["layers"]]
+    router, model = root.get("router"), root["model"]
+    if router is None:
+        _require(not any(routed), "a router")
+        return
+    _keys(router, {"node", "tile", "layers"})
+    _require(
+        _is_int(router["node"]) and router["node"] == 8 and _is_int(router["tile"]) and router["tile"] == 16, "node"
+    )
+    _require(type(router["layers"]) is list and len(router["layers"]) == len(routed), "layers of the router")
+    for layer, needed in zip(router["layers"], routed, strict=True):
+        _require(layer is not None or not needed, "a layer of the router")
+        if layer is None:
+            continue
+        _keys(layer, {"centre", "scale"})
+        for name, least in (("centre", -_MOST_FLOAT), ("scale", 2.0**-126)):
+            rows = layer[name]
+            _require(type(rows) is list and len(rows) == model["num_key_value_heads"], name)
+            for row in rows:
+                _require(type(row) is list and len(row) == model["head_dim"], name)
+                _require(all(_is_number(value) and least <= value <= _MOST_FLOAT for value in row), name)
+
+
+_MOST_FLOAT = (2 - 2.0**-23) * 2.0**127
 
 
 def _check_free(provenance: Any) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import routing
 import strategies
 from models import Compiled
 from surgeon.compiler.schedule.liveness import liveness_table
@@ -23,7 +24,12 @@ def test_a_block_is_live_while_some_later_row_of_some_query_head_reads_it(
     far = topology.num_blocks if topology.beyond == "error" else length + topology.num_blocks + 30
     for index in topology.covered:
         layer = schedule_layers(topology)[index]
-        mask = topology.block_mask(index, far).reshape(topology.model.num_key_value_heads, -1, far, far).any(axis=1)
+        mask = (
+            routing.may_read(topology, index, far)
+            .numpy()
+            .reshape(topology.model.num_key_value_heads, -1, far, far)
+            .any(axis=1)
+        )
         from_row_on = np.logical_or.accumulate(mask[:, ::-1], axis=1)[:, ::-1]  # [KV heads, rows, blocks]
         liveness = Liveness(torch.from_numpy(liveness_table(layer)))
         found = liveness.live(torch.arange(length), length).numpy()
