@@ -36,6 +36,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ' as with recall="pattern"; default: answers, but text for ultrametric',
     )
     parser.add_argument(
+        "--retrieve",
+        action="store_true",
+        help="let the heads that bring back facts from afar, a quarter of all, choose blocks by content; for text, and"
+        ' for recall="pattern"',
+    )
+    parser.add_argument(
         "--no-questions",
         dest="questions",
         action="store_false",
@@ -104,6 +110,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
         purpose=arguments.purpose,
+        retrieve=arguments.retrieve,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     request.grid(blocks)
@@ -118,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
             divided(texts, request)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
         with stage_display() as progress:
-            tokenizer = outline.tokenizer if arguments.questions else None
+            tokenizer = outline.tokenizer if arguments.questions or arguments.retrieve else None
             topology = learn(model, texts, request, work=work, progress=progress, tokenizer=tokenizer)
     if is_main_process():
         write_topology(topology, out)
@@ -135,6 +142,8 @@ def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> It
         made = {"path": str(out), "topology_sha256": topology.sha256, "density": seen, "seconds": round(seconds, 3)}
         return (json.dumps(made | {"provenance": dict(topology.provenance)}),)
     lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks, {seconds:.0f} s"]
+    if routes := topology.provenance.get("routes"):
+        lines.append(f"{routes['heads']} heads choose blocks by content")
     if figures := topology.provenance.get("validation"):
         lines.append(
             f"KL divergence from the dense model on validation text{_counted(topology)}: {figures['divergence']:.4f}"

@@ -19,6 +19,7 @@ _ASSESS = 6.5
 _VALIDATE = 1.6
 _CHANGES = 4.5
 _DESCEND = 10.5
+_RETRIEVE = 10.0
 _TRIES = 5 / 3  # patterns that are validated in a round of refinement, between one and three
 _BASE_BYTES = 0.7e9  # Python, torch and the texts
 _LOGITS_ALIVE = 5.5  # tensors of a chunk's logits, their logarithms and their gradients
@@ -26,13 +27,17 @@ _LOGITS_ALIVE = 5.5  # tensors of a chunk's logits, their logarithms and their g
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of sequences by use, over all texts, as in `Sequences`; `descents` counts those of all training steps."""
+    """Numbers of sequences by use, over all texts, as in `Sequences`.
+
+    `descents` counts those of all training steps, `documents` those that heads that retrieve are found in.
+    """
 
     calibrate: int
     validate: int
     refine: tuple[int, ...]
     cuts: int = 0
     descents: int = 0
+    documents: int = 0
 
 
 def learning_stages(counts: Counts, prompt_seconds: float) -> tuple[Stage, ...]:
@@ -52,6 +57,8 @@ def learning_stages(counts: Counts, prompt_seconds: float) -> tuple[Stage, ...]:
         stages.append(("looking for clusters", counts.cuts * (1 + _CHANGES)))
         stages.append(("comparing clusters with windows", counts.cuts * (1 + _CHANGES)))
         stages.append(("validating cuts", counts.validate * _VALIDATE * _TRIES))
+    if counts.documents:
+        stages.append(("finding heads that retrieve", counts.documents * _RETRIEVE))
     return _timed(stages, prompt_seconds)
 
 

@@ -21,12 +21,14 @@ from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
+from surgeon.compiler.learn.routing.retrieve import retrieve
+from surgeon.compiler.learn.routing.routed import with_routes
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
-from surgeon.runtime.errors import TopologyError
+from surgeon.runtime.errors import ModelError, TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
 
@@ -46,6 +48,9 @@ class Request:
     pattern on the tokens that follow it, while the prompt's end and these tokens see everything; for text, its effect
     on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
     default.
+
+    With `retrieve`, a quarter of the heads choose blocks by content: those that retrieve, whose routes are paid for by
+    the other heads' windows. All rows follow such a pattern, so it is learned for text.
     """
 
     density: float
@@ -58,6 +63,7 @@ class Request:
     cuts: bool = False
     settings: Settings = field(default_factory=Settings)
     purpose: str | None = None
+    retrieve: bool = False
 
     def grid(self, blocks: int) -> Grid:
         """The grid for sequences of so many blocks.
@@ -66,9 +72,13 @@ class Request:
             TopologyError: the method does not learn for the purpose.
         """
         budget = self.method == "budget"
+        if self.retrieve and (self.purpose == ANSWERS or not budget or self.cuts):
+            raise TopologyError(
+                "--retrieve", "--method budget and --for text, without --cuts", "another of these", "leave that out"
+            )
         if self.purpose == ANSWERS and not budget:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
-        make = Grid.for_answers if budget and self.purpose != TEXT else Grid
+        make = Grid.for_answers if budget and self.purpose != TEXT and not self.retrieve else Grid
         return make(self.block_size, blocks, self.sink, self.density)
 
     @property
@@ -102,7 +112,8 @@ def learn(
 ) -> Topology:
     """Learns a topology for a frozen model, without changing its weights.
 
-    With the model's tokenizer, about half of the sequences for answers end with questions about facts hidden in them.
+    With the model's tokenizer, about half of the sequences for answers end with questions about facts hidden in them;
+    `retrieve` needs it.
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
     If torch.distributed has several processes, they share the sequences, and all return the same topology. They may
     share a folder, but need not.
@@ -112,6 +123,8 @@ def learn(
         TopologyError: a length is not a multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
+    if request.retrieve and tokenizer is None:
+        raise ModelError("--retrieve", "the model's tokenizer, to hide facts in texts", "none", "pass tokenizer")
     blocks = blocks_of(request.length, request.block_size)
     measured = request.measured_blocks
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -149,11 +162,21 @@ def learn(
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
+        retrieval = None
+        if request.retrieve and tokenizer is not None:
+            retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
     topology = pattern_topology(shape, grid, pattern, provenance)
     if blocks != measured:
         topology = scaled(topology, blocks)
+    if retrieval is not None:
+        topology = with_routes(topology, retrieval.places, retrieval.routers, request.density)
+        figures["routes"] = {
+            "heads": len(retrieval.places),
+            "documents": retrieval.documents,
+            "agreement_of_halves": round(retrieval.agreement, 3),
+        }
     return _with_provenance(
         topology,
         {
@@ -184,6 +207,7 @@ def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) ->
         refine=tuple(len(fresh) for fresh in sequences.refine),
         cuts=max(map(len, sequences.cuts), default=0),
         descents=request.settings.steps * request.settings.batch if descending else 0,
+        documents=len(sequences.calibrate) if request.retrieve else 0,
     )
     prompt = sequences.validate[0]
     stages = descending_stages if descending else learning_stages

@@ -51,6 +51,7 @@ class _Task:
     layer: int
     visible: torch.Tensor | None
     observe: Observer | None
+    observe_keys: Callable[[int, torch.Tensor], None] | None
 
 
 def dense_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -112,6 +113,12 @@ def observe_sparse(
     return total / len(counted)
 
 
+def observe_keys(model: PreTrainedModel, tokens: torch.Tensor, observe: Callable[[int, torch.Tensor], None]) -> None:
+    """Calls `observe(layer, keys)` for each layer of the dense model, with keys `[KV heads, length, head_dim]`."""
+    with torch.inference_mode(), _attending(model, None, None, observe):
+        _states(model, tokens)
+
+
 def pull_masks(
     model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, masks: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
@@ -143,7 +150,10 @@ def _states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool =
 
 @contextmanager
 def _attending(
-    model: PreTrainedModel, visible: Sequence[torch.Tensor] | None, observe: Observer | None
+    model: PreTrainedModel,
+    visible: Sequence[torch.Tensor] | None,
+    observe: Observer | None,
+    observe_keys: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[None]:
     AttentionInterface.register(_IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
@@ -152,7 +162,9 @@ def _attending(
     try:
         model.config._attn_implementation = _IMPLEMENTATION
         for layer, module in enumerate(modules):
-            setattr(module, _ATTRIBUTE, _Task(layer, None if visible is None else visible[layer], observe))
+            setattr(
+                module, _ATTRIBUTE, _Task(layer, None if visible is None else visible[layer], observe, observe_keys)
+            )
         yield
     finally:
         model.config._attn_implementation = before
@@ -199,6 +211,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     task: _Task = getattr(module, _ATTRIBUTE)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if task.observe_keys is not None:
+        task.observe_keys(task.layer, key[0])
     if task.visible is None:
         group = query.shape[1] // key.shape[1]
         k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from surgeon.compiler.learn.measure.documents import document_of
 from surgeon.compiler.learn.measure.text import Sequences
-from surgeon.runtime.evaluate.tasks.numbers import several_keys, single_numbers, variable_tracking
-from surgeon.runtime.evaluate.tasks.prompts import Encoder, laid_out
+from surgeon.runtime.evaluate.tasks.prompts import Encoder
 
 
 def with_questions(
@@ -30,9 +30,9 @@ def with_questions(
 
     def asked(plain: torch.Tensor) -> torch.Tensor | None:
         nonlocal made
-        found = _questioned(plain, encoder, drawn, scored)
+        found = document_of(plain, encoder, drawn, scored)
         made += found is not None
-        return found
+        return None if found is None else found.tokens
 
     validate = [*sequences.validate, *(found for plain in sequences.validate if (found := asked(plain)) is not None)]
     return (
@@ -53,21 +53,3 @@ def _every_other(
     """The sequences, every second of which has questions if it can; `first` is 0 or 1, up to a multiple of 2."""
     changed = [asked(plain) if (index + first) % 2 == 0 else None for index, plain in enumerate(sequences)]
     return tuple(plain if found is None else found for plain, found in zip(sequences, changed, strict=True))
-
-
-def _questioned(plain: torch.Tensor, encoder: Encoder, drawn: random.Random, scored: int) -> torch.Tensor | None:
-    """A sequence `[1, length]` of the same length whose last tokens ask for facts hidden before, and answer."""
-    plans = (drawn.choice(single_numbers(drawn)), several_keys(drawn), variable_tracking(drawn))
-    hidden = [(encoder.ids(fact.text), fact) for plan in plans for fact in plan.facts]
-    queries = [query for plan in plans for query in plan.queries]
-    drawn.shuffle(queries)
-    tail: list[int] = []
-    for query in queries:
-        ids = encoder.ids(f"{query.text} {', '.join(query.expected)}")
-        if len(tail) + len(ids) <= scored:
-            tail += ids
-    room = plain.shape[1] - len(tail) - len(encoder.start) - sum(len(ids) for ids, _ in hidden)
-    if not tail or room <= 0:
-        return None
-    text = laid_out(encoder.start, hidden, plain[0, :room].tolist())
-    return torch.cat([text, torch.tensor(tail, device="cpu")])[None]

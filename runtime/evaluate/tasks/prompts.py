@@ -118,7 +118,7 @@ def _prompts(encoder: Encoder, plan: Plan, filler: torch.Tensor, length: int, tu
             f"{length}",
             "choose a larger --length, or --tasks 0",
         )
-    text = laid_out(encoder.start, hidden, filler[: room - least].tolist())
+    text, _ = laid_out(encoder.start, hidden, filler[: room - least].tolist())
     if len(questions) == 1:
         yield Prompt(length, text, questions, at_end=turn % 2 == 0)
         return
@@ -127,11 +127,17 @@ def _prompts(encoder: Encoder, plan: Plan, filler: torch.Tensor, length: int, tu
         yield Prompt(length, text, (asked[turn % len(asked)],), at_end=True)
 
 
-def laid_out(start: list[int], hidden: Sequence[tuple[list[int], Fact]], filler: list[int]) -> torch.Tensor:
-    """The filler with each fact's tokens at its depth, after the tokens that start every text."""
+def laid_out(
+    start: list[int], hidden: Sequence[tuple[list[int], Fact]], filler: list[int]
+) -> tuple[torch.Tensor, tuple[range, ...]]:
+    """The filler with each fact's tokens at its depth, after the tokens that start every text, and its place."""
     whole, place = list(start), 0
-    for ids, fact in sorted(hidden, key=lambda pair: pair[1].depth):
+    places: dict[int, range] = {}
+    for index in sorted(range(len(hidden)), key=lambda index: hidden[index][1].depth):
+        ids, fact = hidden[index]
         upto = round(fact.depth * len(filler))
-        whole += [*filler[place:upto], *ids]
+        whole += filler[place:upto]
+        places[index] = range(len(whole), len(whole) + len(ids))
+        whole += ids
         place = upto
-    return torch.tensor([*whole, *filler[place:]], device="cpu")
+    return torch.tensor([*whole, *filler[place:]], device="cpu"), tuple(places[index] for index in range(len(hidden)))
