@@ -25,13 +25,15 @@ class LayerSummary:
     """One layer's schedule.
 
     `kernel` numbers the distinct schedules in the order of their first layers: layers with one number share kernels.
-    `pieces` is the total over its distinct heads; `density` is the mean over its heads.
+    `pieces` is the total over its distinct heads; `density` is the mean over its heads. `routed_heads` is the number of
+    those that choose blocks by content, whose most blocks count as read.
     """
 
     kernel: int
     distinct_heads: int
     pieces: int
     density: float
+    routed_heads: int
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def _summary(layer: LayerSchedule, number: int, density: Sequence[float]) -> Lay
         distinct_heads=len(heads),
         pieces=sum(len(head.pieces) for head in heads.values()),
         density=math.fsum(density) / len(density),
+        routed_heads=sum(head.route > 0 for head in layer.heads),
     )
 
 

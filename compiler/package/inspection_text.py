@@ -61,6 +61,8 @@ def _summary_lines(summary: TopologySummary) -> Iterator[str]:
         f"tokens), beyond: {summary.beyond}"
     )
     yield f"density    {summary.mean_density:.1%} of the causal pairs of blocks are read, over all heads"
+    if routed := sum(layer.routed_heads for layer in summary.layers if layer is not None):
+        yield f"routed     {_counted(routed, 'head')} of all layers, which choose blocks by content"
     yield (
         f"schedules  {_counted(summary.distinct_layers, 'distinct layer')}, "
         f"{_counted(summary.distinct_heads, 'distinct head')}, from {_counted(summary.dendrograms, 'dendrogram')}"
@@ -97,6 +99,8 @@ def _layer_lines(report: TopologyReport | PackageReport) -> Iterator[str]:
             f"{layer.distinct_heads:>3} {'head' if layer.distinct_heads == 1 else 'heads'}",
             f"{layer.pieces:>5} {'piece' if layer.pieces == 1 else 'pieces'}",
         ]
+        if layer.routed_heads:
+            cells.append(f"{layer.routed_heads:>3} routed")
         if package is not None:
             cells += map(_on_gpu, package.runs(index))
             cells += [_seen_whole(rows, index) for rows in package.on_cpu[:1]]

@@ -55,13 +55,17 @@ def dendrogram_figures(topology: Topology) -> tuple[tuple[Figure, ...], int]:
 def mask_figures(
     topology: Topology, layers: Sequence[LayerSchedule], density: Sequence[Sequence[float]]
 ) -> tuple[Figure, ...]:
-    """The masks of each covered layer: the blocks (across) that every block (down) sees, one square per head."""
+    """The masks of each covered layer: the blocks (across) that every block (down) sees, one square per head.
+
+    The blocks that a routed head chooses depend on the text, so only their number stands there.
+    """
     pictures = {id(head): mask_picture(head, topology.num_blocks) for layer in layers for head in layer.heads}
     figures = []
     for index, layer in enumerate(layers):
         if layer.heads:
             squares = [pictures[id(head)] for head in layer.heads]
-            figures.append(_squares(f"Layer {index}", squares, density[index]))
+            routes = [head.route for head in layer.heads]
+            figures.append(_squares(f"Layer {index}", squares, density[index], routes))
     return tuple(figures)
 
 
@@ -108,7 +112,9 @@ def _tree(index: int, tree: Dendrogram, cuts: Sequence[float]) -> Figure:
     return figure(title, draw, (4.2, 2.4))
 
 
-def _squares(title: str, squares: Sequence[npt.NDArray[np.float64]], densities: Sequence[float]) -> Figure:
+def _squares(
+    title: str, squares: Sequence[npt.NDArray[np.float64]], densities: Sequence[float], routes: Sequence[int]
+) -> Figure:
     """Draws heads side by side in one picture, as many per row as a phone can show."""
     across = min(len(squares), 5)
     down = -(-len(squares) // across)
@@ -126,12 +132,12 @@ def _squares(title: str, squares: Sequence[npt.NDArray[np.float64]], densities: 
         axes.set_xlabel("block that is read", fontsize=7)
         axes.set_ylabel("block that reads", fontsize=7)
         axes.spines[:].set_visible(False)
-        for index, density in enumerate(densities):
+        for index, (density, route) in enumerate(zip(densities, routes, strict=True)):
             row, column = divmod(index, across)
             axes.text(
                 column * step + cells,
                 row * step + step - cells,
-                f"{index}: {density:.0%}",
+                f"{index}: {density:.0%}" + (f"\nchooses {route}" if route else ""),
                 fontsize=7,
                 horizontalalignment="right",
                 verticalalignment="top",
