@@ -1,5 +1,8 @@
 """Pilots SmolLM2-135M's topologies of 2,048 tokens on held-out text and shows them on one page: make pilot.
 
+Those of Qwen2.5-Coder-0.5B, of 4,096 tokens, are piloted if they are named, with fewer tasks: each takes an hour of CPU
+time in bf16.
+
 Each is compiled and given to `surgeon pilot`, in its own process since memory is measured, which writes
 results/pilot-*.json. Then `surgeon report` draws the sparsest one, with the others beside it, into build/pilot.html.
 """
@@ -14,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from inputs.checkpoints import SMOLLM2_135M, model_folder
+from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint, model_folder
 from inputs.texts import held_out_texts
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
@@ -24,7 +27,10 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135m-25-answers")
 """The names of the topologies, the sparsest first: the page is about it."""
+LARGER = ("qwen2.5-coder-0.5b-12-answers-4096", "qwen2.5-coder-0.5b-25-answers-4096")
+"""The names of topologies for a larger model, which are piloted on demand."""
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
+MEASURED_LARGER = ("--sequences", "2", "--tasks", "4", "--rounds", "3", "--no-window")
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -34,7 +40,7 @@ console = Console(highlight=False)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pilots, writes the page, and returns the exit status."""
-    parser = argparse.ArgumentParser(description="Pilot SmolLM2-135M's topologies on held-out text.")
+    parser = argparse.ArgumentParser(description="Pilot two models' topologies on held-out text.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(TOPOLOGIES)}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for the pilots' findings")
     parser.add_argument(
@@ -65,7 +71,6 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
         ModelError: the model or a text cannot be downloaded.
     """
     cache = cache_folder()
-    model = model_folder(SMOLLM2_135M, cache, console.print)
     pilots = []
     with tempfile.TemporaryDirectory() as scratch:
         texts = [Path(scratch) / name for name in ("handbook-last-quarter.txt", "new-testament.txt")]
@@ -73,12 +78,19 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
             file.write_text(text.text, encoding="utf-8")
         held_out = [argument for file in texts for argument in ("--text", str(file))]
         for name in names:
+            model = model_folder(checkpoint_of(name), cache, console.print)
+            measured = MEASURED_LARGER if name in LARGER else MEASURED
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / f"pilot-{name}.json"
-            surgeon("pilot", str(model), str(package), *held_out, *MEASURED, *THRESHOLDS, "--out", str(out))
+            surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, "--out", str(out))
             pilots.append(out)
     return pilots
+
+
+def checkpoint_of(name: str) -> Checkpoint:
+    """The model that a topology is for."""
+    return QWEN_CODER_05B if name in LARGER else SMOLLM2_135M
 
 
 def topology_file(name: str) -> Path:
