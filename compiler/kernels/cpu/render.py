@@ -61,7 +61,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
     }
     for variant in variants:
         if isinstance(variant, TileVariant):
-            files |= _render_tiles(variant)
+            files |= _render_tiles(variant, routed)
         else:
             files[f"{variant.name}.cpp"] = render_template("cpu/variant.cpp.jinja", variant=variant, dtypes=dtypes)
     flags = {f"cpu/{variant.name}.cpp": variant.flags for variant in variants}
@@ -77,11 +77,13 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
     )
 
 
-def _render_tiles(variant: TileVariant) -> dict[str, str]:
+def _render_tiles(variant: TileVariant, routed: bool) -> dict[str, str]:
     return {
         "tiles.h": render_template(f"cpu/tiles/{variant.unit}.h.jinja"),
         "pack_tiles.h": render_template("cpu/tiles/pack.h.jinja"),
-        "prefill_tiles.h": render_template("cpu/tiles/prefill.h.jinja", step=_TILE_STEP, chunk=_TILE_CHUNK),
+        "prefill_tiles.h": render_template(
+            "cpu/tiles/prefill.h.jinja", step=_TILE_STEP, chunk=_TILE_CHUNK, routed=routed
+        ),
         f"{variant.name}.cpp": render_template("cpu/tiles/variant.cpp.jinja", variant=variant),
     }
 
@@ -91,6 +93,7 @@ def _render_router(variants: tuple[Variant | TileVariant, ...], dtypes: dict[str
         "route.h": render_template(
             "cpu/router/route.h.jinja", nodes_at_once=_NODES_AT_ONCE, units_at_once=_UNITS_AT_ONCE
         ),
+        "chosen.h": render_template("cpu/router/chosen.h.jinja"),
         "choose.h": render_template("cpu/router/choose.h.jinja", node_shift=NODE.bit_length() - 1),
         **{
             f"router_{variant.name}.cpp": render_template(
