@@ -14,8 +14,9 @@ from surgeon.compiler import compile_package
 from surgeon.compiler.kernels import backend
 from surgeon.compiler.kernels.cpu.build import find_compiler
 from surgeon.compiler.kernels.cpu.variants import PORTABLE, variants_for
+from surgeon.compiler.topology.router import Router
 from tile_units import UNITS
-from topologies import random_topology
+from topologies import build, random_topology, window_head
 
 HELPERS = Path(__file__).parents[3] / "helpers"
 FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -64,6 +65,10 @@ def test_no_call_touches_what_it_must_not(
         block_size=16,
         num_blocks=9,
     )
+    routed = build([[window_head(0, 1, route=2), *[window_head(1, 1)] * 5]], num_kv_heads=2, head_dim=80, block_size=16)
+    assert routed.router is not None
+    router = Router((None, *routed.router.layers))
+    topology = replace(topology, layers=(topology.layers[0], *routed.layers), router=router)
     folder = compile_package(topology, tmp_path / "kernels", dtypes=["fp32", "bf16"])
     script = Path(__file__).with_name("sanitizer_process.py")
     result = subprocess.run(

@@ -11,7 +11,7 @@ from surgeon.compiler import Topology
 from surgeon.runtime import Package
 from surgeon.runtime.operands import Operands
 from tile_units import UNITS, load_on_tiles
-from topologies import dense_topology, random_topology, window_topology
+from topologies import build, dense_topology, random_topology, window_head, window_topology
 
 TOLERANCE = 2.5e-3
 """The largest relative error in these cases: 1.7e-3 are the rounding of outputs to bf16, the rest that of weights."""
@@ -107,6 +107,21 @@ def test_dense_rows(on_tiles: Load, unit: str, call: str, rows: tuple[int, int])
         topology, 0, q, k, v, position, leftpad, dense_rows=dense_rows, tokens_ahead=tokens_ahead
     )
     assert reference.relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_routed_heads(on_tiles: Load, unit: str) -> None:
+    """Blocks are half a group of packed keys, so that neighbours which are not chosen are hidden."""
+    heads = [window_head(1, 1, route=2), window_head(0, 2, route=1), window_head(1, 2), window_head(0, 1, route=3)]
+    topology = build([heads], num_kv_heads=2, head_dim=64, block_size=16)
+    package = on_tiles(unit, topology)
+    for queries, keys in ((200, 200), (75, 190)):
+        q, k, v = inputs(topology, 2, queries, keys)
+        position, leftpad = [keys - queries, max(0, keys - queries - 3)], [0, 21]
+        numbers = {"position": torch.tensor(position), "cache_leftpad": torch.tensor(leftpad)}
+        expected, _ = reference.attention(topology, 0, q, k, v, position, leftpad)
+        found = package.attention(0, q, k, v, **numbers)
+        assert reference.relative_error(found, expected) < reference.TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("unit", UNITS)
