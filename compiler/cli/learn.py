@@ -42,11 +42,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ' for recall="pattern"',
     )
     parser.add_argument(
-        "--no-questions",
-        dest="questions",
-        action="store_false",
-        help="learn for answers on plain text only; default: half of the text gets facts hidden in it, and ends with"
-        " questions about them",
+        "--questions",
+        action="store_true",
+        help="learn for answers also on text with hidden facts, which ends with questions about them, not only on plain"
+        " text",
     )
     parser.add_argument(
         "--steps", type=positive, default=60, metavar="N", help="training steps of ultrametric; default: 60"
@@ -111,6 +110,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         cuts=arguments.cuts,
         purpose=arguments.purpose,
         retrieve=arguments.retrieve,
+        questions=arguments.questions,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     request.grid(blocks)
@@ -125,8 +125,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
             divided(texts, request)
         model, _ = read_model(arguments.model, arguments.device_map, outline.tokenizer)
         with stage_display() as progress:
-            tokenizer = outline.tokenizer if arguments.questions or arguments.retrieve else None
-            topology = learn(model, texts, request, work=work, progress=progress, tokenizer=tokenizer)
+            topology = learn(model, texts, request, work=work, progress=progress, tokenizer=outline.tokenizer)
     if is_main_process():
         write_topology(topology, out)
         if arguments.work is None:

@@ -47,7 +47,7 @@ class Request:
     `purpose` is "answers" or "text". For answers, as under dense recall, what counts is the effect of a prompt's
     pattern on the tokens that follow it, while the prompt's end and these tokens see everything; for text, its effect
     on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
-    default.
+    default. With `questions`, the texts for answers also hide facts and end with questions about them.
 
     With `retrieve`, a quarter of the heads choose blocks by content: those that retrieve, whose routes are paid for by
     the other heads' windows. All rows follow such a pattern, so it is learned for text.
@@ -64,6 +64,7 @@ class Request:
     settings: Settings = field(default_factory=Settings)
     purpose: str | None = None
     retrieve: bool = False
+    questions: bool = False
 
     def grid(self, blocks: int) -> Grid:
         """The grid for sequences of so many blocks.
@@ -112,8 +113,8 @@ def learn(
 ) -> Topology:
     """Learns a topology for a frozen model, without changing its weights.
 
-    With the model's tokenizer, about half of the sequences for answers end with questions about facts hidden in them;
-    `retrieve` needs it.
+    With `questions`, about half of the sequences for answers end with questions about facts hidden in them. That and
+    `retrieve` need the model's tokenizer.
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
     If torch.distributed has several processes, they share the sequences, and all return the same topology. They may
     share a folder, but need not.
@@ -123,8 +124,8 @@ def learn(
         TopologyError: a length is not a multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
-    if request.retrieve and tokenizer is None:
-        raise ModelError("--retrieve", "the model's tokenizer, to hide facts in texts", "none", "pass tokenizer")
+    if (request.retrieve or request.questions) and tokenizer is None:
+        raise ModelError("learn", "the model's tokenizer, to hide facts in texts", "none", "pass tokenizer")
     blocks = blocks_of(request.length, request.block_size)
     measured = request.measured_blocks
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -146,7 +147,7 @@ def learn(
     uniform_windows(*size, measured, request.sink, request.density)  # refuses a density out of reach before the work
     grid = request.grid(measured)
     sequences, questions = divided(texts, request, effort), 0
-    if tokenizer is not None and grid.asking:
+    if tokenizer is not None and request.questions and grid.asking:
         sequences, questions = with_questions(sequences, tokenizer, grid.scored, request.seed)
     store = CheckpointStore(work)
     identity: dict[str, object] = {"weights": weights}

@@ -1,7 +1,6 @@
 """Learning sequences that end with questions, and their answers, about facts hidden in their text.
 
-Plain text hardly shows what a question about one far fact needs of the prompt, so a topology that is learned for
-answers on plain text alone loses such facts first.
+Plain text hardly shows what a question about one far fact needs of the prompt.
 """
 
 import dataclasses
