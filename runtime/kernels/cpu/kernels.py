@@ -87,8 +87,11 @@ class CpuKernels:
                     )
                     return sdpa.attend(sdpa.rotated(operands, *rotary) if rotary else operands, end)
         library, kernel = self._kernels[layer, operands.q.dtype]
-        if rotary and layer in self._routed:  # heads choose by rotated queries
-            operands, rotary = sdpa.rotated(operands, *rotary), None
+        if layer in self._routed:
+            if rotary:  # heads choose by rotated queries
+                operands, rotary = sdpa.rotated(operands, *rotary), None
+            if nodes is None and queries < keys:
+                _LOG.debug("layer %d makes the nodes of %d keys anew, which a SurgeonCache would keep", layer, keys)
         return library.attend(kernel, operands, lse, first_kv_head, rotary, nodes=nodes)
 
     def _dense_tokens(self, layer: int, operands: Operands, end: int) -> int:

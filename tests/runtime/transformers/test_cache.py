@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+import routing
 from gpu_standin import on_gpu
 from models import SHAPE, Compiled, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
 from surgeon.compiler import Topology, compile_package
@@ -17,7 +18,7 @@ from surgeon.runtime import Package, SurgeonCache, load, patch, unpatch
 from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.transformers.cache import PagedLayer
-from topologies import window_topology
+from topologies import build, window_head, window_topology
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -27,10 +28,18 @@ WINDOWS = (2, 1, 1, 3)  # in blocks, per head; two neighbours share a KV head
 
 @pytest.fixture(scope="session")
 def packages(compiled: dict[str, Compiled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    """The tiny model's packages, and "windows": sinks of one block and windows, nothing else."""
-    topology = window_topology(WINDOWS, num_layers=3, **SHAPE)
-    folder = tmp_path_factory.mktemp("windows") / "kernels"
-    return compiled | {"windows": Compiled(topology, load(compile_package(topology, folder, dtypes=("fp32",))))}
+    """The tiny model's packages, "windows": sinks of one block and windows, nothing else, and "routed" heads."""
+    heads = [window_head(1, 1, route=2), window_head(1, 2), window_head(0, 1), window_head(0, 2, route=1)]
+    others = [window_head(1, 2), window_head(0, 1)]
+    topologies = {
+        "windows": window_topology(WINDOWS, num_layers=3, **SHAPE),
+        "routed": build([heads, others + heads[:2], others + others], **SHAPE),
+    }
+    root = tmp_path_factory.mktemp("packages")
+    return compiled | {
+        name: Compiled(topology, load(compile_package(topology, root / name, dtypes=("fp32",))))
+        for name, topology in topologies.items()
+    }
 
 
 def generated(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -43,7 +52,7 @@ def generated(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, **
 def live_blocks(topology: Topology, layer: int, length: int) -> int:
     """The blocks that a cache of one sequence of `length` tokens must hold in a layer, by the definition."""
     row, far = length // topology.block_size, length // topology.block_size + topology.num_blocks + 40
-    mask = topology.block_mask(layer, far)[:, row:, : -(-length // topology.block_size)]
+    mask = routing.may_read(topology, layer, far).numpy()[:, row:, : -(-length // topology.block_size)]
     return int(mask.reshape(topology.model.num_key_value_heads, -1, mask.shape[2]).any(axis=1).sum())
 
 
@@ -62,7 +71,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", GENERATIONS)
-@pytest.mark.parametrize("name", ["dense", "sparse", "windows"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "windows", "routed"])
 def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str, how: str) -> None:
     ids, mask = padded((90, 61, 3))
     patch(model, packages[name].package, recall="pattern")
@@ -72,12 +81,12 @@ def test_generate(model: LlamaForCausalLM, packages: dict[str, Compiled], name: 
     cache = SurgeonCache(packages[name].package)
     assert torch.equal(generated(model, ids, mask, **cache.argument, **GENERATIONS[how]), expected)
     assert cache.get_seq_length() == 90 + 39
-    if how == "greedy":
+    if how == "greedy" and name != "routed":  # what is chosen is no mask
         unpatch(model)
         assert torch.equal(expected, generated(masked_model(model, packages[name].topology), ids, mask))
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "windows"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "windows", "routed"])
 @pytest.mark.parametrize("lengths", [(1,), (16, 15), (75, 20), (130,)], ids=str)
 def test_chunks_change_no_bit(
     model: LlamaForCausalLM, packages: dict[str, Compiled], name: str, lengths: tuple[int, ...]
@@ -93,7 +102,7 @@ def test_chunks_change_no_bit(
         assert torch.equal(model(chunk, attention_mask=so_far, past_key_values=cache).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "windows"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "windows", "routed"])
 def test_a_block_is_held_as_long_as_a_later_token_reads_it(
     model: LlamaForCausalLM, packages: dict[str, Compiled], name: str
 ) -> None:
@@ -127,9 +136,10 @@ def test_windows_take_the_same_memory_at_every_length(model: LlamaForCausalLM, p
     assert cache.full_bytes() == 30 * 2 * 3 * 2 * 2 * BLOCK * 32 * 4
 
 
-def test_a_conversation_goes_on(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package, recall="pattern")
-    full, cache = DynamicCache(config=model.config), SurgeonCache(packages["sparse"].package)
+@pytest.mark.parametrize("name", ["sparse", "routed"])
+def test_a_conversation_goes_on(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str) -> None:
+    patch(model, packages[name].package, recall="pattern")
+    full, cache = DynamicCache(config=model.config), SurgeonCache(packages[name].package)
     ids = tokens(1, 33)
     for turn in range(3):
         mask = torch.ones_like(ids)
@@ -203,10 +213,28 @@ def test_cropping(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> Non
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=2e-5, rtol=0)
 
 
-def test_sequences_are_chosen_and_repeated(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
-    patch(model, packages["sparse"].package, recall="pattern")
+def test_what_routed_heads_choose_by_is_cropped_too(model: LlamaForCausalLM, packages: dict[str, Compiled]) -> None:
+    """Tokens that replace cropped ones have nodes of their own."""
+    patch(model, packages["routed"].package)
+    full, cache = DynamicCache(config=model.config), SurgeonCache(packages["routed"].package)
+    cache.activate_past_recording()
+    ids, others = tokens(1, 120), tokens(1, 60, seed=9)
+    for each in (full, cache):
+        model(ids[:, :90], past_key_values=each)
+        model(ids[:, 90:], past_key_values=each)  # writes the nodes of all 120 tokens
+    full.crop(61)
+    cache.crop(-59)
+    for begin, end in itertools.pairwise((0, 30, *range(31, 60))):
+        part = others[:, begin:end]
+        expected = model(part, past_key_values=full).logits
+        assert torch.equal(model(part, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["sparse", "routed"])
+def test_sequences_are_chosen_and_repeated(model: LlamaForCausalLM, packages: dict[str, Compiled], name: str) -> None:
+    patch(model, packages[name].package, recall="pattern")
     ids, mask = padded((70, 50, 33))
-    full, cache = DynamicCache(config=model.config), SurgeonCache(packages["sparse"].package)
+    full, cache = DynamicCache(config=model.config), SurgeonCache(packages[name].package)
     for each in (full, cache):
         model(ids, attention_mask=mask, past_key_values=each)
         each.batch_select_indices(torch.tensor([2, 0]))
