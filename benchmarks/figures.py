@@ -3,11 +3,13 @@
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_day.figures import first_rows
 from inputs.checkpoints import CHECKPOINTS, SMOLLM2_135M
+from markdown import table
 from surgeon.runtime.evaluate.continuation import CONTINUATION
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
@@ -50,9 +52,10 @@ def first_figures() -> str:
     ]
     here = first["machine"]
     return (
-        _table((f"SmolLM2-135M, {here['threads']} CPU threads", "dense", "Surgeon"), rows)
+        table((f"SmolLM2-135M, {here['threads']} CPU threads", "dense", "Surgeon"), rows)
         + f"\n{_processor(first)}, torch {here['torch']}, fp32, {here['date'][:10]}. Times are medians.\n"
         + f"(*) {_processor(layers)}, {layers['machine']['date'][:10]}; dense is PyTorch's SDPA.\n"
+        + first_rows()
     )
 
 
@@ -87,7 +90,7 @@ def choices() -> str:
     short = _suite("model-short")
     times = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in short["rows"])
     return (
-        _table(head, rows)
+        table(head, rows)
         + f"\nFirst token of shorter prompts, by a pattern of 25%, on another machine ({_processor(short)}): {times}.\n"
     )
 
@@ -141,9 +144,9 @@ def learning_cost() -> str:
         "of it beyond the weights",
     )
     return (
-        _table(head, models)
+        table(head, models)
         + "\n"
-        + _table(("learned for SmolLM2-135M", "visible", "block", "processor", "CPU time"), learned)
+        + table(("learned for SmolLM2-135M", "visible", "block", "processor", "CPU time"), learned)
     )
 
 
@@ -152,7 +155,7 @@ def all_figures() -> str:
     first, older = _suite("model-first-token"), _suite("prefill-peers")
     machine = first["machine"]
     return (
-        _table(("measured", "Surgeon beside its peer"), _everything())
+        table(("measured", "Surgeon beside its peer"), _everything())
         + f"\n{_processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
         f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding, caches, short prompts and "
         f"kernels: {_processor(older)}, {older['machine']['date'][:10]}.\n"
@@ -223,11 +226,6 @@ def _everything() -> Iterator[tuple[str, str]]:
     for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
         rows = [row for row in long if row["density"] == density]
         yield f"decoding {how}, 8,192 and 32,768 keys, beside SDPA", _range(rows, "times_sdpa")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    first, *others = (f"| {' | '.join(cells)} |\n" for cells in (head, *rows))
-    return "".join([first, "|" + "---|" * len(head) + "\n", *others])
 
 
 def _read(name: str) -> Row:

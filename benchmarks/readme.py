@@ -1,7 +1,7 @@
 """Puts the measured figures into the README pages, each part between its two marks.
 
 Run it after `make bench`, `make pilot`, `benchmarks/learn.py`, `benchmarks/learning_cost.py` and
-`benchmarks/demo.py --save benchmarks/results/demo-native.json`.
+`benchmarks/demo.py --save benchmarks/results/demo-native.json`. `benchmarks/gpu_day --keep` runs it by itself.
 """
 
 import sys
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import figures
+from gpu_day.figures import all_rows, where_it_ran
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -36,10 +37,12 @@ class Part:
 
 PARTS = (
     Part(README, "figures", figures.first_figures),
+    Part(README, "where it ran", where_it_ran),
     Part(README, "choices", figures.choices),
     Part(README, "learning cost", figures.learning_cost),
     Part(README, "far back", figures.far_back),
     Part(FOLDER / "README.md", "all figures", figures.all_figures),
+    Part(FOLDER / "README.md", "figures of GPUs", all_rows),
 )
 
 

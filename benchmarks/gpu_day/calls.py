@@ -16,6 +16,12 @@ def block_mask(day: Day, topology: Topology) -> torch.Tensor:
     return torch.from_numpy(topology.block_mask(0, topology.num_blocks)).to(day.device)
 
 
+def wait(day: Day) -> None:
+    """Waits for the device, if it works by itself."""
+    if day.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def milliseconds(day: Day, calls: Mapping[str, Callable[[], object]], graphs: bool, repeats: int) -> dict[str, float]:
     """Median milliseconds of each call, run in turn; on a GPU by its own events, and with `graphs` without the host."""
     if day.device == "cuda":

@@ -20,7 +20,8 @@ class Day:
 
     `shapes` are those that tiles are tuned for, the first one also that of the speed and of the model. `lengths` are
     in tokens, the most important first. `candidates` is the number of tiles tried for each shape, and `limits` are the
-    seconds of the stages, in their order. `tests` are the test functions to run, all of them if there are none.
+    seconds of the stages, in their order. `tests` are the test functions to run, all of them if there are none. A
+    `rehearsal`'s figures say nothing about a card.
     """
 
     target: str
@@ -37,6 +38,7 @@ class Day:
     vocabulary: int
     limits: tuple[int, ...]
     tests: tuple[str, ...] = ()
+    rehearsal: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -91,5 +93,6 @@ REHEARSAL = Day(
     vocabulary=128,
     limits=(120, 120, 120, 120, 120),
     tests=("test_prefill",),
+    rehearsal=True,
 )
 DAYS = {"hopper": HOPPER, "rehearsal": REHEARSAL}

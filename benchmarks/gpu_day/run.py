@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def run(name: str, packages: Path, out: Path, chosen: Sequence[str], go_on: bool
     """
     out.mkdir(parents=True, exist_ok=True)
     day = DAYS[name]
-    results: Results = {"day": name, "target": day.target, "stages": {}}
+    results: Results = {"day": name, "target": day.target, "rehearsal": day.rehearsal, "date": today(), "stages": {}}
     for stage, limit in zip(STAGES, day.limits, strict=True):
         if stage not in chosen:
             continue
@@ -47,6 +48,11 @@ def run(name: str, packages: Path, out: Path, chosen: Sequence[str], go_on: bool
             if not go_on:
                 break
     return results
+
+
+def today() -> str:
+    """The date in UTC."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def run_stage(name: str, stage: str, packages: Path, out: Path, limit: int) -> Results:

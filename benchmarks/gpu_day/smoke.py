@@ -4,13 +4,14 @@ import importlib
 import importlib.metadata
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_day.calls import block_mask
+from gpu_day.calls import block_mask, wait
 from gpu_day.day import Day, Row, Tell
 from inputs.topologies import inputs
 from measure.checked import checked
@@ -22,19 +23,24 @@ VERSIONS = ("torch", "triton", "transformers", "numpy", "safetensors", "cuda-cor
 
 
 def smoke(day: Day, packages: Path, tell: Tell) -> None:
-    """Tells the versions and the card, then the errors of a prefill and of a decoded token.
+    """Tells the versions and the card, then the errors of a prefill and of a decoded token, and what each took to load.
 
     What is launched is told before it is, so that a launch that ends the process is known too.
     """
     tell(versions(day))
     _record_launches(tell)
     topology = day.topology(day.shape, 8 * day.shape.block_size, 0.5)
-    package = load(packages / PACKAGE, strict=True, device=day.device)
     mask, length = block_mask(day, topology), topology.num_blocks * topology.block_size
     for phase, q_length in (("prefill", length), ("decode", 1)):
         tensors = inputs(day.shape, q_length, length, day.torch_dtype, device=day.device)
+        wait(day)
+        started = time.perf_counter()
+        package = load(packages / PACKAGE, strict=True, device=day.device)
         found = package.attention(0, *tensors)
-        tell({"phase": phase, "error": checked(phase, mask, topology.block_size, tensors, found)})
+        wait(day)
+        seconds = time.perf_counter() - started
+        error = checked(phase, mask, topology.block_size, tensors, found)
+        tell({"phase": phase, "error": error, "first_call_s": seconds})
 
 
 def versions(day: Day) -> Row:

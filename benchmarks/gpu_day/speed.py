@@ -48,8 +48,15 @@ def compared(day: Day, topology: Topology, package: Package, mask: torch.Tensor,
     found = milliseconds(day, calls, graphs=q_length == 1, repeats=10)
     row |= {f"{name}_ms": value for name, value in found.items()}
     row |= {f"times_{name}": value / found["ours"] for name, value in found.items() if name != "ours"}
+    if q_length > 1:
+        row["tflops"] = operations(day, length, float(str(row["density"]))) / found["ours"] / 1e9
     row["times_sdpa_x_density"] = found["sdpa"] / found["ours"] * float(str(row["density"]))
     return row
+
+
+def operations(day: Day, length: int, density: float) -> float:
+    """The floating-point operations of both products on the pairs that a causal prefill of this density reads."""
+    return 4 * day.shape.heads * day.shape.head_dim * density * length * (length + 1) / 2
 
 
 def _calls(day: Day, package: Package, mask: torch.Tensor, tensors: Tensors) -> dict[str, Callable[[], torch.Tensor]]:

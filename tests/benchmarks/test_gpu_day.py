@@ -44,6 +44,8 @@ def test_a_whole_day(packages: Path, tmp_path: Path) -> None:
     assert [row["what"] for row in model] == ["first token", "decoded token"]
     page = (out / "results.md").read_text("utf-8")
     assert all(f"## {name}: done" in page for name in STAGES)
+    with pytest.raises(SystemExit, match="expected a day on a card, got a rehearsal"):
+        command.main(["--out", str(out), "--keep"])
 
 
 def test_a_failed_smoke_call_ends_the_day_and_leaves_its_package(packages: Path, tmp_path: Path) -> None:
@@ -123,7 +125,9 @@ def test_the_tests_counts_and_failures_are_read(tmp_path: Path) -> None:
 
 def test_cells_of_a_page_stay_on_their_lines() -> None:
     rows = [{"a": "one\ntwo | three"}, {"b": 0.123456}, {"launching": "hidden"}]
-    page = markdown({"day": "d", "target": "t", "stages": {"s": {"status": "done", "seconds": 1, "rows": rows}}})
+    page = markdown(
+        {"day": "d", "target": "t", "rehearsal": True, "stages": {"s": {"status": "done", "seconds": 1, "rows": rows}}}
+    )
     assert "| one two \\| three |  |\n|  | 0.1235 |\n" in page
     assert "hidden" not in page
 

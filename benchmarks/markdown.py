@@ -1,0 +1,9 @@
+"""Tables of Markdown."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Formats a table from its cells, the head first."""
+    first, *others = (f"| {' | '.join(cells)} |\n" for cells in (head, *rows))
+    return "".join([first, "|" + "---|" * len(head) + "\n", *others])
