@@ -1,15 +1,18 @@
 """What all tests share: golden files, the flag that rewrites them, a cache of compiled parts, and one thread."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
-# No deadline: other work may share the processor. A check of a change tries what it tried before; others look further.
-settings.register_profile("surgeon", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("surgeon")
+with contextlib.suppress(ModuleNotFoundError):  # a machine with a GPU may have only what the tests marked gpu need
+    from hypothesis import settings
+
+    # No deadline: other work may share the processor. A check of a change tries what it tried before; others look on.
+    settings.register_profile("surgeon", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("surgeon")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -21,8 +21,8 @@ _SLOW = ("test_shapes", "test_dense_rows")
 
 def suite(day: Day, _packages: Path, tell: Tell) -> None:
     """Tells the outcome of every test function; an illegal access in one leaves the others alone."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for done in as_completed([pool.submit(outcome, name) for name in day.tests or functions()]):
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in as_completed([pool.submit(outcome, name, Path(cache)) for name in day.tests or functions()]):
             tell(done.result())
 
 
@@ -32,12 +32,22 @@ def functions() -> list[str]:
     return sorted(found, key=_SLOW.__contains__)
 
 
-def outcome(name: str) -> Row:
-    """Runs one test function with all its parameters."""
+def outcome(name: str, cache: Path) -> Row:
+    """Runs one test function with all its parameters; compiled parts are kept in `cache` for the other functions."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-o",
+            f"cache_dir={cache}",
+            f"--junitxml={report}",
+        ]
         done = subprocess.run(
             [*command, f"{TESTS}::{name}"],
             cwd=ROOT,

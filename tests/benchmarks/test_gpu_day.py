@@ -123,6 +123,18 @@ def test_the_tests_counts_and_failures_are_read(tmp_path: Path) -> None:
     assert suite.functions()[-2:] == ["test_shapes", "test_dense_rows"]
 
 
+@pytest.mark.gpu
+def test_that_needs_no_gpu() -> None:
+    """Run by the next test, as the suite runs those that need one: they are all skipped here, before any fixture."""
+
+
+def test_the_suite_runs_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(suite, "TESTS", Path(__file__))
+    row = suite.outcome(test_that_needs_no_gpu.__name__, tmp_path)
+    assert (row["passed"], row["failures"]) == (1, {})
+    assert (tmp_path / "d" / "surgeon").is_dir()  # the compiled parts
+
+
 def test_cells_of_a_page_stay_on_their_lines() -> None:
     rows = [{"a": "one\ntwo | three"}, {"b": 0.123456}, {"launching": "hidden"}]
     page = markdown(
