@@ -10,25 +10,42 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from surgeon.compiler.kernels.gpu.abi import check_abi
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.compiler.system.atomic_files import naming
+from surgeon.compiler.system.versions import TRITON
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.installation import required
 from surgeon.runtime.package.interface import ALIGNMENT, POINTEES
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
 from surgeon.runtime.package.target import Target
 
+OPTIONS = "fp fusion on, Hopper's code for drivers from CUDA 12 on"
+"""The use of Triton beyond a kernel's tile, which belongs to the cache key of a binary."""
+
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
+_ASSEMBLIES = {"cuda": "ptx", "hip": "amdgcn"}
+_FOR_OLDER_DRIVERS = (Target("cuda", "90"),)
+"""Targets for which Triton 3.9 takes the newer of its two assemblers, whose code only CUDA 13 drivers load."""
 
 
 def check_triton(target: Target) -> None:
     """Imports Triton, which is only needed to compile for a GPU.
 
     Raises:
-        TargetError: Triton is missing.
+        TargetError: Triton is missing, or is of a version that is not tested.
     """
     required("triton", TargetError, f"target {target}", "leave the target out")
+    import triton
+
+    if triton.__version__ not in TRITON:
+        raise TargetError(
+            f"target {target}",
+            f"Triton {TRITON}, which are tested",
+            triton.__version__,
+            f"run pip install 'triton{TRITON.requirement}', or leave the target out",
+        )
 
 
 def build_triton(source: GpuSource, dtype: str) -> Binary:
@@ -37,9 +54,9 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
     Nothing about the machine gets into the file: equal sources make equal bytes with one version of Triton.
 
     Raises:
-        TargetError: Triton is missing or has no code generator for the target, or the kernel needs more shared memory
-            than the target has.
-        BuildError: the compilation failed.
+        TargetError: Triton is missing, is not tested or has no code generator for the target, or the kernel needs more
+            shared memory than the target has.
+        BuildError: the compilation failed, or made a kernel that the launcher could not call.
     """
     interface = source.interface
     device = source.specs[0].device
@@ -54,13 +71,16 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
             f"{metadata.shared} bytes",
             "no tile for this head size fits the target; leave the target out",
         )
-    if metadata.global_scratch_size:
+    if getattr(metadata, "global_scratch_size", 0):  # for HIP, Triton knows it since 3.8
         raise BuildError(
             f"{symbol} for {source.target}",
             "a kernel without scratch memory",
             f"{metadata.global_scratch_size} bytes",
             "report it with the topology and Triton's version",
         )
+    threads = metadata.num_warps * device.warp_size
+    assembly = compiled.asm[_ASSEMBLIES[source.target.backend]]
+    check_abi(assembly, interface.binary_arguments, threads, f"{symbol} for {source.target}")
     path = f"{source.target.folder}/{symbol}.{dtype}.{extension}"
     entry = KernelEntry(
         target=str(source.target),
@@ -73,7 +93,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         launch=Launch(
             grid=interface.grid,
             tile_rows=source.tile.queries,
-            threads=metadata.num_warps * device.warp_size,
+            threads=threads,
             shared_bytes=metadata.shared,
         ),
         preconditions=interface.preconditions,
@@ -104,7 +124,7 @@ def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple
     arch = int(source.target.arch) if source.target.backend == "cuda" else source.target.arch
     signature = {argument.name: _triton_type(argument, dtype) for argument in interface.arguments}
     divisible = [index for index, name in enumerate(signature) if name in interface.aligned]
-    with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder):
+    with tempfile.TemporaryDirectory() as folder, _reproducible(triton.knobs, folder, source.target):
         try:
             kernel = getattr(_load(source, Path(folder)), _symbol(source))
             compiled = triton.compile(
@@ -132,12 +152,13 @@ def _innermost(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
+def _reproducible(knobs: Any, cache: str, target: Target) -> Iterator[None]:
     """Isolates Triton from the environment and from earlier runs, and silences it: errors go to BuildError."""
     with (
         knobs.cache.scope(),
         knobs.compilation.scope(),
         knobs.language.scope(),
+        knobs.nvidia.scope(),
         knobs.runtime.scope(),
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -145,6 +166,8 @@ def _reproducible(knobs: Any, cache: str) -> Iterator[None]:
         knobs.compilation.disable_line_info = True  # keeps the source's path out of the binary
         knobs.language.force_disable_fp_fusion = False
         knobs.runtime.override_arch = None
+        if target in _FOR_OLDER_DRIVERS:
+            knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         yield
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
-from surgeon.compiler.kernels.gpu.compile import build_triton
+from surgeon.compiler.kernels.gpu.compile import OPTIONS, build_triton
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.compilers import end_group, still_running, time_limit
@@ -109,4 +109,4 @@ def _key(source: GpuSource, dtype: str) -> str:
     names = [(spec.name, spec.layers) for spec in source.specs]
     entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is useless
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
-    return Cache.key([*versions("triton"), use, *(file.text for file in source.files)])
+    return Cache.key([*versions("triton"), OPTIONS, use, *(file.text for file in source.files)])
