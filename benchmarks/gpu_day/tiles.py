@@ -1,5 +1,6 @@
 """The third stage: tiles that were compiled beforehand, checked and timed; the best become a table for compiling."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,5 +53,5 @@ def _timed(rows: Sequence[Mapping[str, Any]], shape: Shape, phase: str) -> list[
     return [row for row in rows if row["head_dim"] == shape.head_dim and f"{phase}_ms" in row]
 
 
-def _numbers(tile: Tile | None) -> list[int] | None:
-    return [tile.queries, tile.keys, tile.warps, tile.stages] if tile else None
+def _numbers(tile: Tile | None) -> list[int | str] | None:
+    return list(dataclasses.astuple(tile)) if tile else None

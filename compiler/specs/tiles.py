@@ -26,6 +26,9 @@ MAX_READERS = 32
 
 PHASES = ("prefill", "decode")
 
+LOADS = ("pointers", "descriptors")
+"""The ways to read keys and values; the second needs CUDA's compute capability 9.0."""
+
 _ROOT = {"format": "surgeon.tiles", "version": 1}
 _MAX_FILE_BYTES = 2**20
 _LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
@@ -44,12 +47,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys per tile in tokens, the warps that share it, and the number of key tiles in flight."""
+    """A kernel's variant and its numbers: a tile's queries and keys in tokens, its warps, and the key tiles in flight.
+
+    `loads` is the way in which prefill kernels read keys and values: through "pointers", or through tensor
+    "descriptors" that a program makes, for a Hopper's copy engine.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    loads: str = LOADS[0]
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class TargetTiles:
         while max(1, queries // block_size) * max(1, keys // block_size) > MAX_READERS:
             queries, warps = queries // 2, max(1, warps // 2)
             keys = min(keys, queries)
-        return Tile(queries, keys, warps, tile.stages)
+        return dataclasses.replace(tile, queries=queries, keys=keys, warps=warps)
 
     def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
         """The tile of a kernel for one query per sequence: its rows are the query heads of a KV head.
@@ -89,7 +97,8 @@ class TargetTiles:
             TargetError: no tile for this head size fits the target.
         """
         tile = self.listed("decode", head_dim)
-        return Tile(max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size), tile.warps, tile.stages)
+        rows, keys = max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size)
+        return dataclasses.replace(tile, queries=rows, keys=keys)
 
     def listed(self, phase: str, head_dim: int) -> Tile:
         """The table's tile for a head size, whatever the block size.
@@ -113,6 +122,12 @@ class TargetTiles:
 
     def _of(self, phase: str) -> Mapping[int, Tile]:
         return {"prefill": self.prefill, "decode": self.decode}[phase]
+
+
+def loads_of(target: Target, phase: str) -> tuple[str, ...]:
+    """The ways in which a phase's kernels can read keys and values on a target."""
+    has_copy_engine = target.backend == "cuda" and int(target.arch) >= 90
+    return LOADS if has_copy_engine and phase == "prefill" else LOADS[:1]
 
 
 def tiles_of(target: Target, own: Mapping[Target, TargetTiles] | None = None) -> TargetTiles:
@@ -161,7 +176,7 @@ def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
     for target, row in rows.items():
         phases = (
             f'"{phase}": {{\n'
-            + ",\n".join(f'   "{size}": {json.dumps(dataclasses.asdict(tile))}' for size, tile in tiles.items())
+            + ",\n".join(f'   "{size}": {json.dumps(_plain(tile))}' for size, tile in tiles.items())
             + "\n  }"
             for phase, tiles in (("prefill", row.prefill), ("decode", row.decode))
         )
@@ -169,6 +184,12 @@ def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
         targets.append(f'  "{target}": {{{device}, {", ".join(phases)}}}')
     head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in (_ROOT | {"source": source}).items())
     return "{\n" + head + ' "targets": {\n' + ",\n".join(targets) + "\n }\n}\n"
+
+
+def _plain(tile: Tile) -> dict[str, int | str]:
+    """A tile's fields, without a variant's that are the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(tile)}
+    return {name: value for name, value in dataclasses.asdict(tile).items() if value != defaults[name]}
 
 
 @functools.cache
@@ -187,6 +208,11 @@ def _parse(target: Target, row: object, where: str) -> TargetTiles:
     if device.warp_size not in (32, 64):
         raise TargetError(f"{where}.warp_size", "32 or 64", str(device.warp_size), _REMEDY)
     prefill, decode = (_tiles(fields[phase], f"{where}.{phase}") for phase in PHASES)
+    for phase, tiles in zip(PHASES, (prefill, decode), strict=True):
+        for size, tile in tiles.items():
+            if tile.loads not in loads_of(target, phase):
+                allowed = " or ".join(loads_of(target, phase))
+                raise TargetError(f"{where}.{phase}.{size}.loads", allowed, short_repr(tile.loads), _REMEDY)
     return TargetTiles(target, device, prefill, decode)
 
 
@@ -198,7 +224,8 @@ def _tiles(rows: object, where: str) -> dict[int, Tile]:
 
 
 def _tile(fields: object, where: str) -> Tile:
-    tile = _object(fields, where, set(_LIMITS))
+    variant = {"loads"} & set(fields) if isinstance(fields, dict) else set()
+    tile = _object(fields, where, set(_LIMITS) | variant)
     for name, limit in _LIMITS.items():
         number = _number(tile[name], f"{where}.{name}", limit)
         if name != "stages" and number & (number - 1):

@@ -1,8 +1,8 @@
-"""The tiles worth trying on a target: all of a small grid that can fit its processors."""
+"""The tiles worth trying on a target: all of a small grid that can fit its processors, in each variant."""
 
 import itertools
 
-from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.specs.tiles import TargetTiles, Tile, loads_of
 from surgeon.compiler.system.powers import padded
 
 _QUERIES = (64, 128)
@@ -18,21 +18,23 @@ _MAX_THREADS = 1024
 
 def prefill_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
     """Lists tiles for many queries, the present one first."""
-    found = _fitting(tiles, head_dim, tiles.listed("prefill", head_dim), _QUERIES, _KEYS, _WARPS, _STAGES)
+    present = tiles.listed("prefill", head_dim)
+    found = _fitting(tiles, head_dim, present, "prefill", _QUERIES, _KEYS, _WARPS, _STAGES)
     return tuple(tile for tile in found if tile.keys <= tile.queries)
 
 
 def decode_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
     """Lists tiles for one query per sequence, the present one first; the rows, a KV head's query heads, stay."""
     present = tiles.listed("decode", head_dim)
-    return _fitting(tiles, head_dim, present, (present.queries,), _DECODE_KEYS, _DECODE_WARPS, _DECODE_STAGES)
+    return _fitting(tiles, head_dim, present, "decode", (present.queries,), _DECODE_KEYS, _DECODE_WARPS, _DECODE_STAGES)
 
 
-def _fitting(tiles: TargetTiles, head_dim: int, present: Tile, *grid: tuple[int, ...]) -> tuple[Tile, ...]:
+def _fitting(tiles: TargetTiles, head_dim: int, present: Tile, phase: str, *grid: tuple[int, ...]) -> tuple[Tile, ...]:
     device = tiles.device
     found = [present]
-    for queries, keys, warps, stages in itertools.product(*grid):
-        tile = Tile(queries, keys, warps, stages)
+    for loads, numbers in itertools.product(loads_of(tiles.target, phase), itertools.product(*grid)):
+        queries, keys, warps, stages = numbers
+        tile = Tile(queries, keys, warps, stages, loads)
         # Compilers need more memory than the keys and values in flight, so they may still refuse what passes here.
         under_way = 2 * stages * keys * padded(head_dim) * _ELEMENT_BYTES
         if tile != present and under_way <= device.shared_bytes and warps * device.warp_size <= _MAX_THREADS:

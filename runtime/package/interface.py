@@ -29,7 +29,10 @@ class Interface:
 
     @property
     def binary_arguments(self) -> tuple[Argument, ...]:
-        """The arguments of the compiled code, where Triton appends two pointers to scratch memory, null here."""
+        """The arguments of the compiled code, where Triton appends two pointers to scratch memory.
+
+        The first is null unless `Launch.scratch_bytes` is positive, the second always.
+        """
         return self.arguments + SCRATCH
 
     @property

@@ -57,7 +57,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """The launch of a GPU kernel: threads per program, shared memory in bytes, the meaning of the three grid axes.
+    """The launch of a GPU kernel: threads per program, memory in bytes, the meaning of the three grid axes.
+
+    `shared_bytes` and `scratch_bytes` are per program. The latter is in the device's memory: the caller provides it, at
+    an address that is a multiple of 128.
 
     A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one if the first is not aligned),
     "query_heads", "key_value_heads", "batch", "splits" (parts into which one query's keys are divided) or "one".
@@ -67,6 +70,7 @@ class Launch:
     tile_rows: int
     threads: int
     shared_bytes: int
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True)

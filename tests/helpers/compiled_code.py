@@ -27,6 +27,17 @@ def spills(binary: Binary, folder: Path) -> int:
     return int(found[1]) + int(found[2])
 
 
+def operations(binary: Binary, folder: Path) -> list[str]:
+    """The opcodes of a cubin, in order."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.data)
+    tool = triton.knobs.nvidia.nvdisasm.path
+    text = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.x]*)", text, re.MULTILINE)
+
+
 def parameters(binary: Binary, folder: Path) -> list[tuple[int, int]]:
     """The offset and size in bytes of each parameter that a cubin declares, in order."""
     import triton

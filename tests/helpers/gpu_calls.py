@@ -71,3 +71,13 @@ def changed(files: PackageFiles, backend: str, change: Callable[[KernelEntry], K
         change(kernel) if kernel.target == TARGETS[backend] else kernel for kernel in files.manifest.kernels
     )
     return dataclasses.replace(files, manifest=dataclasses.replace(files.manifest, kernels=entries))
+
+
+def with_launch(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
+    """A change of some fields of an entry's launch."""
+
+    def change(entry: KernelEntry) -> KernelEntry:
+        assert entry.launch is not None
+        return dataclasses.replace(entry, launch=dataclasses.replace(entry.launch, **fields))
+
+    return change

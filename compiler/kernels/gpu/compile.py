@@ -26,6 +26,7 @@ OPTIONS = "fp fusion on, Hopper's code for drivers from CUDA 12 on"
 
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
 _ASSEMBLIES = {"cuda": "ptx", "hip": "amdgcn"}
+_SCRATCH_ALIGNMENT = 128
 _FOR_OLDER_DRIVERS = (Target("cuda", "90"),)
 """Targets for which Triton 3.9 takes the newer of its two assemblers, whose code only CUDA 13 drivers load."""
 
@@ -71,11 +72,12 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
             f"{metadata.shared} bytes",
             "no tile for this head size fits the target; leave the target out",
         )
-    if getattr(metadata, "global_scratch_size", 0):  # for HIP, Triton knows it since 3.8
+    scratch_bytes = getattr(metadata, "global_scratch_size", 0)  # for HIP, Triton knows it since 3.8
+    if scratch_bytes and (source.tile.loads == "pointers" or _SCRATCH_ALIGNMENT % metadata.global_scratch_align):
         raise BuildError(
             f"{symbol} for {source.target}",
-            "a kernel without scratch memory",
-            f"{metadata.global_scratch_size} bytes",
+            "a kernel without scratch memory, or with some for its descriptors",
+            f"{scratch_bytes} bytes aligned to {metadata.global_scratch_align}, with loads by {source.tile.loads}",
             "report it with the topology and Triton's version",
         )
     threads = metadata.num_warps * device.warp_size
@@ -95,6 +97,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
             tile_rows=source.tile.queries,
             threads=threads,
             shared_bytes=metadata.shared,
+            scratch_bytes=scratch_bytes,
         ),
         preconditions=interface.preconditions,
         phase=source.phase,

@@ -144,6 +144,7 @@ def _source(
         shape=shape,
         heads=heads,
         tiling=cut,
+        loads=spec.prefill.loads,
         trees=trees,
         max_segments=padded(max(read.max_segments for read in tables.values())) if tables else None,
         num_rows=None if num_rows == UNBOUNDED else num_rows,

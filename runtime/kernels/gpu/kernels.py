@@ -20,6 +20,7 @@ _LOG = logging.getLogger("surgeon")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _AGAIN = "compile the package with this version of surgeon"
 _MAX_THREADS = 1024
+_MAX_SCRATCH_BYTES = 4096
 _MAX_SPLITS = 128
 _PROGRAMS_A_PROCESSOR = 2  # in a decoding kernel, so that one loads while another computes
 _STRIDES = tuple(stride.name for stride in STRIDES)
@@ -59,16 +60,26 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A loaded kernel with the order of its arguments, the meaning of its grid, and the query heads it serves."""
+    """A loaded kernel with the order of its arguments, the meaning of its grid, and the query heads it serves.
+
+    `scratch_bytes` is the memory of the device that each program needs.
+    """
 
     function: Function
     arguments: tuple[str, ...]
     grid: tuple[str, ...]
     tile_rows: int
+    scratch_bytes: int
     heads: range
 
-    def launch(self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float]) -> None:
+    def launch(
+        self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float], like: torch.Tensor
+    ) -> None:
+        """Queues the kernel; scratch memory is allocated as `like` is, on torch's current stream, which is `stream`."""
         x, y, z = (lengths[axis] for axis in self.grid)
+        if self.scratch_bytes:
+            scratch = like.new_empty((x * y * z * self.scratch_bytes,), dtype=torch.uint8)
+            values = {**values, "global_scratch": scratch.data_ptr()}
         self.function.launch((x, y, z), stream, [values[name] for name in self.arguments])
 
 
@@ -168,7 +179,7 @@ class GpuKernels:
                     continue
                 lengths["query_heads"] = len(own)
                 lengths["row_tiles"] = row_tiles(q_length, kernel.tile_rows, self._block_size, operands.dense_tail)
-                kernel.launch(lengths, stream, values)
+                kernel.launch(lengths, stream, values, q)
             return out
         splits = self._splits(batch * kv_heads, k_length)
         partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
@@ -181,7 +192,7 @@ class GpuKernels:
         values |= self._table("decode", layer)
         lengths["splits"] = splits
         for kernel in (*decode, *combine):
-            kernel.launch(lengths, stream, values)
+            kernel.launch(lengths, stream, values, q)
         return out
 
     def _table(self, phase: str, layer: int) -> Mapping[str, int]:
@@ -247,7 +258,12 @@ def _check(entry: KernelEntry, where: str) -> None:
     """Refuses a kernel that the launcher cannot launch: a wrong argument would be read as an address."""
     check_interface(entry, where)
     launch = entry.launch
-    if launch is None or not (0 < launch.threads <= _MAX_THREADS and launch.tile_rows > 0 and launch.shared_bytes >= 0):
+    if launch is None or not (
+        0 < launch.threads <= _MAX_THREADS
+        and launch.tile_rows > 0
+        and launch.shared_bytes >= 0
+        and 0 <= launch.scratch_bytes <= _MAX_SCRATCH_BYTES
+    ):
         raise PackageError(f"{where}.launch", "numbers of threads, rows and bytes in range", short_repr(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
@@ -290,7 +306,7 @@ def _load(
         )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
-    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, range(first, end))
+    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, launch.scratch_bytes, range(first, end))
 
 
 def row_tiles(q_length: int, tile_rows: int, block_size: int, dense_tail: int) -> int:

@@ -114,6 +114,22 @@ def test_a_users_table_comes_first() -> None:
     assert tiles_of(other, {target: changed}) is tiles_of(other)
 
 
+def test_a_table_names_a_variant_where_it_is_not_the_default() -> None:
+    own = tiles_of(Target.parse("cuda:90"))
+    changed = own.with_tile("prefill", 128, Tile(128, 64, 8, 3, loads="descriptors"))
+    assert changed.prefill_tile(128, 32).loads == "descriptors"
+    text = tiles_json({own.target: changed}, "a test")
+    assert text.count('"loads": "descriptors"') == text.count("loads") == 1
+    assert parse_tiles(text) == {own.target: changed}
+
+
+def test_only_a_target_with_a_copy_engine_has_descriptors() -> None:
+    own = tiles_of(Target.parse("cuda:89"))
+    changed = own.with_tile("prefill", 128, Tile(128, 64, 8, 3, loads="descriptors"))
+    with pytest.raises(TargetError, match=r"cuda:89\.prefill\.128\.loads: expected pointers, got 'descriptors'"):
+        parse_tiles(tiles_json({own.target: changed}, "a test"))
+
+
 def change(document: Any, path: str, value: object) -> None:
     """Sets the value at a path of keys, or removes the last key if the value is None."""
     *above, last = path.split("/")
@@ -143,6 +159,8 @@ def change(document: Any, path: str, value: object) -> None:
         ("targets/cuda:90/prefill/128/keys", 8, r"prefill.128.keys: expected at least 16 tokens, got 8"),
         ("targets/cuda:90/prefill/128/warps", True, r"prefill.128.warps: expected a whole number in 1..32, got True"),
         ("targets/cuda:90/prefill/128/stages", 2.0, r"prefill.128.stages: expected a whole number in 1..16, got 2.0"),
+        ("targets/cuda:90/prefill/128/loads", "x", r"prefill.128.loads: expected pointers or descriptors, got 'x'"),
+        ("targets/cuda:90/decode/128/loads", "descriptors", r"decode.128.loads: expected pointers, got 'descriptors'"),
         ("targets/cuda:90/prefill/128/queries", 512, r"prefill.128.queries: expected a whole number in 1..256"),
         ("targets/cuda:90/prefill/128/queries", None, r"prefill.128: expected an object of keys, queries, stages"),
     ],

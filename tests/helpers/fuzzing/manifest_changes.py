@@ -93,9 +93,15 @@ def _heads(manifest: Json, rng: random.Random) -> None:
 def _launch(manifest: Json, rng: random.Random) -> None:
     kernel = rng.choice(manifest["kernels"])
     if kernel["launch"] is None:
-        kernel["launch"] = {"grid": ["one", "one", "one"], "tile_rows": 1, "threads": 1, "shared_bytes": 0}
+        kernel["launch"] = {
+            "grid": ["one", "one", "one"],
+            "tile_rows": 1,
+            "threads": 1,
+            "shared_bytes": 0,
+            "scratch_bytes": 0,
+        }
         return
-    name = rng.choice(("tile_rows", "threads", "shared_bytes"))
+    name = rng.choice(("tile_rows", "threads", "shared_bytes", "scratch_bytes"))
     now = kernel["launch"][name]
     kernel["launch"][name] = rng.choice((0, 1, now * 2, now // 2, now + 1, -now, 32, 1024, 1025, 2**31, 2**40, 10**20))
 

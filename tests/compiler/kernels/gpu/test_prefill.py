@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import topologies
-from compiled_code import laid_out, parameters, spills
+from compiled_code import laid_out, operations, parameters, spills
 from gpu_sources import prefill_sources
 from prefill_calls import check, expected, kernel_spec, make_call, render_whole
 from surgeon.compiler.kernels.gpu.compile import build_triton
@@ -28,7 +27,7 @@ from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.package.target import Target
 from triton_interpreter import launch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 BLOCK = 128  # at least a tile of queries
 
@@ -193,27 +192,18 @@ def hopper() -> Binary:
     return compile_kernel(mixed_heads(), "cuda:90", "bf16")
 
 
-def disassembly(binary: Binary, folder: Path) -> list[str]:
-    """The opcodes of a cubin, in order."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(binary.data)
-    tool = triton.knobs.nvidia.nvdisasm.path
-    text = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.x]*)", text, re.MULTILINE)
-
-
 def test_hopper_code_uses_tensor_cores_and_asynchronous_copies_and_does_not_spill(
     hopper: Binary, tmp_path: Path
 ) -> None:
-    operations = {operation.split(".")[0] for operation in disassembly(hopper, tmp_path)}
-    assert {"HGMMA", "LDGSTS"} <= operations
-    assert not operations & {"STL", "LDL"}
+    found = {operation.split(".")[0] for operation in operations(hopper, tmp_path)}
+    assert {"HGMMA", "LDGSTS"} <= found
+    assert not found & {"STL", "LDL"}
 
 
 def test_fp16_code_differs_from_bf16_code(hopper: Binary, tmp_path: Path) -> None:
     half = compile_kernel(mixed_heads(), "cuda:90", "fp16")
-    assert any(operation.startswith("HGMMA") and "BF16" in operation for operation in disassembly(hopper, tmp_path))
-    assert not any("BF16" in operation for operation in disassembly(half, tmp_path))
+    assert any(operation.startswith("HGMMA") and "BF16" in operation for operation in operations(hopper, tmp_path))
+    assert not any("BF16" in operation for operation in operations(half, tmp_path))
 
 
 def test_the_manifest_entry_describes_the_binary(hopper: Binary) -> None:

@@ -1,6 +1,7 @@
 """The launch contract: the kernels that the launcher launches, their arguments and their preconditions."""
 
 import ctypes
+import math
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from gpu_calls import (
     TARGETS,
     arguments,
     by_any_way,
+    changed,
     entry_of,
     kernels,
     launches,
     second_kv_head,
     tensors,
     topology,
+    with_launch,
 )
 from gpu_standin import Standin
 from no_waiting import NoWaiting
@@ -375,3 +378,22 @@ def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: S
         gpu.attend(0, Operands(*tensors(4, limit + 1), None, None, 1.0))
     left = gpu.attend(0, Operands(*tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0))
     assert left.isnan().all()  # the kernel, which does not run here, fills in covered queries
+
+
+@by_any_way
+def test_scratch_memory_is_allocated_for_every_program_of_a_kernel_that_needs_some(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = kernels(changed(files, backend, with_launch(scratch_bytes=256)), backend, driver)
+    made: list[torch.Tensor] = []
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **options: made.append(new_empty(*args, **options)) or made[-1]
+    )
+    standin.log()
+    gpu.attend(0, Operands(*tensors(150, 400), None, None, 1.0))
+    (launch,) = launches(standin)
+    _, scratch = made  # the first is the output
+    assert (scratch.dtype, scratch.numel()) == (torch.uint8, 256 * math.prod(launch["grid"]))
+    found = arguments(entry_of(files, backend), launch)
+    assert (found["global_scratch"], found["profile_scratch"]) == (scratch.data_ptr(), 0)

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
-from gpu_calls import by_any_way, changed, kernels
+from gpu_calls import by_any_way, changed, kernels, with_launch
 from gpu_standin import Standin
 from surgeon.runtime.errors import PackageError
 from surgeon.runtime.kernels.gpu.driver import Driver
@@ -17,14 +16,6 @@ from surgeon.runtime.package.manifest import Argument, KernelEntry
 from surgeon.runtime.package.reader import PackageFiles
 
 pytest.importorskip("triton")
-
-
-def with_launch(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
-    def change(entry: KernelEntry) -> KernelEntry:
-        assert entry.launch is not None
-        return dataclasses.replace(entry, launch=dataclasses.replace(entry.launch, **fields))
-
-    return change
 
 
 def with_arguments(*arguments: Argument) -> Callable[[KernelEntry], KernelEntry]:
@@ -39,6 +30,10 @@ REFUSED = {
     ),
     "no launch": (lambda entry: dataclasses.replace(entry, launch=None), r"launch\.grid\[0\]: expected .*, got none"),
     "no rows": (with_launch(tile_rows=0), r"launch: expected numbers of threads, rows and bytes in range"),
+    "too much scratch memory": (
+        with_launch(scratch_bytes=2**20),
+        r"launch: expected numbers of threads, rows and bytes",
+    ),
     "too many threads": (with_launch(threads=2048), r"launch: expected numbers of threads, rows and bytes in range"),
     "a phase": (
         lambda entry: dataclasses.replace(entry, phase="sample"),

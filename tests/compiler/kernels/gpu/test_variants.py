@@ -1,0 +1,112 @@
+"""The variants of prefill kernels: each correct in Triton's interpreter, and compiled for Hopper as it says."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import topologies
+from compiled_code import operations, spills
+from prefill_calls import check, kernel_spec, make_call, render_whole
+from surgeon.compiler.kernels.gpu.compile import build_triton
+from surgeon.compiler.specs.artifacts import Binary
+from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.topology.topology import Topology
+from surgeon.runtime.errors import BuildError
+
+pytest.importorskip("triton")
+
+VARIANTS = {
+    "descriptors": Tile(128, 64, 8, 3, loads="descriptors"),
+    "descriptors, 128 keys": Tile(128, 128, 8, 2, loads="descriptors"),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
+    """Makes every prefill kernel one of a variant."""
+    return use(VARIANTS[request.param], monkeypatch)
+
+
+def use(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> Tile:
+    listed = TargetTiles.listed
+    monkeypatch.setattr(TargetTiles, "listed", lambda *at: tile if at[1] == "prefill" else listed(*at))
+    return tile
+
+
+def mixed(block_size: int, **shape: Any) -> Topology:
+    """Heads of many kinds over 600 tokens or so."""
+    options = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_blocks": -(-600 // block_size)} | shape
+    rng = np.random.default_rng(block_size)
+    return topologies.random_topology(rng, num_layers=1, block_size=block_size, **options)
+
+
+# In the interpreter
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+def test_prefill_equals_the_masked_reference(pool: Executor, schedule_as: str, tile: Tile, block_size: int) -> None:
+    topology = mixed(block_size)
+    call = make_call(topology, length=530)
+    assert ("make_tensor_descriptor" in call.text) == (tile.loads == "descriptors")
+    assert bool(call.table) == (schedule_as == "table")
+    check(pool, topology, call)
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_left_padding_chunks_and_dense_rows(pool: Executor, tile: Tile, block_size: int) -> None:
+    topology = mixed(block_size)
+    places = {"positions": [0, 77, 250], "cache_leftpads": [140, 70, 3], "spare_keys": 9}
+    check(pool, topology, make_call(topology, length=150, **places))  # type: ignore[arg-type]
+    check(pool, topology, make_call(topology, length=150, dense_rows=40, **places))  # type: ignore[arg-type]
+
+
+def test_a_padded_head(pool: Executor, tile: Tile) -> None:
+    topology = mixed(64, head_dim=80)
+    check(pool, topology, make_call(topology, length=300, dtype="float16"))
+
+
+# Compiled
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Callable[[Topology], Binary]:
+    return lambda topology: build_triton(render_whole(kernel_spec(topology)), "bf16")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_hopper_code_uses_the_copy_engine_and_tensor_cores_and_does_not_spill(
+    compiled: Callable[[Topology], Binary], tile: Tile, block_size: int, head_dim: int, tmp_path: Path
+) -> None:
+    binary = compiled(mixed(block_size, head_dim=head_dim, num_blocks=12))
+    found = {name.split(".")[0] for name in operations(binary, tmp_path)}
+    assert {"HGMMA", "UTMALDG"} <= found
+    assert not found & {"LDGSTS", "STL", "LDL"}
+    assert spills(binary, tmp_path) == 0
+    launch = binary.kernels[0].launch
+    assert launch is not None
+    assert launch.scratch_bytes == 2 * 128  # a descriptor for the keys, one for the values
+    assert launch.shared_bytes <= 232_448
+
+
+def test_loads_through_pointers_need_no_scratch_memory(
+    compiled: Callable[[Topology], Binary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Tile(128, 64, 8, 3), monkeypatch)
+    launch = compiled(mixed(128)).kernels[0].launch
+    assert launch is not None
+    assert launch.scratch_bytes == 0
+
+
+def test_scratch_memory_that_no_descriptor_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(VARIANTS["descriptors"], monkeypatch)
+    by_descriptors = render_whole(kernel_spec(mixed(128))).files
+    use(Tile(128, 64, 8, 3), monkeypatch)
+    source = render_whole(kernel_spec(mixed(128)))
+    object.__setattr__(source, "files", by_descriptors)
+    with pytest.raises(BuildError, match=r"expected a kernel without scratch memory.*, got 256 bytes aligned to 128"):
+        build_triton(source, "bf16")
