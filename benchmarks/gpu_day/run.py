@@ -37,7 +37,7 @@ def run(name: str, packages: Path, out: Path, chosen: Sequence[str], go_on: bool
             continue
         found = run_stage(name, stage, packages, out, limit)
         results["stages"][stage] = found
-        if stage == "tiles" and day.device == "cuda" and found["rows"]:
+        if stage == "tiles" and day.target != "cpu" and found["rows"]:
             source = f"gpu_day on {day.target}"
             (out / "tiles.json").write_text(best_tiles(day, found["rows"], source), encoding="utf-8")
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """The day on a card, rehearsed on a CPU: every stage, what is left of one that fails or is cut off, and the results."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from gpu_day.packages import candidates, prepared
 from gpu_day.report import markdown
 from gpu_day.stages import STAGES
 from gpu_day.tiles import best_tiles
-from surgeon.compiler.specs.tiles import read_tiles
+from surgeon.compiler.specs.tiles import Tile, read_tiles
 from surgeon.runtime.package.target import Target
 
 
@@ -102,14 +101,19 @@ def test_a_table_of_the_best_tiles_can_be_read(tmp_path: Path) -> None:
     shape = HOPPER.shapes[0]
     rows = [
         {"head_dim": shape.head_dim, "prefill_tile": [64, 32, 4, 2], "prefill_ms": 2.0},
-        {"head_dim": shape.head_dim, "prefill_tile": [128, 64, 8, 2], "prefill_ms": 1.0, "fault": "decode failed"},
+        {
+            "head_dim": shape.head_dim,
+            "prefill_tile": [128, 64, 8, 2, "descriptors"],
+            "prefill_ms": 1.0,
+            "fault": "decode failed",
+        },
         {"head_dim": 96, "prefill_tile": [64, 64, 4, 2], "prefill_ms": 0.5},
     ]
     file = tmp_path / "tiles.json"
     file.write_text(best_tiles(HOPPER, rows, "a test"), encoding="utf-8")
     (tiles,) = (table for target, table in read_tiles(file).items() if target == Target.parse(HOPPER.target))
     found = tiles.listed("prefill", shape.head_dim)
-    assert dataclasses.astuple(found) == (128, 64, 8, 2)
+    assert found == Tile(128, 64, 8, 2, "descriptors")
 
 
 def test_the_tests_counts_and_failures_are_read(tmp_path: Path) -> None:
