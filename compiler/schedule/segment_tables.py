@@ -25,20 +25,28 @@ MAX_SEGMENTS = 2**25
 
 @dataclass(frozen=True)
 class TableShape:
-    """The kind of a schedule's table that a kernel reads: for one query, or for tiles of `rows` by `blocks` blocks."""
+    """The kind of a schedule's table that a kernel reads: for one query, or for tiles of `rows` by `blocks` blocks.
+
+    A tile has the queries of `heads` consecutive heads.
+    """
 
     phase: str
     rows: int = 1
     blocks: int = 1
+    heads: int = 1
 
     @property
     def name(self) -> str:
         """The table's name in the package, after the schedule's name."""
-        return self.phase if self.phase == "decode" else f"{self.phase}_{self.rows}x{self.blocks}"
+        if self.phase == "decode":
+            return self.phase
+        return f"{self.phase}_{self.rows}x{self.blocks}" + (f"x{self.heads}" if self.heads > 1 else "")
 
     def of(self, layer: LayerSchedule) -> SegmentTable:
         """Makes the table of a schedule."""
-        return decode_table(layer) if self.phase == "decode" else prefill_table(layer, self.rows, self.blocks)
+        if self.phase == "decode":
+            return decode_table(layer)
+        return prefill_table(layer, self.rows, self.blocks, self.heads)
 
 
 def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> dict[str, SegmentTable]:
@@ -47,7 +55,7 @@ def segment_tables(wanted: Mapping[str, tuple[LayerSchedule, TableShape]]) -> di
     Raises:
         TargetError: they would have too many segments.
     """
-    number = sum(_most_segments(layer) * shape.rows * shape.blocks for layer, shape in wanted.values())
+    number = sum(_most_segments(layer) * shape.rows * shape.blocks * shape.heads for layer, shape in wanted.values())
     if number > MAX_SEGMENTS:
         raise TargetError(
             "layers",
@@ -73,23 +81,28 @@ def decode_table(layer: LayerSchedule) -> SegmentTable:
     return make_table((found[heads] for heads in groups), layer.num_rows)
 
 
-def prefill_table(layer: LayerSchedule, rows: int, blocks: int) -> SegmentTable:
-    """Makes a layer's prefill table for tiles of `rows` rows of blocks; a pattern is a head.
+def prefill_table(layer: LayerSchedule, rows: int, blocks: int, heads: int = 1) -> SegmentTable:
+    """Makes a layer's prefill table for tiles of `rows` rows of blocks; a pattern is a group of `heads` heads.
 
     Bounds are in units of `blocks` key blocks, which divide `rows`; a tile's own position is that of its first row. A
-    reader is a row of the tile and a block of the unit, with the bit row · blocks + block. Segments that every query
-    sees whole come first, then the masked ones: those that only some see, and the tile's own, of which a query sees the
-    keys up to its own.
+    reader is a head, a row of the tile and a block of the unit, with the bit (head · rows + row) · blocks + block.
+    Segments that every query sees whole come first, then the masked ones: those that only some see, and the tile's own,
+    of which a query sees the keys up to its own.
     """
     found = {}
-    for head in dict.fromkeys(layer.heads):
-        readers = [head_intervals(head, rows, blocks, row, row * blocks) for row in range(rows)]
-        readers.append(_own(rows, blocks))
-        found[head] = [
-            _plan(first_row, segments, rows * blocks) for first_row, segments in unions(readers, rows // blocks)
+    groups = [layer.heads[begin : begin + heads] for begin in range(0, len(layer.heads), heads)]
+    for group in dict.fromkeys(groups):
+        readers = [
+            head_intervals(head, rows, blocks, row, (index * rows + row) * blocks)
+            for index, head in enumerate(group)
+            for row in range(rows)
+        ]
+        readers.append(_own(rows, blocks, 1 << heads * rows * blocks))
+        found[group] = [
+            _plan(first_row, segments, heads * rows * blocks) for first_row, segments in unions(readers, rows // blocks)
         ]
     num_tiles = layer.num_rows if layer.num_rows == UNBOUNDED else -(-layer.num_rows // rows)
-    return make_table((found[head] for head in layer.heads), num_tiles)
+    return make_table((found[group] for group in groups), num_tiles)
 
 
 def _most_segments(layer: LayerSchedule) -> int:
@@ -97,10 +110,9 @@ def _most_segments(layer: LayerSchedule) -> int:
     return sum(piece.end_run - piece.first_run + 1 for head in set(layer.heads) for piece in head.pieces)
 
 
-def _own(rows: int, blocks: int) -> tuple[Intervals, ...]:
-    """An extra reader, of the tile's own keys, so that these get segments of their own."""
+def _own(rows: int, blocks: int, bit: int) -> tuple[Intervals, ...]:
+    """An extra reader with its `bit`, of the tile's own keys, so that these get segments of their own."""
     units = rows // blocks
-    bit = 1 << rows * blocks
     return (Intervals(UNBOUNDED, np.array([0, units]), np.array([1, 1]), np.array([bit, bit])),)
 
 

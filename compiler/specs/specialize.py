@@ -68,7 +68,7 @@ def specialize_gpu(
             "learn the topology with blocks of 32, 64 or 128",
         )
     own, shape = tiles_of(target, tiles), specs[0].shape
-    prefill = own.prefill_tile(shape.head_dim, shape.block_size)
+    prefill = own.prefill_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
     decode = None
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)

@@ -22,9 +22,12 @@ MIN_BLOCK = 16
 """The smallest block that a GPU kernel supports: the fewest terms that a 16-bit matrix instruction sums over."""
 
 MAX_READERS = 32
-"""The most pairs of a row of blocks in a query tile and a block in a key tile: each pair is one bit of a mask."""
+"""The most triples of a head, a row of blocks in a query tile and a block in a key tile: each is one bit of a mask."""
 
 PHASES = ("prefill", "decode")
+
+HEADS = {"prefill": (1, 2), "decode": (1,)}
+"""The numbers of query heads in a program that tables may name; a decoding program has all of a KV head's."""
 
 LOADS = ("pointers", "descriptors")
 """The ways to read keys and values; the second needs CUDA's compute capability 9.0."""
@@ -32,6 +35,7 @@ LOADS = ("pointers", "descriptors")
 _ROOT = {"format": "surgeon.tiles", "version": 1}
 _MAX_FILE_BYTES = 2**20
 _LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
+_VARIANT = {"loads", "heads"}
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 _REMEDY = "write it as surgeon tune does"
 _FAULT = Fault(TargetError, _REMEDY)
@@ -50,7 +54,8 @@ class Tile:
     """A kernel's variant and its numbers: a tile's queries and keys in tokens, its warps, and the key tiles in flight.
 
     `loads` is the way in which prefill kernels read keys and values: through "pointers", or through tensor
-    "descriptors" that a program makes, for a Hopper's copy engine.
+    "descriptors" that a program makes, for a Hopper's copy engine. `heads` is the number of query heads of a KV head
+    whose queries a prefill program handles, `queries` of each: it reads their keys and values once.
     """
 
     queries: int
@@ -58,6 +63,12 @@ class Tile:
     warps: int
     stages: int
     loads: str = LOADS[0]
+    heads: int = 1
+
+    @property
+    def rows(self) -> int:
+        """The queries of all heads of a program."""
+        return self.queries * self.heads
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,10 @@ class TargetTiles:
     prefill: Mapping[int, Tile]
     decode: Mapping[int, Tile]
 
-    def prefill_tile(self, head_dim: int, block_size: int) -> Tile:
+    def prefill_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int = 1) -> Tile:
         """The tile of a kernel for many queries: within one block, or over several whole blocks if they are smaller.
+
+        If the heads of a program do not divide a KV head's, it has more queries of one.
 
         Raises:
             TargetError: no tile for this head size or block size fits the target.
@@ -83,12 +96,13 @@ class TargetTiles:
                 str(block_size),
                 "learn the topology with blocks of 32, 64 or 128",
             )
-        queries, warps = tile.queries, tile.warps
+        heads = tile.heads if heads_per_kv_head % tile.heads == 0 else 1
+        queries, warps = tile.rows // heads, tile.warps
         keys = min(tile.keys, queries)  # the keys before a tile of queries are whole tiles
-        while max(1, queries // block_size) * max(1, keys // block_size) > MAX_READERS:
+        while max(1, queries // block_size) * max(1, keys // block_size) * heads > MAX_READERS:
             queries, warps = queries // 2, max(1, warps // 2)
             keys = min(keys, queries)
-        return dataclasses.replace(tile, queries=queries, keys=keys, warps=warps)
+        return dataclasses.replace(tile, queries=queries, keys=keys, warps=warps, heads=heads)
 
     def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
         """The tile of a kernel for one query per sequence: its rows are the query heads of a KV head.
@@ -213,6 +227,9 @@ def _parse(target: Target, row: object, where: str) -> TargetTiles:
             if tile.loads not in loads_of(target, phase):
                 allowed = " or ".join(loads_of(target, phase))
                 raise TargetError(f"{where}.{phase}.{size}.loads", allowed, short_repr(tile.loads), _REMEDY)
+            if tile.heads not in HEADS[phase]:
+                allowed = " or ".join(map(str, HEADS[phase]))
+                raise TargetError(f"{where}.{phase}.{size}.heads", allowed, short_repr(tile.heads), _REMEDY)
     return TargetTiles(target, device, prefill, decode)
 
 
@@ -224,7 +241,7 @@ def _tiles(rows: object, where: str) -> dict[int, Tile]:
 
 
 def _tile(fields: object, where: str) -> Tile:
-    variant = {"loads"} & set(fields) if isinstance(fields, dict) else set()
+    variant = _VARIANT & set(fields) if isinstance(fields, dict) else set()
     tile = _object(fields, where, set(_LIMITS) | variant)
     for name, limit in _LIMITS.items():
         number = _number(tile[name], f"{where}.{name}", limit)

@@ -2,7 +2,7 @@
 
 import itertools
 
-from surgeon.compiler.specs.tiles import TargetTiles, Tile, loads_of
+from surgeon.compiler.specs.tiles import HEADS, TargetTiles, Tile, loads_of
 from surgeon.compiler.system.powers import padded
 
 _QUERIES = (64, 128)
@@ -32,9 +32,10 @@ def decode_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
 def _fitting(tiles: TargetTiles, head_dim: int, present: Tile, phase: str, *grid: tuple[int, ...]) -> tuple[Tile, ...]:
     device = tiles.device
     found = [present]
-    for loads, numbers in itertools.product(loads_of(tiles.target, phase), itertools.product(*grid)):
+    variants = itertools.product(loads_of(tiles.target, phase), HEADS[phase])
+    for (loads, heads), numbers in itertools.product(variants, itertools.product(*grid)):
         queries, keys, warps, stages = numbers
-        tile = Tile(queries, keys, warps, stages, loads)
+        tile = Tile(queries // heads, keys, warps, stages, loads, heads)
         # Compilers need more memory than the keys and values in flight, so they may still refuse what passes here.
         under_way = 2 * stages * keys * padded(head_dim) * _ELEMENT_BYTES
         if tile != present and under_way <= device.shared_bytes and warps * device.warp_size <= _MAX_THREADS:

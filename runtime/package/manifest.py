@@ -63,7 +63,8 @@ class Launch:
     an address that is a multiple of 128.
 
     A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one if the first is not aligned),
-    "query_heads", "key_value_heads", "batch", "splits" (parts into which one query's keys are divided) or "one".
+    "query_heads" (over `program_heads`), "key_value_heads", "batch", "splits" (parts into which one query's keys are
+    divided) or "one".
     """
 
     grid: tuple[str, ...]
@@ -71,6 +72,7 @@ class Launch:
     threads: int
     shared_bytes: int
     scratch_bytes: int = 0
+    program_heads: int = 1
 
 
 @dataclass(frozen=True)

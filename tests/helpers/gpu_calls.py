@@ -73,10 +73,12 @@ def changed(files: PackageFiles, backend: str, change: Callable[[KernelEntry], K
     return dataclasses.replace(files, manifest=dataclasses.replace(files.manifest, kernels=entries))
 
 
-def with_launch(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
-    """A change of some fields of an entry's launch."""
+def with_launch(phase: str = "", **fields: Any) -> Callable[[KernelEntry], KernelEntry]:
+    """A change of some fields of an entry's launch, of all entries or of those of a phase."""
 
     def change(entry: KernelEntry) -> KernelEntry:
+        if phase and entry.phase != phase:
+            return entry
         assert entry.launch is not None
         return dataclasses.replace(entry, launch=dataclasses.replace(entry.launch, **fields))
 

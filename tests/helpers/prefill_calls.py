@@ -72,6 +72,7 @@ def make_call(
         scale=model.head_dim**-0.5,
         dense_rows=dense_rows,
         tokens_ahead=tokens_ahead,
+        program_heads=source.tile.heads,
     )
     if not source.table:
         return call

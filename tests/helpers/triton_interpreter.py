@@ -44,6 +44,7 @@ class Call:
     first_kv_head: int = 0
     dense_rows: int = 0
     tokens_ahead: int = 0
+    program_heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
         first_head = call.first_kv_head * heads // k.shape[1]
         first, end = call.heads or (first_head, first_head + heads)
         own = range(max(first, first_head), min(end, first_head + heads))
-        kernel[(len(own), batch, row_tiles(length, call.tile_rows, call.block_size, dense_tail))](
+        kernel[(len(own) // call.program_heads, batch, row_tiles(length, call.tile_rows, call.block_size, dense_tail))](
             q,
             k,
             v,

@@ -98,6 +98,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
             threads=threads,
             shared_bytes=metadata.shared,
             scratch_bytes=scratch_bytes,
+            program_heads=source.tile.heads,
         ),
         preconditions=interface.preconditions,
         phase=source.phase,

@@ -34,7 +34,7 @@ def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, Ta
     """
     cut = tiling_of(specs[0])
     shape = _table_shape(cut)
-    wanted = specs if cut.rows > 1 else [spec for spec in specs if _is_too_much(spec, _row_leaves(spec))]
+    wanted = specs if cut.masks_blocks else [spec for spec in specs if _is_too_much(spec, cut, _row_leaves(spec))]
     return {f"{spec.name}.{shape.name}": (spec.schedule, shape) for spec in wanted}
 
 
@@ -55,22 +55,31 @@ def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable])
     for spec in specs:
         name = f"{spec.name}.{shape.name}"
         table = tables.get(name)
-        leaves = _row_leaves(spec) if cut.rows == 1 else _table_leaves(spec, tables[name])
-        if table is not None and _is_too_much(spec, leaves):
+        leaves = _table_leaves(tables[name]) if cut.masks_blocks else _row_leaves(spec)
+        if table is not None and _is_too_much(spec, cut, leaves):
             by_table[name] = spec, table
             continue
-        for heads in head_groups(spec.schedule, leaves, MAX_LEAVES):
+        for heads in _kernel_heads(spec, cut, leaves):
             sources.append(_by_code(spec, cut, heads, table))
     return (*sources, _by_table(by_table, cut, shape)) if by_table else tuple(sources)
 
 
 def _table_shape(cut: Tiling) -> TableShape:
-    return TableShape("prefill", cut.rows, cut.blocks)
+    return TableShape("prefill", cut.rows, cut.blocks, cut.heads)
 
 
-def _is_too_much(spec: GpuSpec, leaves: Sequence[int]) -> bool:
-    """True if a schedule has too many leaves to be code, in one head or in all heads together."""
-    return max(leaves) > MAX_LEAVES or len(head_groups(spec.schedule, leaves, MAX_LEAVES)) > MAX_KERNELS
+def _is_too_much(spec: GpuSpec, cut: Tiling, leaves: Sequence[int]) -> bool:
+    """True if a schedule has too many leaves to be code, in one pattern or in all of them together."""
+    if cut.heads > 1:  # one kernel has all heads, since groups of them would have to be split
+        return sum(leaves) > MAX_LEAVES
+    return max(leaves) > MAX_LEAVES or len(_kernel_heads(spec, cut, leaves)) > MAX_KERNELS
+
+
+def _kernel_heads(spec: GpuSpec, cut: Tiling, leaves: Sequence[int]) -> tuple[range, ...]:
+    """The heads of each kernel that has a schedule as code."""
+    if cut.heads > 1:
+        return (range(len(spec.schedule.heads)),)
+    return head_groups(spec.schedule, leaves, MAX_LEAVES)
 
 
 def _row_leaves(spec: GpuSpec) -> list[int]:
@@ -78,8 +87,8 @@ def _row_leaves(spec: GpuSpec) -> list[int]:
     return [row_trees.num_leaves(head) for head in spec.schedule.heads]
 
 
-def _table_leaves(spec: GpuSpec, table: SegmentTable) -> list[int]:
-    return [segment_trees.num_leaves(table, head) for head in range(len(spec.schedule.heads))]
+def _table_leaves(table: SegmentTable) -> list[int]:
+    return [segment_trees.num_leaves(table, pattern) for pattern in range(len(table.rows))]
 
 
 def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | None) -> GpuSource:
@@ -87,7 +96,8 @@ def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | Non
     schedule = spec.schedule
     name = spec.name if len(heads) == len(schedule.heads) else f"{spec.name}_head_{heads.start:02d}"
     if table is not None:
-        return _source((spec,), cut, name, heads, segment_trees.segment_trees(table, heads))
+        patterns = heads if cut.heads == 1 else range(len(table.rows))
+        return _source((spec,), cut, name, heads, segment_trees.segment_trees(table, patterns))
     keys = row_trees.schedule_trees(schedule, heads)
     if keys.num_entries > _MAX_KEY_LIST:
         raise TargetError(

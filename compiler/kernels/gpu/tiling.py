@@ -11,8 +11,9 @@ class Tiling:
     """The tiling of a kernel: tokens per tile of queries and of keys, and the padded head size.
 
     A tile of queries lies within one row of blocks or spans `rows` of them, 2**`rows_shift` tokens. A tile of keys lies
-    within one block or spans `blocks` of them, 2**`unit_shift` tokens. All sizes are powers of two, `*_shift` their
-    logarithms.
+    within one block or spans `blocks` of them, 2**`unit_shift` tokens. A program has a tile of queries of each of
+    `heads` heads, `tile_rows` in all, of which 2**`reader_shift` neighbours see the same blocks. All sizes are powers
+    of two, `*_shift` their logarithms.
     """
 
     query_tile: int
@@ -25,6 +26,14 @@ class Tiling:
     blocks: int
     rows_shift: int
     unit_shift: int
+    heads: int
+    tile_rows: int
+    reader_shift: int
+
+    @property
+    def masks_blocks(self) -> bool:
+        """True if queries of a program may see different blocks."""
+        return self.rows * self.heads > 1
 
 
 def tiling_of(spec: GpuSpec) -> Tiling:
@@ -42,4 +51,7 @@ def tiling_of(spec: GpuSpec) -> Tiling:
         blocks=blocks,
         rows_shift=log2(rows * block_size),
         unit_shift=log2(blocks * block_size),
+        heads=tile.heads,
+        tile_rows=tile.rows,
+        reader_shift=log2(min(block_size, tile.queries)),
     )

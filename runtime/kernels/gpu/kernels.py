@@ -62,7 +62,7 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
 class _Kernel:
     """A loaded kernel with the order of its arguments, the meaning of its grid, and the query heads it serves.
 
-    `scratch_bytes` is the memory of the device that each program needs.
+    Each program has `tile_rows` queries of `program_heads` heads, and needs `scratch_bytes` of the device's memory.
     """
 
     function: Function
@@ -70,6 +70,7 @@ class _Kernel:
     grid: tuple[str, ...]
     tile_rows: int
     scratch_bytes: int
+    program_heads: int
     heads: range
 
     def launch(
@@ -106,7 +107,7 @@ class GpuKernels:
         entries = [entry for entry in manifest.kernels if entry.target == str(target)]
         for index, entry in enumerate(manifest.kernels):
             if entry.target == str(target):
-                _check(entry, f"{files.folder}: kernels[{index}]")
+                _check(entry, manifest, f"{files.folder}: kernels[{index}]")
         functions: dict[KernelEntry, Function] = {}  # several entries may share their code
         for entry in entries:
             kernel = _load(entry, files, device, driver, functions)
@@ -177,7 +178,7 @@ class GpuKernels:
                 own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
                 if not own:
                     continue
-                lengths["query_heads"] = len(own)
+                lengths["query_heads"] = len(own) // kernel.program_heads
                 lengths["row_tiles"] = row_tiles(q_length, kernel.tile_rows, self._block_size, operands.dense_tail)
                 kernel.launch(lengths, stream, values, q)
             return out
@@ -254,7 +255,7 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
     return GpuKernels(files, target, device.index, processors, strict, open_driver(target.backend))
 
 
-def _check(entry: KernelEntry, where: str) -> None:
+def _check(entry: KernelEntry, manifest: Manifest, where: str) -> None:
     """Refuses a kernel that the launcher cannot launch: a wrong argument would be read as an address."""
     check_interface(entry, where)
     launch = entry.launch
@@ -267,6 +268,11 @@ def _check(entry: KernelEntry, where: str) -> None:
         raise PackageError(f"{where}.launch", "numbers of threads, rows and bytes in range", short_repr(launch), _AGAIN)
     if entry.dtype not in _DTYPES:
         raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
+    group = manifest.model.num_attention_heads // manifest.model.num_key_value_heads
+    shares = launch.program_heads
+    if shares != 1 and (shares < 1 or group % shares or entry.heads or entry.phase != "prefill"):
+        expected = f"1, or in a prefill kernel of all heads a number that divides {group}"
+        raise PackageError(f"{where}.launch.program_heads", expected, short_repr(shares), _AGAIN)
     if entry.heads and entry.phase != "prefill":
         raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", short_repr(entry.heads), _AGAIN)
     name = _function_name(entry)
@@ -306,7 +312,15 @@ def _load(
         )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
-    return _Kernel(functions[code], names, launch.grid, launch.tile_rows, launch.scratch_bytes, range(first, end))
+    return _Kernel(
+        functions[code],
+        names,
+        launch.grid,
+        launch.tile_rows,
+        launch.scratch_bytes,
+        launch.program_heads,
+        range(first, end),
+    )
 
 
 def row_tiles(q_length: int, tile_rows: int, block_size: int, dense_tail: int) -> int:

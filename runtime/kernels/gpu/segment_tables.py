@@ -13,7 +13,7 @@ from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.segment_table import FILE, SegmentTable, read_table
 from surgeon.runtime.package.tensors import Matrices
 
-_SHAPE = re.compile(r"prefill_[1-9]\d{0,3}x(?P<blocks>[1-9]\d{0,3})")
+_SHAPE = re.compile(r"prefill_[1-9]\d{0,3}x(?P<blocks>[1-9]\d{0,3})(x[1-9]\d{0,1})?")
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int
         for layer in entry.layers if entry.table else ():
             name = f"{schedules.get(layer, '')}.{entry.table}"
             if name not in found:
-                patterns = model.num_key_value_heads if entry.phase == "decode" else model.num_attention_heads
-                rows, blocks = _table_shape(entry, files)
+                rows, blocks, heads = _table_shape(entry, files)
+                patterns = model.num_key_value_heads if entry.phase == "decode" else model.num_attention_heads // heads
                 table = read_table(matrices, name, patterns, rows // blocks, num_rows=-(-files.num_rows // rows))
                 found[name] = _loaded(table, device)
             tables[entry.phase, layer] = found[name]
     return tables
 
 
-def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int]:
-    """The rows of blocks in a tile, and the blocks in a unit, of the table that a kernel reads.
+def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int, int]:
+    """The rows of blocks in a tile, the blocks in a unit, and the heads in a program, of the table that a kernel reads.
 
     Raises:
         PackageError: the table has another name than those of the kernel's phase and tile.
@@ -60,7 +60,8 @@ def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int]:
     rows = 1 if entry.phase == "decode" else max(1, launch.tile_rows // files.manifest.block_size)
     shape = _SHAPE.fullmatch(entry.table)
     blocks = int(shape["blocks"]) if shape else 1
-    expected = "decode" if entry.phase == "decode" else f"prefill_{rows}x{blocks}"
+    heads = f"x{launch.program_heads}" if launch.program_heads > 1 else ""
+    expected = "decode" if entry.phase == "decode" else f"prefill_{rows}x{blocks}{heads}"
     if entry.table != expected or not 0 < blocks <= rows or rows % blocks:
         raise PackageError(
             f"{files.folder}: a kernel for {entry.target}: table",
@@ -68,7 +69,7 @@ def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int]:
             short_repr(entry.table),
             "do not use this package",
         )
-    return rows, blocks
+    return rows, blocks, launch.program_heads
 
 
 def _loaded(table: SegmentTable, device: int) -> LoadedTable:

@@ -20,7 +20,8 @@ from surgeon.runtime.package.segment_table import SegmentTable
 
 Value = TypeVar("Value")
 Segments = list[tuple[int, int, int]]
-TILES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 4)]
+TILES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 1), (1, 1, 2), (2, 1, 2), (4, 4, 2)]
+"""The rows of blocks, the blocks of a unit, and the heads of a program."""
 
 
 def from_table(table: SegmentTable, head: int, row: int, own: int) -> tuple[Segments, int]:
@@ -62,12 +63,12 @@ def at(place: Place, own: int) -> int:
 
 
 def visible(
-    segments: Segments, shared: int, rows: int, blocks: int, row: int, num_blocks: int
+    segments: Segments, shared: int, rows: int, blocks: int, heads: int, row: int, num_blocks: int
 ) -> npt.NDArray[np.bool_]:
-    """The blocks that a tile reads for each of its rows, with causality, `[rows, num_blocks]`."""
+    """The blocks that a tile reads for each of its heads and rows, with causality, `[heads, rows, num_blocks]`."""
     own = row * rows // blocks
-    seen = np.zeros((rows, num_blocks), dtype=np.bool_)
-    everyone = (1 << rows * blocks) - 1
+    seen = np.zeros((heads * rows, num_blocks), dtype=np.bool_)
+    everyone = (1 << heads * rows * blocks) - 1
     places = [place for begin, end, _ in segments for place in range(begin, end)]
     assert len(set(places)) == len(places), "a unit is read twice"
     for number, (begin, end, readers) in enumerate(segments):
@@ -77,36 +78,37 @@ def visible(
         if number < shared:
             assert readers & everyone == everyone
             assert end <= own
-        for tile_row in range(rows):
+        for reader in range(heads * rows):
             for block in range(blocks):
-                if readers >> tile_row * blocks + block & 1:
-                    seen[tile_row, begin * blocks + block : end * blocks : blocks] = True
+                if readers >> reader * blocks + block & 1:
+                    seen[reader, begin * blocks + block : end * blocks : blocks] = True
     causal = np.arange(num_blocks) <= row * rows + np.arange(rows)[:, None]
-    return seen & causal
+    return seen.reshape(heads, rows, num_blocks) & causal
 
 
-def check(topology: Topology, rows: int, blocks: int, num_tiles: int) -> None:
+def check(topology: Topology, rows: int, blocks: int, heads: int, num_tiles: int) -> None:
     num_blocks = num_tiles * rows
     limit = topology.num_blocks if topology.beyond == "error" else UNBOUNDED
     for index, layer in enumerate(schedule_layers(topology)[:2]):
         if not layer.heads:  # not covered, and so without a kernel
             continue
-        table = prefill_table(layer, rows, blocks)
-        trees = segment_trees(table, range(len(layer.heads)))
+        table = prefill_table(layer, rows, blocks, heads)
+        trees = segment_trees(table, range(len(table.rows)))
         expected = topology.block_mask(index, min(num_blocks, limit))
-        for head in range(len(layer.heads)):
+        for group in range(len(layer.heads) // heads):
             for row in range(num_tiles):
                 own = row * rows // blocks
-                read, shared = from_table(table, head, row, own)
-                assert from_trees(trees, head, row, own) == (read, shared)
-                found = visible(read, shared, rows, blocks, row, num_blocks)
-                there = expected[head, row * rows : (row + 1) * rows]  # fewer where the topology refuses the rest
-                np.testing.assert_array_equal(found[: len(there), : there.shape[1]], there)
+                read, shared = from_table(table, group, row, own)
+                assert from_trees(trees, group, row, own) == (read, shared)
+                found = visible(read, shared, rows, blocks, heads, row, num_blocks)
+                own_heads = slice(group * heads, (group + 1) * heads)
+                there = expected[own_heads, row * rows : (row + 1) * rows]  # fewer where the topology refuses the rest
+                np.testing.assert_array_equal(found[:, : there.shape[1], : there.shape[2]], there)
 
 
-@pytest.mark.parametrize(("rows", "blocks"), TILES)
+@pytest.mark.parametrize(("rows", "blocks", "heads"), TILES)
 @pytest.mark.parametrize("beyond", ["window", "dense", "error"])
-def test_tiles_read_what_the_definition_says_and_nothing_twice(rows: int, blocks: int, beyond: str) -> None:
+def test_tiles_read_what_the_definition_says_and_nothing_twice(rows: int, blocks: int, heads: int, beyond: str) -> None:
     topology = topologies.random_topology(
         np.random.default_rng(rows + 10 * blocks),
         num_layers=1,
@@ -117,15 +119,17 @@ def test_tiles_read_what_the_definition_says_and_nothing_twice(rows: int, blocks
         num_blocks=21,
         beyond=beyond,
     )
-    check(topology, rows, blocks, num_tiles=-(-21 // rows) + (0 if beyond == "error" else 2))
+    check(topology, rows, blocks, heads, num_tiles=-(-21 // rows) + (0 if beyond == "error" else 2))
 
 
 @settings(max_examples=40)
 @given(checked_topologies(max_blocks=9), st.sampled_from(TILES))
-def test_any_topology(topology: Topology, tile: tuple[int, int]) -> None:
-    rows, blocks = tile
+def test_any_topology(topology: Topology, tile: tuple[int, int, int]) -> None:
+    rows, blocks, heads = tile
+    if topology.model.num_attention_heads % heads:
+        heads = 1
     beyond = 0 if topology.beyond == "error" else topology.num_blocks // 2 + 2 * rows
-    check(topology, rows, blocks, num_tiles=-(-(topology.num_blocks + beyond) // rows))
+    check(topology, rows, blocks, heads, num_tiles=-(-(topology.num_blocks + beyond) // rows))
 
 
 def test_a_window_is_a_few_segments_that_move_with_the_tile() -> None:
@@ -133,6 +137,13 @@ def test_a_window_is_a_few_segments_that_move_with_the_tile() -> None:
     table = prefill_table(layer, rows=2, blocks=1)
     segments, shared = from_table(table, 0, 20, 40)
     assert segments == [(0, 2, 3), (38, 40, 3), (37, 38, 1), (40, 42, 3)]
+    assert shared == 2
+
+
+def test_heads_of_a_program_share_what_both_see() -> None:
+    (layer,) = schedule_layers(topologies.window_topology([2, 4], sink=2, num_blocks=8))
+    segments, shared = from_table(prefill_table(layer, rows=1, blocks=1, heads=2), 0, 20, 20)
+    assert segments == [(0, 2, 3), (19, 20, 3), (17, 19, 2), (20, 21, 3)]
     assert shared == 2
 
 

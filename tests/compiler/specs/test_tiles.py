@@ -123,6 +123,15 @@ def test_a_table_names_a_variant_where_it_is_not_the_default() -> None:
     assert parse_tiles(text) == {own.target: changed}
 
 
+def test_a_program_of_two_heads_has_as_many_rows_and_readers() -> None:
+    own = tiles_of(Target.parse("cuda:90")).with_tile("prefill", 128, Tile(64, 64, 8, 3, heads=2))
+    assert own.prefill_tile(128, 128, 4) == Tile(64, 64, 8, 3, heads=2)
+    assert own.prefill_tile(128, 128, 3) == Tile(128, 64, 8, 3)  # two do not divide three
+    assert own.prefill_tile(128, 16, 4) == Tile(64, 64, 8, 3, heads=2)  # 2 heads of 4 rows by 4 blocks: 32 bits
+    wide = own.with_tile("prefill", 128, Tile(128, 64, 8, 3, heads=2))
+    assert wide.prefill_tile(128, 16, 4) == Tile(64, 64, 4, 3, heads=2)
+
+
 def test_only_a_target_with_a_copy_engine_has_descriptors() -> None:
     own = tiles_of(Target.parse("cuda:89"))
     changed = own.with_tile("prefill", 128, Tile(128, 64, 8, 3, loads="descriptors"))
@@ -160,6 +169,8 @@ def change(document: Any, path: str, value: object) -> None:
         ("targets/cuda:90/prefill/128/warps", True, r"prefill.128.warps: expected a whole number in 1..32, got True"),
         ("targets/cuda:90/prefill/128/stages", 2.0, r"prefill.128.stages: expected a whole number in 1..16, got 2.0"),
         ("targets/cuda:90/prefill/128/loads", "x", r"prefill.128.loads: expected pointers or descriptors, got 'x'"),
+        ("targets/cuda:90/prefill/128/heads", 3, r"prefill.128.heads: expected 1 or 2, got 3"),
+        ("targets/cuda:90/decode/128/heads", 2, r"decode.128.heads: expected 1, got 2"),
         ("targets/cuda:90/decode/128/loads", "descriptors", r"decode.128.loads: expected pointers, got 'descriptors'"),
         ("targets/cuda:90/prefill/128/queries", 512, r"prefill.128.queries: expected a whole number in 1..256"),
         ("targets/cuda:90/prefill/128/queries", None, r"prefill.128: expected an object of keys, queries, stages"),

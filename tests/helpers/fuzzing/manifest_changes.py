@@ -99,9 +99,10 @@ def _launch(manifest: Json, rng: random.Random) -> None:
             "threads": 1,
             "shared_bytes": 0,
             "scratch_bytes": 0,
+            "program_heads": 1,
         }
         return
-    name = rng.choice(("tile_rows", "threads", "shared_bytes", "scratch_bytes"))
+    name = rng.choice(("tile_rows", "threads", "shared_bytes", "scratch_bytes", "program_heads"))
     now = kernel["launch"][name]
     kernel["launch"][name] = rng.choice((0, 1, now * 2, now // 2, now + 1, -now, 32, 1024, 1025, 2**31, 2**40, 10**20))
 

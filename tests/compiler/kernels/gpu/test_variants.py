@@ -16,12 +16,15 @@ from surgeon.compiler.specs.artifacts import Binary
 from surgeon.compiler.specs.tiles import TargetTiles, Tile
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError
+from triton_interpreter import launch, part_of
 
 pytest.importorskip("triton")
 
 VARIANTS = {
     "descriptors": Tile(128, 64, 8, 3, loads="descriptors"),
     "descriptors, 128 keys": Tile(128, 128, 8, 2, loads="descriptors"),
+    "two heads": Tile(64, 64, 8, 3, heads=2),
+    "two heads, descriptors": Tile(64, 64, 8, 3, loads="descriptors", heads=2),
 }
 
 
@@ -69,6 +72,25 @@ def test_a_padded_head(pool: Executor, tile: Tile) -> None:
     check(pool, topology, make_call(topology, length=300, dtype="float16"))
 
 
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_some_kv_heads_of_a_layer(pool: Executor, schedule_as: str, tile: Tile, block_size: int) -> None:
+    topology = mixed(block_size, num_heads=8)
+    whole = make_call(topology, length=140, positions=[130])
+    out, lse = pool.submit(launch, whole, True).result()
+    part, part_lse = pool.submit(launch, part_of(whole, range(1, 2)), True).result()
+    np.testing.assert_array_equal(part, out[:, :, 4:])
+    np.testing.assert_array_equal(part_lse, lse[:, 4:])
+
+
+def test_heads_that_do_not_divide_a_kv_heads_have_programs_of_their_own(
+    pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(VARIANTS["two heads"], monkeypatch)
+    topology = mixed(64, num_heads=6)
+    assert kernel_spec(topology).prefill == Tile(128, 64, 8, 3)
+    check(pool, topology, make_call(topology, length=200))
+
+
 # Compiled
 
 
@@ -79,27 +101,21 @@ def compiled() -> Callable[[Topology], Binary]:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_hopper_code_uses_the_copy_engine_and_tensor_cores_and_does_not_spill(
+def test_hopper_code_uses_tensor_cores_and_the_copies_of_its_variant_and_does_not_spill(
     compiled: Callable[[Topology], Binary], tile: Tile, block_size: int, head_dim: int, tmp_path: Path
 ) -> None:
     binary = compiled(mixed(block_size, head_dim=head_dim, num_blocks=12))
     found = {name.split(".")[0] for name in operations(binary, tmp_path)}
-    assert {"HGMMA", "UTMALDG"} <= found
-    assert not found & {"LDGSTS", "STL", "LDL"}
+    assert "HGMMA" in found
+    assert found & {"UTMALDG", "LDGSTS"} == {"UTMALDG" if tile.loads == "descriptors" else "LDGSTS"}
+    assert not found & {"STL", "LDL"}
     assert spills(binary, tmp_path) == 0
-    launch = binary.kernels[0].launch
-    assert launch is not None
-    assert launch.scratch_bytes == 2 * 128  # a descriptor for the keys, one for the values
-    assert launch.shared_bytes <= 232_448
-
-
-def test_loads_through_pointers_need_no_scratch_memory(
-    compiled: Callable[[Topology], Binary], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(Tile(128, 64, 8, 3), monkeypatch)
-    launch = compiled(mixed(128)).kernels[0].launch
-    assert launch is not None
-    assert launch.scratch_bytes == 0
+    geometry = binary.kernels[0].launch
+    assert geometry is not None
+    # A descriptor for the keys, one for the values.
+    assert geometry.scratch_bytes == (2 * 128 if tile.loads == "descriptors" else 0)
+    assert (geometry.tile_rows, geometry.program_heads) == (tile.queries, tile.heads)
+    assert geometry.shared_bytes <= 232_448
 
 
 def test_scratch_memory_that_no_descriptor_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

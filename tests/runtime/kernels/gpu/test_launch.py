@@ -381,6 +381,19 @@ def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: S
 
 
 @by_any_way
+@pytest.mark.parametrize("first_kv_head", [0, 1])
+def test_a_program_of_two_heads_halves_the_grid(
+    files: PackageFiles, backend: str, driver: Driver, standin: Standin, first_kv_head: int
+) -> None:
+    gpu = kernels(changed(files, backend, with_launch(program_heads=2, phase="prefill")), backend, driver)
+    standin.log()
+    q, k, v = second_kv_head(150) if first_kv_head else tensors(150, 400)
+    gpu.attend(0, Operands(q, k, v, None, None, 1.0), None, first_kv_head)
+    (launch,) = launches(standin)
+    assert launch["grid"][0] == q.shape[1] // 2
+
+
+@by_any_way
 def test_scratch_memory_is_allocated_for_every_program_of_a_kernel_that_needs_some(
     files: PackageFiles, backend: str, driver: Driver, standin: Standin, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,12 @@ REFUSED = {
     ),
     "no launch": (lambda entry: dataclasses.replace(entry, launch=None), r"launch\.grid\[0\]: expected .*, got none"),
     "no rows": (with_launch(tile_rows=0), r"launch: expected numbers of threads, rows and bytes in range"),
+    "heads that share a program": (with_launch(program_heads=3), r"program_heads: expected 1, or .* divides 2, got 3"),
+    "heads of a decoding program": (
+        with_launch("decode", program_heads=2),
+        r"program_heads: expected 1, or in a prefill kernel of all heads a number that divides 2, got 2",
+    ),
+    "no heads": (with_launch(program_heads=0), r"program_heads: expected 1, or .* divides 2, got 0"),
     "too much scratch memory": (
         with_launch(scratch_bytes=2**20),
         r"launch: expected numbers of threads, rows and bytes",
