@@ -8,6 +8,7 @@ import torch
 from inputs import topologies as patterns
 from inputs.topologies import Shape
 from surgeon.compiler import Topology
+from surgeon.compiler.specs.tiles import Tile
 
 Row = dict[str, object]
 Tell = Callable[[Row], None]
@@ -19,9 +20,9 @@ class Day:
     """The measurements to make on a device.
 
     `shapes` are those that tiles are tuned for, the first one also that of the speed and of the model. `lengths` are
-    in tokens, the most important first. `candidates` is the number of tiles tried for each shape, and `limits` are the
-    seconds of the stages, in their order. `tests` are the test functions to run, all of them if there are none. A
-    `rehearsal`'s figures say nothing about a card.
+    in tokens, the most important first. `candidates` is the number of tiles tried for each shape: the built-in one,
+    then `prefill_tiles`. `limits` are the seconds of the stages, in their order. `tests` are the test functions to run,
+    all of them if there are none. A `rehearsal`'s figures say nothing about a card.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Day:
     vocabulary: int
     limits: tuple[int, ...]
     tests: tuple[str, ...] = ()
+    prefill_tiles: tuple[Tile, ...] = ()
     rehearsal: bool = False
 
     @property
@@ -77,6 +79,15 @@ HOPPER = Day(
     model_layers=4,
     vocabulary=32000,
     limits=(40, 100, 90, 150, 60),
+    prefill_tiles=(
+        Tile(128, 64, 8, 3, "descriptors"),
+        Tile(128, 128, 8, 2, "descriptors"),
+        Tile(64, 64, 8, 3, "descriptors", heads=2),
+        Tile(64, 64, 4, 3, "descriptors"),
+        Tile(128, 64, 8, 2, "descriptors"),
+        Tile(64, 64, 8, 3, "pointers", heads=2),
+        Tile(128, 64, 8, 2, "pointers"),
+    ),
 )
 REHEARSAL = Day(
     target="cpu",

@@ -44,16 +44,19 @@ def prepared(day: Day) -> Iterator[Prepared]:
 
 
 def candidates(day: Day, shape: Shape) -> tuple[tuple[Tile | None, Tile | None], ...]:
-    """Pairs of tiles to try, for many queries and for one, spread evenly over the grids of `surgeon tune`.
+    """Pairs of tiles to try, for many queries and for one, the first pair the built-in ones. A CPU has none.
 
-    The first pair are the built-in ones. A CPU has none.
+    Those for many queries are the day's own, if their heads divide a KV head's; the rest are spread evenly over the
+    grids of `surgeon tune`.
     """
     if day.target == "cpu":
         return ((None, None),) * day.candidates
     tiles = tiles_of(Target.parse(day.target))
     grids = prefill_candidates(tiles, shape.head_dim), decode_candidates(tiles, shape.head_dim)
-    few = [[grid[index * len(grid) // day.candidates] for index in range(day.candidates)] for grid in grids]
-    return tuple(zip(*few, strict=True))
+    prefill, decode = ([grid[index * len(grid) // day.candidates] for index in range(day.candidates)] for grid in grids)
+    own = [tile for tile in day.prefill_tiles if shape.heads // shape.kv_heads % tile.heads == 0]
+    prefill = list(dict.fromkeys((prefill[0], *own, *prefill)))[: day.candidates]
+    return tuple(zip(prefill, decode, strict=True))
 
 
 def candidate_name(shape: Shape, index: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from compiled_code import spills
 from gpu_day import __main__ as command
 from gpu_day import run as runner
 from gpu_day import suite
@@ -13,7 +14,12 @@ from gpu_day.packages import candidates, prepared
 from gpu_day.report import markdown
 from gpu_day.stages import STAGES
 from gpu_day.tiles import best_tiles
-from surgeon.compiler.specs.tiles import Tile, read_tiles
+from gpu_sources import prefill_sources
+from inputs.topologies import Shape
+from surgeon.compiler.kernels.gpu.compile import build_triton
+from surgeon.compiler.schedule.schedule import schedule_layers
+from surgeon.compiler.specs.specialize import specialize_gpu
+from surgeon.compiler.specs.tiles import Tile, read_tiles, tiles_of
 from surgeon.runtime.package.target import Target
 
 
@@ -95,6 +101,23 @@ def test_candidates_begin_with_the_present_tiles() -> None:
     for shape in HOPPER.shapes:
         pairs = candidates(HOPPER, shape)
         assert len(set(pairs)) == HOPPER.candidates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", HOPPER.shapes, ids=lambda shape: f"head size {shape.head_dim}")
+def test_the_days_own_tiles_are_tried_and_spill_nothing(shape: Shape, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    target = Target.parse(HOPPER.target)
+    topology = HOPPER.topology(shape, 32 * shape.block_size, 0.25)
+    tiles = [prefill for prefill, _ in candidates(HOPPER, shape) if prefill]
+    own = [tile for tile in HOPPER.prefill_tiles if tile in tiles]
+    assert [tile for tile in HOPPER.prefill_tiles if tile not in own and tile.heads == 1] == []
+    for tile in own:
+        table = {target: tiles_of(target).with_tile("prefill", shape.head_dim, tile)}
+        specs = specialize_gpu(topology, schedule_layers(topology), target, [HOPPER.dtype], table)
+        for source in prefill_sources(specs):
+            assert source.tile.heads == tile.heads
+            assert spills(build_triton(source, HOPPER.dtype), tmp_path) == 0, tile
 
 
 def test_a_table_of_the_best_tiles_can_be_read(tmp_path: Path) -> None:
