@@ -49,6 +49,9 @@ RESULTS = FOLDER / "results" / "learn.json"
 ANSWERS = FOLDER / "results" / "answers.json"
 TOKENS_SCORED = 6 * 2048  # per text
 SINK = 1
+WINDOWS_OF = str(
+    FOLDER / "topologies" / "smollm2-135m-15.json"
+)  # the sparsest that was learned for text in short blocks
 STEP = 64  # tokens of a continuation that are read at once; at most the dense rows, so that all of them ask
 
 console = Console(highlight=False)
@@ -101,7 +104,7 @@ CASES = (
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-25-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 64, 2048, ("--questions",), QWEN_CODER_05B, 2),
-    Case("smollm2-135m-25-routed", 0.25, 2048, 32, 2048, ("--for", "text", "--retrieve")),
+    Case("smollm2-135m-25-routed", 0.25, 2048, 32, 2048, ("--for", "text", "--retrieve", "--windows", WINDOWS_OF)),
 )
 
 

@@ -42,6 +42,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ' for recall="pattern"',
     )
     parser.add_argument(
+        "--windows",
+        type=path,
+        metavar="topology.json",
+        help="with --retrieve: take the windows of this topology instead of learning them",
+    )
+    parser.add_argument(
         "--questions",
         action="store_true",
         help="learn for answers also on text with hidden facts, which ends with questions about them, not only on plain"
@@ -98,6 +104,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.stages import stage_display
     from surgeon.compiler.system.terminal import quiet_unless_watched
+    from surgeon.compiler.topology.read import read_topology
     from surgeon.runtime.evaluate.processes import joined
 
     request = Request(
@@ -110,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         cuts=arguments.cuts,
         purpose=arguments.purpose,
         retrieve=arguments.retrieve,
+        windows=None if arguments.windows is None else read_topology(arguments.windows),
         questions=arguments.questions,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )

@@ -30,6 +30,7 @@ from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
 from surgeon.runtime.errors import ModelError, TopologyError
 from surgeon.runtime.evaluate.processes import processes_of
+from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
 
 ANSWERS = "answers"
@@ -50,7 +51,8 @@ class Request:
     default. With `questions`, the texts for answers also hide facts and end with questions about them.
 
     With `retrieve`, a quarter of the heads choose blocks by content: those that retrieve, whose routes are paid for by
-    the other heads' windows. All rows follow such a pattern, so it is learned for text.
+    the other heads' windows. All rows follow such a pattern, so it is learned for text. `windows` is a topology whose
+    windows are taken, scaled to the length, instead of being learned; its blocks have the request's size.
     """
 
     density: float
@@ -64,6 +66,7 @@ class Request:
     settings: Settings = field(default_factory=Settings)
     purpose: str | None = None
     retrieve: bool = False
+    windows: Topology | None = None
     questions: bool = False
 
     def grid(self, blocks: int) -> Grid:
@@ -73,6 +76,13 @@ class Request:
             TopologyError: the method does not learn for the purpose.
         """
         budget = self.method == "budget"
+        if self.windows is not None and (not self.retrieve or self.windows.block_size != self.block_size):
+            raise TopologyError(
+                "--windows",
+                f"--retrieve, and --block {self.windows.block_size}, as the topology has it",
+                f"--block {self.block_size}" if self.retrieve else "no --retrieve",
+                "add these",
+            )
         if self.retrieve and (self.purpose == ANSWERS or not budget or self.cuts):
             raise TopologyError(
                 "--retrieve", "--method budget and --for text, without --cuts", "another of these", "leave that out"
@@ -160,6 +170,8 @@ def learn(
             changes_of = partial(runs.mask_changes, sequences=sequences.calibrate, what="lowering cuts")
             pattern = lowered(trained.pattern, grid, changes_of)
             figures = _trained_figures(trained, pattern, runs, sequences, grid, size)
+        elif request.windows is not None:
+            pattern, figures = None, {"windows_of": request.windows.sha256}
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
@@ -168,9 +180,13 @@ def learn(
             retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
-    topology = pattern_topology(shape, grid, pattern, provenance)
-    if blocks != measured:
-        topology = scaled(topology, blocks)
+    if pattern is None:
+        assert request.windows is not None
+        topology = _given(request.windows, shape, blocks, provenance)
+    else:
+        topology = pattern_topology(shape, grid, pattern, provenance)
+        if blocks != measured:
+            topology = scaled(topology, blocks)
     if retrieval is not None:
         topology = with_routes(topology, retrieval.places, retrieval.routers, request.density)
         figures["routes"] = {
@@ -200,8 +216,21 @@ def learn(
     )
 
 
+def _given(windows: Topology, shape: ModelShape, blocks: int, provenance: dict[str, Any]) -> Topology:
+    """The windows of a topology that was learned before, for a model of this shape.
+
+    Raises:
+        TopologyError: it is for another model, or has clusters.
+    """
+    if dataclasses.replace(windows.model, weights_sha256=shape.weights_sha256) != shape:
+        raise TopologyError("--windows", f"a topology for {shape}", f"one for {windows.model}", "name another")
+    return dataclasses.replace(scaled(windows, blocks), model=shape, provenance=provenance)
+
+
 def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) -> Forecast:
     descending = request.method == "ultrametric"
+    if request.windows is not None:
+        sequences = dataclasses.replace(sequences, validate=sequences.validate[:1], refine=())
     counts = Counts(
         calibrate=len(sequences.calibrate),
         validate=len(sequences.validate),
