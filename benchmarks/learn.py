@@ -49,9 +49,6 @@ RESULTS = FOLDER / "results" / "learn.json"
 ANSWERS = FOLDER / "results" / "answers.json"
 TOKENS_SCORED = 6 * 2048  # per text
 SINK = 1
-WINDOWS_OF = str(
-    FOLDER / "topologies" / "smollm2-135m-15.json"
-)  # the sparsest that was learned for text in short blocks
 STEP = 64  # tokens of a continuation that are read at once; at most the dense rows, so that all of them ask
 
 console = Console(highlight=False)
@@ -104,7 +101,14 @@ CASES = (
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-25-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 64, 2048, ("--questions",), QWEN_CODER_05B, 2),
-    Case("smollm2-135m-25-routed", 0.25, 2048, 32, 2048, ("--for", "text", "--retrieve", "--windows", WINDOWS_OF)),
+    Case(
+        "smollm2-135m-25-routed",
+        0.25,
+        2048,
+        32,
+        2048,
+        ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
+    ),
 )
 
 
@@ -164,7 +168,8 @@ def learned(case: Case, again: bool) -> tuple[Topology, str]:
             for file, text in zip(files, learning_texts(cache_folder(), console.print), strict=True):
                 file.write_text(text.text, encoding="utf-8")
             paths = [argument for file in files for argument in ("--text", str(file))]
-            if surgeon(["learn", str(folder), *paths, *shape, "--out", str(out), "--work", str(work)]):
+            given = [str(out.with_name(part)) if part.endswith(".json") else part for part in shape]
+            if surgeon(["learn", str(folder), *paths, *given, "--out", str(out), "--work", str(work)]):
                 raise SystemExit(2)
     texts = [argument for name in names for argument in ("--text", name)]
     return read_topology(out), " ".join(["surgeon learn", case.checkpoint.name, *texts, *shape, "--out", out.name])
