@@ -1,0 +1,105 @@
+"""From texts to a topology with routed heads: repeatable, within the density, and refused where it cannot be."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import topologies
+from models import tiny_config, tiny_llama
+from oracles import letters
+from surgeon.compiler.learn.learn import Effort, Request, learn
+from surgeon.compiler.learn.measure.checkpoint import model_shape
+from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
+from surgeon.runtime.errors import ModelError, TopologyError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTH, SIZE = 1280, 16
+EFFORT = Effort(calibrate=2, validate=1, refine=())
+
+
+def model() -> LlamaForCausalLM:
+    return tiny_llama(tiny_config(vocab_size=len(letters()), max_position_embeddings=2048))
+
+
+def texts(length: int = LENGTH) -> list[TokenText]:
+    generator = torch.Generator().manual_seed(0)
+    return [TokenText(name, name * 64, torch.randint(1, 90, (4 * length,), generator=generator)) for name in ("a", "b")]
+
+
+def windows(**changes: int) -> Topology:
+    shape = {"num_kv_heads": 2, "head_dim": 32, "block_size": SIZE, "num_blocks": LENGTH // SIZE} | changes
+    heads = [topologies.window_head(1, window) for window in (30, 8, 12, 20)]
+    made = topologies.build([heads] * 3, **shape)  # type: ignore[arg-type]
+    return dataclasses.replace(made, model=dataclasses.replace(made.model, model_type=model_shape(model()).model_type))
+
+
+REQUEST = Request(0.4, LENGTH, SIZE, retrieve=True)
+
+
+def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> None:
+    request = dataclasses.replace(REQUEST, windows=windows())
+    found = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
+    heads = [head for layer in found.layers for head in layer]
+    routed = [head for head in heads if isinstance(head, WindowHead) and head.route]
+    assert len(routed) == len(heads) // 4
+    assert {(head.window, head.route) for head in routed} == {(128 // SIZE, 608 // SIZE)}
+    assert 0.37 < mean_density(found) <= 0.4
+    assert found.router is not None
+    for layer, router in zip(found.layers, found.router.layers, strict=True):
+        assert (router is not None) == any(isinstance(head, WindowHead) and head.route for head in layer)
+    said = found.provenance
+    assert said["windows_of"] == windows().sha256
+    assert said["for"] == "text"
+    assert said["routes"]["heads"] == 3
+    assert said["routes"]["documents"] == 4
+    assert 0 <= said["routes"]["agreement_of_halves"] <= 1
+
+    again = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
+    assert again.sha256 == found.sha256
+    assert again.provenance["steps"] == {"computed": 0, "found": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"purpose": "answers"}, r"--retrieve: expected --method budget and --for text, without --cuts"),
+        ({"cuts": True}, r"--retrieve: expected --method budget and --for text, without --cuts"),
+        ({"method": "ultrametric"}, r"--retrieve: expected --method budget and --for text, without --cuts"),
+        ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --retrieve, and --block 32, as the"),
+        ({"windows": windows(), "retrieve": False}, r"--windows: expected --retrieve, and --block 16.*got no --retr"),
+        ({"windows": windows(head_dim=64)}, r"--windows: expected a topology for ModelShape"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(change: dict[str, object], text: str) -> None:
+    request = dataclasses.replace(REQUEST, windows=windows())
+    with pytest.raises(TopologyError, match=text):
+        learn(model(), texts(), dataclasses.replace(request, **change), EFFORT, tokenizer=letters())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (lambda: learn(model(), texts(), REQUEST, EFFORT), "learn: expected the model's tokenizer"),
+        (
+            lambda: learn(
+                model(),
+                texts(320),
+                Request(0.4, 320, SIZE, retrieve=True, windows=windows(num_blocks=20)),
+                EFFORT,
+                tokenizer=letters(),
+            ),
+            "--retrieve: expected sequences that have room for hidden facts and questions, got sequences of 320 tokens",
+        ),
+    ],
+    ids=["no tokenizer", "short sequences"],
+)
+def test_what_facts_cannot_be_hidden_in_is_refused(run: Callable[[], Topology], text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        run()
