@@ -52,9 +52,10 @@ def candidates(day: Day, shape: Shape) -> tuple[tuple[Tile | None, Tile | None],
     if day.target == "cpu":
         return ((None, None),) * day.candidates
     tiles = tiles_of(Target.parse(day.target))
-    grids = prefill_candidates(tiles, shape.head_dim), decode_candidates(tiles, shape.head_dim)
+    group = shape.heads // shape.kv_heads
+    grids = prefill_candidates(tiles, shape.head_dim, group), decode_candidates(tiles, shape.head_dim)
     prefill, decode = ([grid[index * len(grid) // day.candidates] for index in range(day.candidates)] for grid in grids)
-    own = [tile for tile in day.prefill_tiles if shape.heads // shape.kv_heads % tile.heads == 0]
+    own = [tile for tile in day.prefill_tiles if group % tile.heads == 0]
     prefill = list(dict.fromkeys((prefill[0], *own, *prefill)))[: day.candidates]
     return tuple(zip(prefill, decode, strict=True))
 

@@ -77,7 +77,8 @@ def _json(out: Path, found: "Tuned") -> str:
 
 
 def _words(tile: "Tile") -> str:
-    return ", ".join(f"{value} {name}" for name, value in dataclasses.asdict(tile).items())
+    numbers = (f"{getattr(tile, name)} {name}" for name in ("queries", "keys", "warps", "stages"))
+    return ", ".join((*numbers, *tile.variant))
 
 
 TUNE = Command("tune", "Choose GPU tiles by timing them on this machine's GPU.", _add_arguments, _run)

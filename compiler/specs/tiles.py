@@ -66,6 +66,12 @@ class Tile:
     heads: int = 1
 
     @property
+    def variant(self) -> tuple[str, ...]:
+        """What is not the default, in words."""
+        loads = () if self.loads == LOADS[0] else (f"loads by {self.loads}",)
+        return loads if self.heads == 1 else (*loads, f"{self.heads} heads")
+
+    @property
     def rows(self) -> int:
         """The queries of all heads of a program."""
         return self.queries * self.heads

@@ -16,11 +16,12 @@ _ELEMENT_BYTES = 2
 _MAX_THREADS = 1024
 
 
-def prefill_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:
-    """Lists tiles for many queries, the present one first."""
+def prefill_candidates(tiles: TargetTiles, head_dim: int, heads_per_kv_head: int) -> tuple[Tile, ...]:
+    """Lists tiles for many queries, the present one first; the heads of a program divide a KV head's."""
     present = tiles.listed("prefill", head_dim)
     found = _fitting(tiles, head_dim, present, "prefill", _QUERIES, _KEYS, _WARPS, _STAGES)
-    return tuple(tile for tile in found if tile.keys <= tile.queries)
+    possible = (tile for tile in found[1:] if tile.keys <= tile.queries and heads_per_kv_head % tile.heads == 0)
+    return (present, *possible)
 
 
 def decode_candidates(tiles: TargetTiles, head_dim: int) -> tuple[Tile, ...]:

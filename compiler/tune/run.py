@@ -59,7 +59,9 @@ def tune_here(
     with tempfile.TemporaryDirectory() as work:
         for head_dim in sizes:
             bench = Bench(with_head_dim(timed_layer, head_dim), target, device, _milliseconds, Path(work), jobs)
-            tunings[head_dim] = tune(tiles, head_dim, bench.measure, _counted(tiles, head_dim, progress))
+            group = topology.model.num_attention_heads // topology.model.num_key_value_heads
+            counted = _counted(tiles, head_dim, group, progress)
+            tunings[head_dim] = tune(tiles, head_dim, group, bench.measure, counted)
             tiles = tunings[head_dim].tiles
     return Tuned({**start, target: tiles}, target, torch.cuda.get_device_name(device), tunings)
 
@@ -82,9 +84,11 @@ def with_head_dim(topology: Topology, head_dim: int) -> Topology:
     return dataclasses.replace(topology, model=dataclasses.replace(topology.model, head_dim=head_dim))
 
 
-def _counted(tiles: TargetTiles, head_dim: int, progress: Progress | None) -> Callable[[Trial], None]:
+def _counted(
+    tiles: TargetTiles, head_dim: int, heads_per_kv_head: int, progress: Progress | None
+) -> Callable[[Trial], None]:
     """Reports each trial of a head size to `progress`."""
-    total = len(prefill_candidates(tiles, head_dim)) + len(decode_candidates(tiles, head_dim))
+    total = len(prefill_candidates(tiles, head_dim, heads_per_kv_head)) + len(decode_candidates(tiles, head_dim))
     done: list[Trial] = []
 
     def tried(trial: Trial) -> None:

@@ -38,7 +38,9 @@ class Tuning:
         return min(working, key=lambda trial: trial.milliseconds or math.inf)
 
 
-def tune(tiles: TargetTiles, head_dim: int, measure: Measure, tried: Callable[[Trial], None]) -> Tuning:
+def tune(
+    tiles: TargetTiles, head_dim: int, heads_per_kv_head: int, measure: Measure, tried: Callable[[Trial], None]
+) -> Tuning:
     """Chooses a target's tiles for one head size: first those for many queries, then, with them, those for one.
 
     `tried` is called after each trial.
@@ -48,7 +50,7 @@ def tune(tiles: TargetTiles, head_dim: int, measure: Measure, tried: Callable[[T
     """
     trials: list[Trial] = []
     for phase, candidates in (
-        ("prefill", prefill_candidates(tiles, head_dim)),
+        ("prefill", prefill_candidates(tiles, head_dim, heads_per_kv_head)),
         ("decode", decode_candidates(tiles, head_dim)),
     ):
         found = _measured(tiles, head_dim, phase, candidates, measure, tried)

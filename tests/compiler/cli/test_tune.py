@@ -68,6 +68,21 @@ def test_without_triton_it_says_so_before_any_trial(
     assert not out.exists()
 
 
+def test_a_variant_is_printed_where_it_is_not_the_default(
+    topology_file: Path, capsys: pytest.CaptureFixture[str], gpu: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(_bench: Bench, tiles: TargetTiles, phase: str) -> float:
+        tile = tiles.listed(phase, 128)
+        return 3.0 - (tile.loads == "descriptors") - (tile.heads == 2)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    out = topology_file.with_name("tiles.json")
+    assert cli.main(["tune", str(topology_file), "--out", str(out)]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert ", 2 stages, loads by descriptors, 2 heads, 1.000 ms, before 3.000 ms" in first
+    assert read_tiles(out)[HOPPER].prefill_tile(128, 128, 2).heads == 2
+
+
 def test_what_it_writes_compiles(topology_file: Path, gpu: list[Bench], capsys: pytest.CaptureFixture[str]) -> None:
     out = topology_file.with_name("tiles.json")
     assert cli.main(["tune", str(topology_file), "--out", str(out), "--layer", "1"]) == 0

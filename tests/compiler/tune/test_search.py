@@ -21,7 +21,7 @@ def milliseconds(tiles: TargetTiles, phase: str) -> float:
 
 
 def tuned(measure: Callable[[TargetTiles, str], float], tried: Callable[[Trial], None] = lambda _: None) -> TargetTiles:
-    return tune(HOPPER, 128, measure, tried).tiles
+    return tune(HOPPER, 128, 4, measure, tried).tiles
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "cuda:120", "hip:gfx90a", "hip:gfx950"])
@@ -29,7 +29,7 @@ def tuned(measure: Callable[[TargetTiles, str], float], tried: Callable[[Trial],
 def test_candidates_begin_with_the_present_tile_and_fit_the_device(target: str, head_dim: int) -> None:
     tiles = tiles_of(Target.parse(target))
     for phase, candidates in (
-        ("prefill", prefill_candidates(tiles, head_dim)),
+        ("prefill", prefill_candidates(tiles, head_dim, 4)),
         ("decode", decode_candidates(tiles, head_dim)),
     ):
         assert candidates[0] == tiles.listed(phase, head_dim)
@@ -44,9 +44,19 @@ def test_candidates_begin_with_the_present_tile_and_fit_the_device(target: str, 
             assert parse_tiles(tiles_json(changed, "a test")) == changed
 
 
+def test_candidates_are_of_every_variant_that_the_target_and_the_heads_allow() -> None:
+    def variants(target: str, heads_per_kv_head: int) -> set[tuple[str, int]]:
+        tiles = tiles_of(Target.parse(target))
+        return {(tile.loads, tile.heads) for tile in prefill_candidates(tiles, 128, heads_per_kv_head)}
+
+    assert variants("cuda:90", 4) == {(loads, heads) for loads in ("pointers", "descriptors") for heads in (1, 2)}
+    assert variants("cuda:90", 3) == {("pointers", 1), ("descriptors", 1)}
+    assert variants("cuda:80", 4) == {("pointers", 1), ("pointers", 2)}
+
+
 def test_a_device_with_less_shared_memory_has_fewer_candidates() -> None:
     small = dataclasses.replace(HOPPER, device=dataclasses.replace(HOPPER.device, shared_bytes=65536))
-    assert set(prefill_candidates(small, 256)) < set(prefill_candidates(HOPPER, 256))
+    assert set(prefill_candidates(small, 256, 4)) < set(prefill_candidates(HOPPER, 256, 4))
 
 
 def test_the_fastest_of_each_phase_is_taken() -> None:
@@ -81,7 +91,7 @@ def test_what_fails_is_told_and_not_taken() -> None:
     told: list[Trial] = []
     found = tuned(measure, told.append)
     assert found.listed("prefill", 128).warps == found.listed("decode", 128).warps == 8
-    assert len(told) == len(prefill_candidates(HOPPER, 128)) + len(decode_candidates(HOPPER, 128))
+    assert len(told) == len(prefill_candidates(HOPPER, 128, 4)) + len(decode_candidates(HOPPER, 128))
     for trial in told:
         assert (trial.milliseconds is None) == (trial.tile.warps < 8)
         assert trial.fault == (
