@@ -23,18 +23,27 @@ from gpu_day.packages import candidates, prepare
 from gpu_standin import FakeStream, Standin, compile_standins
 from inputs.topologies import Shape
 from surgeon.compiler import read_topology
-from surgeon.compiler.specs.tiles import read_tiles
+from surgeon.compiler.specs.tiles import Tile, read_tiles
 from surgeon.runtime.kernels.devices import DeviceKernels
 from surgeon.runtime.kernels.gpu.kernels import open_gpu
 from surgeon.runtime.kernels.gpu.open_driver import open_driver
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.package.interface import PREFILL
 from surgeon.runtime.package.reader import PackageFiles
 
 pytest.importorskip("triton")
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=64, block_size=64)
+VARIANTS = (Tile(64, 64, 4, 3, "descriptors"), Tile(32, 32, 4, 2, heads=2))
 DAY = replace(
-    REHEARSAL, target="cuda:90", dtype="bf16", shapes=(SHAPE,), densities=(0.5,), batches=(1, 2), candidates=2
+    REHEARSAL,
+    target="cuda:90",
+    dtype="bf16",
+    shapes=(SHAPE,),
+    densities=(0.5,),
+    batches=(1, 2),
+    candidates=3,
+    prefill_tiles=VARIANTS,
 )
 STAGES = ("smoke", "tiles", "speed", "model")  # the suite's own tests skip themselves without a card
 LAUNCHES = ("cuLaunchKernel", "cuLaunchKernelEx")
@@ -106,17 +115,21 @@ def test_the_days_stages_launch_their_kernels(
     assert told == ["attention_000", "decode", "combine"]
     assert all(row["prefill_error"] < 5e-3 and "fault" not in row for row in tiles)
     assert [row["prefill_tile"] for row in tiles] == [list(vars(pair[0]).values()) for pair in candidates(DAY, SHAPE)]
-    assert {row["prefill_tile"][-1] for row in tiles} == {"pointers", "descriptors"}
     assert [(row["phase"], row["batch"]) for row in speed] == [("prefill", 1), ("decode", 1), ("decode", 2)]
     assert [row["what"] for row in model] == ["first token", "decoded token"]
     assert bars(results["stages"], DAY.lengths)[0].met  # the errors
-    assert list(read_tiles(out / "tiles.json"))  # the fastest of the two
+    assert list(read_tiles(out / "tiles.json"))  # the fastest of the three
 
     calls = standin.log()
     launched = [call for call in calls if call["call"] in LAUNCHES]
     assert len(launched) > len(told)
     assert_every_launch_is_within_the_limits(launched)
     assert any(int(call["values"][-2], 16) for call in launched)  # scratch memory, for descriptors
+    prefills = [call for call in launched if len(call["values"]) == len(PREFILL.binary_arguments)]
+    assert {call["grid"][0] for call in prefills} == {
+        SHAPE.heads,
+        SHAPE.heads // 2,
+    }  # a program of one head, and of two
     with pytest.raises(SystemExit, match="got a rehearsal"):
         keep(out)
     print({name: found["seconds"] for name, found in json.loads((out / "results.json").read_text())["stages"].items()})
