@@ -48,6 +48,7 @@ ROOMS = (
     "compiler.forecast",
     "compiler.learn.budget",
     "compiler.learn.ultrametric",
+    "compiler.learn.routing",
     "compiler.learn",
     "compiler.tune",
     "compiler.pilot",
