@@ -67,7 +67,7 @@ class Tile:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """What is not the default, in words."""
+        """The parts of the variant that are not the default, in words."""
         loads = () if self.loads == LOADS[0] else (f"loads by {self.loads}",)
         return loads if self.heads == 1 else (*loads, f"{self.heads} heads")
 
