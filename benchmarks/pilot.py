@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135m-25-answers")
 """The names of the topologies, the sparsest first: the page is about it."""
-LARGER = ("qwen2.5-coder-0.5b-12-answers-4096", "qwen2.5-coder-0.5b-25-answers-4096")
+LARGER = ("qwen2.5-coder-0.5b-10-answers-4096", "qwen2.5-coder-0.5b-22-answers-4096")
 """The names of topologies for a larger model, which are piloted on demand."""
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
 MEASURED_LARGER = ("--sequences", "2", "--tasks", "4", "--rounds", "3", "--no-window")

@@ -29,6 +29,7 @@ def window_baseline(topology: Topology, length: int) -> Topology:
         dendrograms=(),
         layers=layers,
         beyond="window",
+        router=None,
         provenance={"method": "window", "density_of": topology.sha256},
     )
 

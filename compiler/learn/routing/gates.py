@@ -1,4 +1,4 @@
-"""Which heads retrieve: a frozen model reads documents, and gates let each head's questions see far or not.
+"""Finds heads that retrieve: a frozen model reads documents, and gates let each head's questions see far or not.
 
 The prefix is read densely. In the rows that ask and answer, a head's output is O_window + g (O_dense - O_window), where
 the window is the sink and the last blocks; what the answers' loss gains by a head's gate tells how much that head
@@ -52,7 +52,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class Gains:
-    """What one document shows of each head, `[layers, heads]`.
+    """The evidence of one document for each head, `[layers, heads]`.
 
     `gains[i]` is what the answers' loss falls by as the gates open further than `GATES[i]`; `mass` is the attention
     that answers pay to the facts that they state, summed over the facts.
@@ -76,7 +76,7 @@ def measure_gains(model: PreTrainedModel, document: Document, near: Near) -> Gai
 
 
 def retrieval_scores(found: Sequence[Gains]) -> torch.Tensor:
-    """How much each head brings back from afar, `[layers, heads]`: higher is more.
+    """The scores of the heads, `[layers, heads]`: higher for those that bring back more from afar.
 
     It is the sum of the heads' shares of all gains at each opening, and of all attention to facts.
     """
