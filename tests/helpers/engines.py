@@ -1,16 +1,17 @@
 """Engines of vLLM in this process, on a random model and its packages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
-from models import tokens
+from models import tiny_config, tiny_llama, tokens
+from surgeon.compiler import compile_package
 from surgeon.compiler.topology.topology import Topology
-from surgeon.runtime import load, patch, unpatch
+from surgeon.runtime import load, patch, unpatch, weights_id
 from topologies import balanced_tree, build, head
 
 ENVIRONMENT = {
@@ -52,13 +53,31 @@ class World:
         return list(map(int, ids[0, len(prompt) :]))
 
 
+def make_world(folder: Path) -> World:
+    """A random model of four layers in a folder, and packages of several topologies for it."""
+    model = tiny_llama(tiny_config(num_hidden_layers=4, max_position_embeddings=LONGEST, pad_token_id=None))
+    model.save_pretrained(folder / "model")
+    made = World(folder / "model", model)
+    learned = mixed_topology()
+    topologies = {
+        "mixed": mixed_topology(),
+        "some": mixed_topology(uncovered=(1, 2)),
+        "learned": replace(learned, model=replace(learned.model, weights_sha256=weights_id(model))),
+        **{beyond: mixed_topology(num_blocks=16, beyond=beyond) for beyond in ("window", "dense", "error")},
+    }
+    for name, topology in topologies.items():
+        made.packages[name] = compile_package(topology, folder / name, dtypes=("fp32",))
+    return made
+
+
 def mixed_topology(uncovered: Sequence[int] = (), **changes: Any) -> Topology:
     """Clusters, windows and a dense head in four layers, of blocks of 32 over 1,024 tokens."""
     layer = [head(window=2), head(sink=1), head(0, 2.0, 1, 1), head(window=4)]
     last = [{"dense": True}, head(0, 1.0), head(window=3), head()]
     layers = [[] if index in uncovered else heads for index, heads in enumerate([layer, layer[::-1], layer, last])]
     shape: Any = {"num_kv_heads": 2, "head_dim": 32, "block_size": 32, "num_blocks": 32}
-    return build(layers, [{"linkage": balanced_tree(32)}], **(shape | changes))
+    shape |= changes
+    return build(layers, [{"linkage": balanced_tree(shape["num_blocks"])}], **shape)
 
 
 class Engine:
@@ -90,6 +109,12 @@ class Engine:
         done = self.llm.generate(given, settings, use_tqdm=False)
         self.cached = [request.num_cached_tokens for request in done]
         return [list(request.outputs[0].token_ids) for request in done]
+
+    @property
+    def free_pages(self) -> int:
+        """The pages that no request holds."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return int(core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def count(self, metric: str) -> int:
         return int(sum(each.value for each in self.llm.get_metrics() if each.name == metric))
