@@ -24,6 +24,7 @@ from surgeon.runtime import Package
 from surgeon.runtime.errors import SurgeonError
 
 TOPOLOGY, LENGTH, NEW_TOKENS = "smollm2-135m-25", 2048, 24
+FLAGS = ("--dtype", "float32", "--no-enable-prefix-caching", "--enforce-eager", "--max-model-len", "8192")
 ROOT = Path(__file__).parents[1]
 LOG = ROOT / "build/demo-vllm.log"
 
@@ -70,7 +71,7 @@ def run(python: Path, count: int) -> bool:
         recall = setting.get("surgeon_recall")
         console.print(f"{name}: generating with Transformers, then serving {len(prompts)} prompts of {LENGTH} tokens")
         expected = continuations(folder, package if recall else None, str(recall), prompts)
-        with served(python, folder, setting, LOG) as server:
+        with served(python, folder, setting, LOG, FLAGS) as server:
             runs[name] = measured(server, prompts)
         answers = [answer.tokens for answer in (*runs[name].alone, *runs[name].together)]
         right[name] = sum(answer == wanted for answer, wanted in zip(answers, [*expected, *expected], strict=True))

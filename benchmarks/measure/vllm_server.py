@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, which knows its model by the folder's name, and its port on this machine."""
+    """A running server, which knows its model by the folder's name; its port on this machine, and its process."""
 
     model: str
     port: int
+    process: subprocess.Popen[bytes]
 
     def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
-        """Has a prompt's greedy continuation streamed."""
+        """Has a prompt's greedy continuation streamed, and waits for its end."""
+        started, times, tokens = time.perf_counter(), [], []
+        for found in self.stream(prompt, new_tokens):
+            times += [time.perf_counter() - started] * len(found)
+            tokens += found
+        return Answer(tuple(tokens), times[0], times[-1])
+
+    def stream(self, prompt: Sequence[int], new_tokens: int) -> Generator[list[int], None, None]:
+        """The tokens of a prompt's greedy continuation as they come; who closes the generator leaves the server.
+
+        Raises:
+            ModelError: the server says that it cannot go on.
+        """
         request = {
             "model": self.model,
             "prompt": list(prompt),
@@ -51,13 +64,11 @@ class Server:
             "stream": True,
             "return_token_ids": True,
         }
-        started, times, tokens = time.perf_counter(), [], []
         with self._open("/v1/completions", request) as reply:
             for chunk in chunks_of(reply):
-                found = [token for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
-                times += [time.perf_counter() - started] * len(found)
-                tokens += found
-        return Answer(tuple(tokens), times[0], times[-1])
+                if error := chunk.get("error"):
+                    raise ModelError("vLLM's server", "tokens", str(error), "read its log")
+                yield [token for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
 
     def ask_together(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
         """Asks all of the prompts at the same time."""
@@ -107,17 +118,20 @@ def usage_of(metrics: str) -> float:
 
 
 @contextmanager
-def served(python: Path, model: Path, options: Mapping[str, object], log: Path, gigabytes: int = 1) -> Iterator[Server]:
+def served(
+    python: Path, model: Path, options: Mapping[str, object], log: Path, flags: Sequence[str] = (), gigabytes: int = 1
+) -> Iterator[Server]:
     """Runs a server of a model's folder in another environment's Python for the duration of a `with` statement.
+
+    `options` are those of `--additional-config`, `flags` more of the server's own; `gigabytes` is the cache's size.
 
     Raises:
         ModelError: it ends while it starts, or does not start in time; `log` has what it said.
     """
     with socket.create_server((ADDRESS, 0)) as free:
         port = free.getsockname()[1]
-    flags = ["--dtype", "float32", "--host", ADDRESS, "--port", str(port), "--additional-config", json.dumps(options)]
-    flags += ["--no-enable-prefix-caching", "--enforce-eager", "--max-model-len", "8192"]
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", ADDRESS, "--port", str(port), "--additional-config", json.dumps(options)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -126,8 +140,8 @@ def served(python: Path, model: Path, options: Mapping[str, object], log: Path, 
         "VLLM_NO_USAGE_STATS": "1",
     }
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        server, deadline = Server(str(model), port), time.monotonic() + START_SECONDS
+        process = subprocess.Popen([*command, *flags], env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server, deadline = Server(str(model), port, process), time.monotonic() + START_SECONDS
         try:
             while not server.is_up():
                 if process.poll() is not None or time.monotonic() > deadline:

@@ -50,3 +50,28 @@ def ended(number: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"process {number} still runs")
+
+
+def descendants(number: int) -> dict[int, str]:
+    """The processes that a process has started, and those that they have, with what each is called."""
+    started: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        started.setdefault(parent, []).append(int(status.parent.name))
+    found: dict[int, str] = {}
+    open_ = list(started.get(number, ()))
+    while open_:
+        child = open_.pop()
+        found[child] = _title(child)
+        open_ += started.get(child, ())
+    return found
+
+
+def _title(number: int) -> str:
+    try:
+        return Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

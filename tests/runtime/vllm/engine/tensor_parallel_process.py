@@ -1,6 +1,7 @@
 """The script of test_tensor_parallel.py: an engine and two workers, each on half of the heads.
 
-Arguments: the model's folder, the package's, and a file of prompts, in whose place the greedy tokens are written.
+Arguments: the model's folder, the package's, a file of prompts, and one into which the greedy tokens are written. After
+that it goes on generating until somebody ends it.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
 
-    model, package, file = sys.argv[1:]
+    model, package, file, answers = sys.argv[1:]
     prompts = json.loads(Path(file).read_text())
     llm = LLM(
         model,
@@ -24,5 +25,9 @@ if __name__ == "__main__":
         additional_config={"surgeon_package": package},
     )
     settings = SamplingParams(temperature=0, max_tokens=20, detokenize=False, ignore_eos=True)
-    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-    Path(file).write_text(json.dumps([list(request.outputs[0].token_ids) for request in done]))
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    done = llm.generate(given, settings, use_tqdm=False)
+    Path(f"{answers}.part").write_text(json.dumps([list(request.outputs[0].token_ids) for request in done]))
+    Path(f"{answers}.part").replace(answers)
+    while True:
+        llm.generate(given, settings, use_tqdm=False)
