@@ -171,7 +171,7 @@ def learn(
             pattern = lowered(trained.pattern, grid, changes_of)
             figures = _trained_figures(trained, pattern, runs, sequences, grid, size)
         elif request.windows is not None:
-            pattern, figures = None, {"windows_of": request.windows.sha256}
+            pattern, figures = None, {"windows_of": request.windows.sha256, "heads_with_a_cut": 0}
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             pattern, figures = learned.pattern, _figures(learned)
