@@ -108,6 +108,34 @@ def far_back() -> str:
     )
 
 
+def ways_back() -> str:
+    """The ways to read what is far back, at about a quarter of the blocks, one row each."""
+    (routed,) = _pilots("pattern")
+    recalled = _pilots()[0]
+    rows = (
+        ("every block", routed, "dense"),
+        ('`recall="dense"`, windows learned for answers', recalled, "patched"),
+        ('`recall="pattern"`, a quarter of the heads routed', routed, "patched"),
+        ('`recall="pattern"`, equal windows', routed, "window"),
+    )
+    return table(
+        ("read", "found", "of five", "perplexity", "first token", "decoding"),
+        ((what, *_way_back(pilot, _column(pilot, name))) for what, pilot, name in rows),
+    )
+
+
+def _way_back(pilot: Pilot, column: Column) -> tuple[str, ...]:
+    dense = _column(pilot, "dense")
+    ratio = column.against_dense.continuation_ratio if column.against_dense else None
+    return (
+        _found(pilot, column),
+        _found(pilot, column, KEYS),
+        f"{ratio.value if ratio else 1:.3f}x",
+        f"{dense.first_token.value / column.first_token.value:.2f}x",
+        f"{column.decode.value / dense.decode.value:.2f}x",
+    )
+
+
 def learning_cost() -> str:
     """The cost of learning, for each model that was measured and each way of learning."""
     costs, ways, answers = _read("learning-cost")["rows"], _read("learn")["rows"], _answers(2048)
@@ -237,9 +265,13 @@ def _suite(name: str) -> Row:
     return _read(f"{name}-native")
 
 
-def _pilots() -> list[Pilot]:
-    """The densest first."""
-    return sorted(map(read_pilot, RESULTS.glob("pilot-*.json")), key=lambda pilot: -_column(pilot, "patched").density)
+def _pilots(recall: str = "dense") -> list[Pilot]:
+    """SmolLM2-135M's pilots under a recall, the densest first."""
+    found = [read_pilot(file) for file in RESULTS.glob("pilot-smollm2-*.json")]
+    return sorted(
+        (pilot for pilot in found if _column(pilot, "patched").recall == recall),
+        key=lambda pilot: -_column(pilot, "patched").density,
+    )
 
 
 def _mean(row: Row, name: str) -> float:
@@ -288,6 +320,8 @@ def _processor(row: Row) -> str:
 def _way(row: Row) -> str:
     if row["method"] == "ultrametric":
         return "p-adic paths by descent"
+    if row["topology"].endswith("-routed"):
+        return "windows of another topology and routed heads"
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
 
 

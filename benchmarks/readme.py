@@ -41,6 +41,7 @@ PARTS = (
     Part(README, "choices", figures.choices),
     Part(README, "learning cost", figures.learning_cost),
     Part(README, "far back", figures.far_back),
+    Part(README, "ways back", figures.ways_back),
     Part(FOLDER / "README.md", "all figures", figures.all_figures),
     Part(FOLDER / "README.md", "figures of GPUs", all_rows),
 )
