@@ -20,7 +20,7 @@ from gpu_day.bars import bars
 from gpu_day.day import DAYS, REHEARSAL
 from gpu_day.kept import keep
 from gpu_day.packages import candidates, prepare
-from gpu_standin import FakeStream, Standin, compile_standins
+from gpu_standin import FakeStream, Standin, standin_folder
 from inputs.topologies import Shape
 from surgeon.compiler import read_topology
 from surgeon.compiler.specs.tiles import Tile, read_tiles
@@ -77,15 +77,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
     """A machine with a Hopper card, as far as the launcher asks."""
-    compile_standins(tmp_path)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: FakeStream(7))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, _device: tensor)
     monkeypatch.setattr(DeviceKernels, "_load", lambda self, _device: Filled(self._files, self._strict))
-    found = Standin(tmp_path, "cuda")
+    found = Standin(standin_folder(), "cuda")
     found.log()
     yield found
     found.log()

@@ -1,9 +1,13 @@
 """Drivers for tests on machines without a GPU: `gpu_standin.cpp` compiled as libcuda.so.1 and libamdhip64.so."""
 
+import atexit
 import ctypes
+import functools
 import json
+import shutil
 import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,16 @@ LIBRARIES = {"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}
 _FORMATS = {"pointer": "<Q", "i64": "<q", "i32": "<i", "fp32": "<f"}
 
 
-def compile_standins(folder: Path) -> None:
-    """Puts both libraries into a folder, where a process finds them if the folder is in LD_LIBRARY_PATH."""
+@functools.cache
+def standin_folder() -> Path:
+    """A folder with both libraries, the same for all tests of a process: the linker keeps the first of a name."""
+    folder = Path(tempfile.mkdtemp(prefix="surgeon-drivers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = Path(__file__).with_name("gpu_standin.cpp")
     for name in LIBRARIES.values():
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", folder / name]
         subprocess.run(command, check=True)
+    return folder
 
 
 class Standin:

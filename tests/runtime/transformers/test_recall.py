@@ -179,7 +179,7 @@ def test_an_error_while_prefilling_forgets_the_prompt(patched: LlamaForCausalLM)
     ("arguments", "text"),
     [
         ({"recall": "all"}, 'recall: expected "dense" or "pattern", got \'all\''),
-        ({"recall": None}, 'recall: expected "dense" or "pattern", got None'),
+        ({"recall": 1}, 'recall: expected "dense" or "pattern", got 1'),
         ({"dense_rows": -1}, "dense_rows: expected a whole number of tokens from 1 on, got -1"),
         ({"dense_rows": 0}, "dense_rows: expected a whole number of tokens from 1 on, got 0"),
         ({"dense_rows": 12.0}, "dense_rows: expected a whole number of tokens from 1 on, got 12.0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_calls import STREAM, TARGETS, topology
-from gpu_standin import FakeStream, Standin, compile_standins
+from gpu_standin import FakeStream, Standin, standin_folder
 from surgeon.compiler import compile_package
 from surgeon.runtime.kernels.gpu.driver import Driver
 from surgeon.runtime.kernels.gpu.driver_ctypes import CudaDriver, HipDriver
@@ -27,13 +27,6 @@ def files(folder: Path) -> PackageFiles:
     return read_package(folder)
 
 
-@pytest.fixture(scope="session")
-def standin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("drivers")
-    compile_standins(made)
-    return made
-
-
 @pytest.fixture(params=["cuda.core", "cuda", "hip"])
 def way(request: pytest.FixtureRequest) -> str:
     """The interface to a driver: cuda.core, or a vendor's library through ctypes."""
@@ -46,10 +39,10 @@ def backend(way: str) -> str:
 
 
 @pytest.fixture
-def standin(standin_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+def standin(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: FakeStream(STREAM))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, _device: tensor)
-    found = Standin(standin_folder, backend)
+    found = Standin(standin_folder(), backend)
     found.log()
     yield found
     found.log()
