@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpu_calls import ATTRIBUTES, LAUNCHES, LOADS, arguments, entry_of, kernels, launches, only_cuda, tensors
-from gpu_standin import Standin
+from gpu_standin import Standin, standin_folder
 from surgeon.runtime.errors import PackageError, TargetError
 from surgeon.runtime.kernels.gpu.driver import Driver
 from surgeon.runtime.operands import Operands
@@ -113,7 +113,7 @@ class Missing:
             raise ImportError(f"{name} is not installed here")
 sys.meta_path.insert(0, Missing())
 import torch
-from gpu_standin import FakeStream, on_gpu
+from gpu_standin import FakeStream, on_gpu, standin_folder
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
 torch.Tensor.cuda = lambda tensor, device: tensor
@@ -138,13 +138,13 @@ print(json.dumps({"driver": driver, "q": q.data_ptr(), "launch": launch}))
 
 
 @pytest.mark.parametrize("way", ["cuda.core", "ctypes on libcuda.so.1"])
-def test_a_serving_machine_needs_no_triton(folder: Path, files: PackageFiles, standin_folder: Path, way: str) -> None:
+def test_a_serving_machine_needs_no_triton(folder: Path, files: PackageFiles, way: str) -> None:
     if way == "cuda.core":
         pytest.importorskip("cuda.core")
     done = subprocess.run(
         [sys.executable, "-c", SERVING, str(folder), *([] if way == "cuda.core" else ["cuda"])],
-        env=os.environ | {"LD_LIBRARY_PATH": str(standin_folder), "PYTHONPATH": str(HELPERS)},
-        cwd=standin_folder,
+        env=os.environ | {"LD_LIBRARY_PATH": str(standin_folder()), "PYTHONPATH": str(HELPERS)},
+        cwd=standin_folder(),
         capture_output=True,
         text=True,
         check=False,
