@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from surgeon.compiler.learn.measure.decoder import KEPT_BYTES, LOGITS_CHUNK, activation_bytes, dense_states
+from surgeon.compiler.learn.measure.attending import KEPT_BYTES, activation_bytes
+from surgeon.compiler.learn.measure.decoder import LOGITS_CHUNK, dense_states
 from surgeon.compiler.system.stages import Forecast, Stage
 
 _CALIBRATE = 6.0

@@ -5,24 +5,19 @@ the window is the sink and the last blocks; what the answers' loss gains by a he
 brings back.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from surgeon.compiler.learn.measure.attending import Attend, attending, bounded, dense_attention, last_states
 from surgeon.compiler.learn.measure.documents import Document
 from surgeon.runtime.evaluate.logits import logits_of
 from surgeon.runtime.transformers.layers import find_attention
-from surgeon.runtime.transformers.offload import entry_device
 
 GATES = (0.3, 0.7)
 """The openings at which gains are measured: at one alone, heads that stand in for each other look useless."""
-
-_IMPLEMENTATION = "surgeon_gates"
-_ATTRIBUTE = "_surgeon_gates"
 
 
 @dataclass(frozen=True)
@@ -42,15 +37,6 @@ class Near:
 
 
 @dataclass(frozen=True)
-class _Task:
-    layer: int
-    document: Document
-    near: Near
-    gates: torch.Tensor  # [layers, heads]
-    mass: torch.Tensor  # [layers, heads], filled
-
-
-@dataclass(frozen=True)
 class Gains:
     """The evidence of one document for each head, `[layers, heads]`.
 
@@ -64,14 +50,15 @@ class Gains:
 
 def measure_gains(model: PreTrainedModel, document: Document, near: Near) -> Gains:
     """Reads a document with every gate at each of the openings."""
-    modules = [module for _, module in find_attention(model)]
-    shape = (len(modules), model.config.num_attention_heads)
+    shape = (len(find_attention(model)), model.config.num_attention_heads)
     mass, gains = torch.zeros(shape), []
     for opening in GATES:
         gates = torch.full(shape, opening, requires_grad=True)
-        loss = _loss(model, modules, document, near, gates, mass)
-        (gradient,) = torch.autograd.grad(loss, gates)
+        found = torch.zeros(shape)
+        with attending(model, _gated(document, near, gates, found)), bounded(model, document.tokens.shape[1]):
+            (gradient,) = torch.autograd.grad(_loss(model, document), gates)
         gains.append(-gradient.cpu())
+        mass += found
     return Gains(tuple(gains), mass)
 
 
@@ -86,78 +73,38 @@ def retrieval_scores(found: Sequence[Gains]) -> torch.Tensor:
     return torch.stack([quantity / quantity.sum().clamp(min=1e-30) for quantity in positive]).sum(0)
 
 
-def _loss(
-    model: PreTrainedModel,
-    modules: Sequence[torch.nn.Module],
-    document: Document,
-    near: Near,
-    gates: torch.Tensor,
-    mass: torch.Tensor,
-) -> torch.Tensor:
+def _loss(model: PreTrainedModel, document: Document) -> torch.Tensor:
     """The mean negative log-likelihood of the answers' tokens."""
-    with _gated(model, modules, document, near, gates, mass):
-        embedded = model.get_input_embeddings()(document.tokens.to(entry_device(model)))
-        states = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+    states = last_states(model, document.tokens)
     rows = torch.tensor([row for answer in document.answers for row in answer.asking], device=states.device)
     expected = document.tokens[0].to(states.device)[rows + 1]
     return torch.nn.functional.cross_entropy(logits_of(model, states[rows]), expected)
 
 
-@contextmanager
-def _gated(
-    model: PreTrainedModel,
-    modules: Sequence[torch.nn.Module],
-    document: Document,
-    near: Near,
-    gates: torch.Tensor,
-    mass: torch.Tensor,
-) -> Iterator[None]:
-    AttentionInterface.register(_IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
-    before = model.config._attn_implementation
-    try:
-        model.config._attn_implementation = _IMPLEMENTATION
-        for layer, module in enumerate(modules):
-            setattr(module, _ATTRIBUTE, _Task(layer, document, near, gates, mass))
-        yield
-    finally:
-        model.config._attn_implementation = before
-        for module in modules:
-            if hasattr(module, _ATTRIBUTE):
-                delattr(module, _ATTRIBUTE)
+def _gated(document: Document, near: Near, gates: torch.Tensor, mass: torch.Tensor) -> Attend:
+    """Attention whose asking rows see far as their head's gate lets them; fills `mass`, `[layers, heads]`."""
+    first, length = document.questions, document.tokens.shape[1]
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        prefix = dense_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first], scale)
+        group = q.shape[1] // k.shape[1]
+        k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+        asking = q[:, :, first:] @ k.transpose(2, 3) * scale  # [1, heads, rows, length]
+        rows = torch.arange(first, length, device=q.device)[:, None]
+        far = torch.softmax(asking.masked_fill(torch.arange(length, device=q.device) > rows, -torch.inf), dim=-1)
+        close = torch.softmax(asking.masked_fill(~near.mask(range(first, length), q.device), -torch.inf), dim=-1)
+        mass[layer] = _mass_on_facts(document, far[0].detach())
+        gate = gates[layer].to(q.device)[None, :, None, None]
+        return torch.cat([prefix, (close + gate * (far - close)) @ v], dim=2)
+
+    return attend
 
 
-def _no_mask(**_arguments: Any) -> None:
-    """Returns no mask: sequences are whole and unpadded, and the attention below is causal by itself."""
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _attention_mask: None,
-    scaling: float | None = None,
-    **_extras: Any,
-) -> tuple[torch.Tensor, None]:
-    task: _Task = getattr(module, _ATTRIBUTE)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    group = query.shape[1] // key.shape[1]
-    k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-    first, length = task.document.questions, query.shape[2]
-    prefix = torch.nn.functional.scaled_dot_product_attention(
-        query[:, :, :first], k[:, :, :first], v[:, :, :first], is_causal=True, scale=scale
-    )
-    asking = query[:, :, first:] @ k.transpose(2, 3) * scale  # [1, heads, rows, length]
-    rows = torch.arange(first, length, device=query.device)[:, None]
-    far = torch.softmax(asking.masked_fill(torch.arange(length, device=query.device) > rows, -torch.inf), dim=-1)
-    near = task.near.mask(range(first, length), query.device)
-    close = torch.softmax(asking.masked_fill(~near, -torch.inf), dim=-1)
-    gate = task.gates[task.layer].to(query.device)[None, :, None, None]
-    with torch.no_grad():
-        for answer in task.document.answers:
-            own = far[0, :, [row - first for row in answer.asking]]
-            for fact in answer.facts:
-                task.mass[task.layer] += own[:, :, fact.start : fact.stop].sum(2).mean(1).cpu()
-    output = torch.cat([prefix, (close + gate * (far - close)) @ v], dim=2)
-    return output.transpose(1, 2).contiguous(), None
+def _mass_on_facts(document: Document, weights: torch.Tensor) -> torch.Tensor:
+    """The part of attention `[heads, rows, length]` that answers pay to their facts, summed over these: `[heads]`."""
+    found = torch.zeros(weights.shape[0])
+    for answer in document.answers:
+        own = weights[:, [row - document.questions for row in answer.asking]]
+        for fact in answer.facts:
+            found += own[:, :, fact.start : fact.stop].sum(2).mean(1).cpu()
+    return found

@@ -10,7 +10,7 @@ from surgeon.compiler.forecast.learning import (
     learning_memory,
     learning_stages,
 )
-from surgeon.compiler.learn.measure.decoder import KEPT_BYTES, activation_bytes
+from surgeon.compiler.learn.measure.attending import KEPT_BYTES, activation_bytes
 
 THREE_TEXTS = Counts(calibrate=6, validate=3, refine=(3, 3, 3))
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from models import tiny_llama, tokens
-from surgeon.compiler.learn.measure import decoder
+from surgeon.compiler.learn.measure import attending
 from surgeon.compiler.learn.measure.attention import block_sparse_attention
 from surgeon.compiler.learn.measure.decoder import (
     Observation,
@@ -170,7 +170,7 @@ def test_keeping_less_for_the_backward_pass_changes_nothing(monkeypatch: pytest.
     kept: list[Observation] = []
     remade: list[Observation] = []
     observe_dense(model, ids, torch.Generator().manual_seed(0), kept.append)
-    monkeypatch.setattr(decoder, "KEPT_BYTES", 0)
+    monkeypatch.setattr(attending, "KEPT_BYTES", 0)
     observe_dense(model, ids, torch.Generator().manual_seed(0), remade.append)
     assert [layer.layer for layer in remade] == [2, 1, 0]
     for one, other in zip(kept, remade, strict=True):

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from models import tiny_config, tiny_llama
 from oracles import filler, letters
+from surgeon.compiler.learn.measure import attending
 from surgeon.compiler.learn.measure.checkpoint import frozen
 from surgeon.compiler.learn.measure.documents import Document, document_of
 from surgeon.compiler.learn.routing import gates
@@ -34,10 +35,9 @@ def document() -> Document:
 
 
 def loss_at(opening: torch.Tensor) -> torch.Tensor:
-    modules = [module for _, module in find_attention(model())]
-    mass = torch.zeros(opening.shape)
-    with torch.no_grad():
-        return gates._loss(model(), modules, document(), NEAR, opening, mass)
+    attend = gates._gated(document(), NEAR, opening, torch.zeros(opening.shape))
+    with torch.no_grad(), attending.attending(model(), attend):
+        return gates._loss(model(), document())
 
 
 def test_an_answer_names_its_tokens_and_the_facts_that_state_it() -> None:
@@ -75,6 +75,15 @@ def test_gains_are_what_the_loss_falls_by() -> None:
             slope = (loss_at(centre - step) - loss_at(centre + step)) / 0.1
             torch.testing.assert_close(gains[place], slope, rtol=0.05, atol=2e-5)
     assert (found.mass > 0).all()
+
+
+def test_keeping_less_for_the_backward_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with frozen(model()):
+        kept = measure_gains(model(), document(), NEAR)
+        monkeypatch.setattr(attending, "KEPT_BYTES", 0)
+        remade = measure_gains(model(), document(), NEAR)
+    assert torch.equal(remade.mass, kept.mass)
+    assert all(map(torch.equal, remade.gains, kept.gains))
 
 
 def test_near_is_the_sink_and_the_last_blocks() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,10 +33,11 @@ def texts(length: int = LENGTH) -> list[TokenText]:
     return [TokenText(name, name * 64, torch.randint(1, 90, (4 * length,), generator=generator)) for name in ("a", "b")]
 
 
-def windows(**changes: int) -> Topology:
-    shape = {"num_kv_heads": 2, "head_dim": 32, "block_size": SIZE, "num_blocks": LENGTH // SIZE} | changes
+def windows(head_dim: int = 32, block_size: int = SIZE, num_blocks: int = LENGTH // SIZE) -> Topology:
     heads = [topologies.window_head(1, window) for window in (30, 8, 12, 20)]
-    made = topologies.build([heads] * 3, **shape)  # type: ignore[arg-type]
+    made = topologies.build(
+        [heads] * 3, num_kv_heads=2, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks
+    )
     return dataclasses.replace(made, model=dataclasses.replace(made.model, model_type=model_shape(model()).model_type))
 
 
@@ -77,10 +79,10 @@ def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> 
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused(change: dict[str, object], text: str) -> None:
+def test_what_does_not_go_together_is_refused(change: dict[str, Any], text: str) -> None:
     request = dataclasses.replace(REQUEST, windows=windows())
     with pytest.raises(TopologyError, match=text):
-        learn(model(), texts(), dataclasses.replace(request, **change), EFFORT, tokenizer=letters())  # type: ignore[arg-type]
+        learn(model(), texts(), dataclasses.replace(request, **change), EFFORT, tokenizer=letters())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import torch
 
 from models import tiny_llama, tokens
 from surgeon.compiler.learn.learn import Effort, Request, learn
-from surgeon.compiler.learn.measure.decoder import _attending, _states, dense_states, pull_masks
+from surgeon.compiler.learn.measure.attending import attending, last_states
+from surgeon.compiler.learn.measure.attention import masked_attention
+from surgeon.compiler.learn.measure.decoder import dense_states, pull_masks
 from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.learn.patterns.windows import window_patterns
 from surgeon.compiler.learn.ultrametric import descent
@@ -82,10 +84,14 @@ def test_the_first_step_is_the_dense_model() -> None:
     masks = [found.masks for found in masks_at(state, Settings(), 0, 0, ALWAYS)]
     causal = torch.ones(BLOCKS, BLOCKS).tril().expand(HEADS, BLOCKS, BLOCKS)
     assert all(torch.equal(mask.round(), causal) for mask in masks)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return masked_attention(q[0], k[0], v[0], masks[layer], scale)[None]
+
     with torch.no_grad():
         expected = model(ids).logits[0]
-        with _attending(model, masks, None):
-            found = model.lm_head(_states(model, ids))
+        with attending(model, attend):
+            found = model.lm_head(last_states(model, ids))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
     later = [found.masks for found in masks_at(state, Settings(), 59, 0, ALWAYS)]
     assert not all(torch.equal(mask.round(), causal) for mask in later), "noise rises"
