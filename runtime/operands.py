@@ -56,9 +56,6 @@ class Nodes(NamedTuple):
     written: torch.Tensor
 
 
-NODE = 8
-"""Tokens in a node."""
-
 PATTERN_ALONE = -(2**31)
 """A `dense_tail` that leaves every row to the topology."""
 

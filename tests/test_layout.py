@@ -44,6 +44,7 @@ ROOMS = (
     "compiler.package",
     "compiler.pipeline",
     "compiler.learn.patterns",
+    "compiler.learn.texts",
     "compiler.learn.measure",
     "compiler.forecast",
     "compiler.learn.budget",

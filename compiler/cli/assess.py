@@ -14,8 +14,8 @@ from surgeon.compiler.cli.values import add_json, add_measured, density, path
 
 if TYPE_CHECKING:
     from surgeon.compiler.learn.assess import Assessment
-    from surgeon.compiler.learn.measure.text_file import TextFile
     from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.learn.texts.text_file import TextFile
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.measure.text_file import read_text_file
     from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+    from surgeon.compiler.learn.texts.text_file import read_text_file
 
     # What can be refused is refused before the work: here before torch is imported, below before weights are read.
     blocks = measured_blocks(arguments.length, arguments.measured_length, arguments.block)
@@ -45,8 +45,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.assess import assess, divided
     from surgeon.compiler.learn.measure.before_weights import read_outline
     from surgeon.compiler.learn.measure.checkpoint import check_decoder, read_model
-    from surgeon.compiler.learn.measure.text import tokenize
     from surgeon.compiler.learn.patterns.pattern import Grid
+    from surgeon.compiler.learn.texts.text import tokenize
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.stages import stage_display
     from surgeon.compiler.system.terminal import quiet_unless_watched

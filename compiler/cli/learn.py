@@ -76,8 +76,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.measure.text_file import read_text_file
     from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+    from surgeon.compiler.learn.texts.text_file import read_text_file
     from surgeon.compiler.system.atomic_files import check_file
     from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.installation import required
@@ -98,8 +98,8 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.learn.learn import Request, divided, learn
     from surgeon.compiler.learn.measure.before_weights import read_outline
     from surgeon.compiler.learn.measure.checkpoint import check_decoder, read_model
-    from surgeon.compiler.learn.measure.text import tokenize
     from surgeon.compiler.learn.patterns.to_topology import write_topology
+    from surgeon.compiler.learn.texts.text import tokenize
     from surgeon.compiler.learn.ultrametric.descent import Settings
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.stages import stage_display

@@ -59,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Outcome:
-    from surgeon.compiler.learn.measure.text_file import read_text_file
+    from surgeon.compiler.learn.texts.text_file import read_text_file
     from surgeon.compiler.system.atomic_files import check_file
     from surgeon.runtime.errors import PilotError
     from surgeon.runtime.package.reader import read_package

@@ -14,9 +14,9 @@ from surgeon.compiler.learn.budget.budget import cheapest_windows, objective
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
-from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
 from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.pairs import causal_pairs

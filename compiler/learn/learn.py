@@ -14,15 +14,15 @@ from surgeon.compiler.forecast.learning import Counts, descending_stages, foreca
 from surgeon.compiler.learn.budget.budget import Learned, learn_pattern
 from surgeon.compiler.learn.measure.checkpoint import check_decoder, frozen, model_shape
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
-from surgeon.compiler.learn.measure.questions import with_questions
 from surgeon.compiler.learn.measure.runs import Runs
-from surgeon.compiler.learn.measure.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.routing.retrieve import retrieve
 from surgeon.compiler.learn.routing.routed import with_routes
+from surgeon.compiler.learn.texts.questions import with_questions
+from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
 from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.stages import Forecast, expect

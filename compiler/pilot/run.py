@@ -16,7 +16,7 @@ from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.measure.before_weights import read_outline
 from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
 from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
-from surgeon.compiler.learn.measure.text import read_text, spread
+from surgeon.compiler.learn.texts.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
 from surgeon.compiler.pipeline import compile_package

@@ -32,7 +32,7 @@ HEADS = {"prefill": (1, 2), "decode": (1,)}
 LOADS = ("pointers", "descriptors")
 """The ways to read keys and values; the second needs CUDA's compute capability 9.0."""
 
-_ROOT = {"format": "surgeon.tiles", "version": 1}
+_FORMAT, _VERSION = "surgeon.tiles", 1
 _MAX_FILE_BYTES = 2**20
 _LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
 _VARIANT = {"loads", "heads"}
@@ -183,7 +183,8 @@ def parse_tiles(text: str) -> dict[Target, TargetTiles]:
     Raises:
         TargetError: it is not JSON, or holds tiles that no kernel could use.
     """
-    root = _object(parse_root(text, _ROOT, "tiles", _FAULT), "tiles", {"source", "targets"})
+    _, plain = parse_root(text, _FORMAT, (_VERSION,), "tiles", _FAULT)
+    root = _object(plain, "tiles", {"source", "targets"})
     rows = root["targets"]
     if not isinstance(rows, dict) or not rows:
         raise TargetError("tiles.targets", "an object with a target", short_repr(rows), _REMEDY)
@@ -202,7 +203,8 @@ def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
         )
         device = json.dumps(dataclasses.asdict(row.device))[1:-1]
         targets.append(f'  "{target}": {{{device}, {", ".join(phases)}}}')
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in (_ROOT | {"source": source}).items())
+    root = {"format": _FORMAT, "version": _VERSION, "source": source}
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in root.items())
     return "{\n" + head + ' "targets": {\n' + ",\n".join(targets) + "\n }\n}\n"
 
 

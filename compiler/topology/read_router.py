@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from surgeon.compiler.topology.fields import constant, list_of, object_of
-from surgeon.compiler.topology.router import NODE, TILE, Channels, LayerRouter, Router
+from surgeon.compiler.topology.router import Channels, LayerRouter, Router
 from surgeon.compiler.topology.topology import DenseHead, Head
 from surgeon.runtime.errors import TopologyError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.package.schedule import NODE, TILE
 
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 

@@ -5,12 +5,6 @@ Source: topology.json version 2 (`topology.schema.json` beside this file).
 
 from dataclasses import dataclass
 
-NODE = 8
-"""Tokens in a node: the mean of their quantised keys stands for them."""
-
-TILE = 16
-"""Consecutive queries that choose together."""
-
 Channels = tuple[tuple[float, ...], ...]
 """One number for each channel of each KV head: `[num_key_value_heads][head_dim]`."""
 

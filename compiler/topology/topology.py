@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from surgeon.compiler.topology.dendrogram import Dendrogram
 from surgeon.compiler.topology.pairs import causal_pairs, cluster_counts, cluster_pairs, window_pairs
-from surgeon.compiler.topology.router import NODE, TILE, Router
+from surgeon.compiler.topology.router import Router
 from surgeon.runtime.errors import TopologyError
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.package.schedule import NODE, TILE
 
 
 @dataclass(frozen=True)

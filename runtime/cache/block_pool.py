@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from surgeon.runtime.operands import NODE, Nodes
+from surgeon.runtime.operands import Nodes
+from surgeon.runtime.package.schedule import NODE
 
 _SPARE = 8  # one spare slot for this many in use
 _CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
 from surgeon.runtime.evaluate.pilot_v1 import upgraded
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask, mean_score
-from surgeon.runtime.package.strict_json import Fault, parse_json, parse_root, read_document, read_plain
+from surgeon.runtime.package.strict_json import Fault, parse_root, read_document, read_plain
 
 MAX_PILOT_BYTES = 16 * 2**20
 
 FAULT = Fault(PilotError, "run surgeon pilot again")
-_ROOT = {"format": "surgeon.pilot", "version": 2}
+_FORMAT, _VERSION = "surgeon.pilot", 2
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Pilot:
 
     def to_json(self) -> str:
         """The text of pilot.json, the same for equal pilots."""
-        return json.dumps(_ROOT | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        root = {"format": _FORMAT, "version": _VERSION}
+        return json.dumps(root | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
     def column(self, name: str) -> Column | None:
         """The column of this name, if the pilot has it."""
@@ -159,11 +160,9 @@ class Pilot:
             PilotError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        whole = parse_json(text, "pilot", FAULT)
-        if isinstance(whole, dict) and whole.get("version") == 1 and type(whole["version"]) is int:
-            root = upgraded(parse_root(text, _ROOT | {"version": 1}, "pilot", FAULT), FAULT)
-        else:
-            root = parse_root(text, _ROOT, "pilot", FAULT)
+        version, root = parse_root(text, _FORMAT, (1, _VERSION), "pilot", FAULT)
+        if version == 1:
+            root = upgraded(root, FAULT)
         pilot = typing.cast(Pilot, read_plain(cls, root, "pilot", FAULT))
         if not pilot.columns or pilot.columns[0].against_dense is not None:
             raise FAULT("pilot: columns", "the dense model first", f"{len(pilot.columns)} others")

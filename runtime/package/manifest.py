@@ -19,8 +19,7 @@ CPU_ABI_VERSION = 7
 """Version of the call structure between the runtime and a CPU library."""
 
 _FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
-_ROOT = {"format": "surgeon.package", "version": 1}
-_ROUTED_ROOT = _ROOT | {"version": 2}
+_FORMAT, _UNROUTED, _ROUTED = "surgeon.package", 1, 2
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,8 @@ class Manifest:
         plain = dataclasses.asdict(self)
         if not self.routed:
             del plain["routed"]
-        return json.dumps((_ROUTED_ROOT if self.routed else _ROOT) | plain, indent=1, sort_keys=True) + "\n"
+        root = {"format": _FORMAT, "version": _ROUTED if self.routed else _UNROUTED}
+        return json.dumps(root | plain, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -148,10 +148,13 @@ class Manifest:
             PackageError: the text is not JSON or is of another version, or a field is missing, unknown or of the wrong
                 type.
         """
-        routed = '"routed"' in text
-        plain = parse_root(text, _ROUTED_ROOT if routed else _ROOT, "manifest.json", _FAULT)
-        found = typing.cast(Manifest, from_plain(cls, plain if routed else plain | {"routed": []}, "manifest.json"))
-        if routed and not set(found.routed) <= set(found.layers):
+        version, plain = parse_root(text, _FORMAT, (_UNROUTED, _ROUTED), "manifest.json", _FAULT)
+        if version == _UNROUTED:
+            if "routed" in plain:
+                raise _FAULT("manifest.json: routed", f"version {_ROUTED}", f"version {_UNROUTED}")
+            plain["routed"] = []
+        found = typing.cast(Manifest, from_plain(cls, plain, "manifest.json"))
+        if version == _ROUTED and (not found.routed or not set(found.routed) <= set(found.layers)):
             raise _FAULT("manifest.json: routed", "some of the covered layers", short_repr(found.routed))
         return found
 

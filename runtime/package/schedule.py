@@ -22,6 +22,12 @@ from surgeon.runtime.package.tensors import Matrices, Matrix, ascend
 
 FILE = "schedule.safetensors"
 
+NODE = 8
+"""Tokens in a node: the mean of their quantised keys stands for them where routed heads choose."""
+
+TILE = 16
+"""Consecutive queries that choose together."""
+
 UNBOUNDED = 2**31 - 1
 """The row after the last one of a piece that has no end."""
 

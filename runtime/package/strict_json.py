@@ -6,7 +6,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -87,21 +87,25 @@ def parse_json(text: str, where: str, fault: Fault) -> object:
         raise fault(where, "numbers of a few digits", "one of thousands", "correct the file") from None
 
 
-def parse_root(text: str, constants: Mapping[str, object], where: str, fault: Fault) -> dict[str, object]:
-    """Parses a JSON object that states its format and version as these constants; returns the other keys.
+def parse_root(
+    text: str, kind: str, versions: Sequence[int], where: str, fault: Fault
+) -> tuple[int, dict[str, object]]:
+    """Parses a JSON object that states its format and version; returns the version and the other keys.
 
     Raises:
-        SurgeonError: made by `fault` as in `parse_json`, or if the text is not an object with these constants.
+        SurgeonError: made by `fault` as in `parse_json`, or if the text is not an object with this format and one of
+            the versions.
     """
     root = parse_json(text, where, fault)
     if not isinstance(root, dict):
         raise fault(where, "an object", short_repr(root))
-    for key, constant in constants.items():
-        found = root.pop(key, None)
-        if type(found) is not type(constant) or found != constant:
-            maker = _maker(root) if key == "version" else ""
-            raise fault(f"{where}: {key}", repr(constant), f"{short_repr(found)}{maker}")
-    return root
+    found = root.pop("format", None)
+    if found != kind:
+        raise fault(f"{where}: format", repr(kind), short_repr(found))
+    version = root.pop("version", None)
+    if type(version) is not int or version not in versions:
+        raise fault(f"{where}: version", " or ".join(map(str, versions)), f"{short_repr(version)}{_maker(root)}")
+    return version, root
 
 
 def _maker(root: Mapping[str, object]) -> str:

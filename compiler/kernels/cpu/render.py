@@ -6,10 +6,10 @@ from surgeon.compiler.kernels.cpu.variants import TileVariant, Variant
 from surgeon.compiler.specs.artifacts import CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import CpuSpec
 from surgeon.compiler.system.jinja import render_template
-from surgeon.compiler.topology.router import NODE, TILE, LayerRouter
+from surgeon.compiler.topology.router import LayerRouter
 from surgeon.runtime.package.kernel_digest import digest_symbol
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
-from surgeon.runtime.package.schedule import HeadSchedule
+from surgeon.runtime.package.schedule import NODE, TILE, HeadSchedule
 from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))

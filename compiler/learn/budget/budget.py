@@ -13,9 +13,9 @@ from surgeon.compiler.learn.budget.cuts import proposed_cuts, with_cuts
 from surgeon.compiler.learn.budget.knapsack import allocate
 from surgeon.compiler.learn.budget.refine import Trust, refined_windows
 from surgeon.compiler.learn.measure.runs import Costs, Runs, Table
-from surgeon.compiler.learn.measure.text import Sequences
 from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.windows import Windows, uniform_windows, visible_pairs, window_floor
+from surgeon.compiler.learn.texts.text import Sequences
 from surgeon.compiler.topology.pairs import causal_pairs
 
 _LEAST_REACH = 0.25

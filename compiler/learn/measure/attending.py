@@ -19,8 +19,11 @@ KEPT_BYTES = 4 * 2**30
 """The activations that a backward pass may keep; where there would be more, layers are computed again."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""`attend(layer, q, k, v, scale)`, causal by itself: q and what it returns are `[1, heads, length, head_dim]`, k and v
-`[1, KV heads, length, head_dim]`. A backward pass through many layers may call it twice for a layer (`bounded`)."""
+"""Causal attention of a layer: `attend(layer, q, k, v, scale)`.
+
+q and what it returns are `[1, heads, length, head_dim]`, k and v `[1, KV heads, length, head_dim]`. It may be called
+again for a layer during the backward pass (`bounded`).
+"""
 
 _IMPLEMENTATION = "surgeon_learning"
 _ATTRIBUTE = "_surgeon_learning"

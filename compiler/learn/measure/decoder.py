@@ -1,4 +1,4 @@
-"""What a frozen decoder's answers change under a pattern of blocks, with an observer at every attention."""
+"""A frozen decoder run under patterns of blocks: its divergence, and an observer at every attention."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

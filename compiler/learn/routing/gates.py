@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.measure.attending import Attend, attending, bounded, dense_attention, last_states
-from surgeon.compiler.learn.measure.documents import Document
+from surgeon.compiler.learn.texts.documents import Document
 from surgeon.runtime.evaluate.logits import logits_of
 from surgeon.runtime.transformers.layers import find_attention
 

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
-from surgeon.compiler.learn.measure.documents import Document, document_of
 from surgeon.compiler.learn.patterns.pattern import Grid
 from surgeon.compiler.learn.routing.gates import GATES, Gains, Near, measure_gains, retrieval_scores
 from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.routed import NEAR_TOKENS, routed_places
+from surgeon.compiler.learn.texts.documents import Document, document_of
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.router import LayerRouter
 from surgeon.runtime.errors import ModelError

@@ -210,7 +210,7 @@ def test_a_length_beyond_the_models_context_is_warned_of(
 def test_the_checks_import_little() -> None:
     script = (
         "import sys\n"
-        "import surgeon.compiler.learn.measure.text_file, surgeon.compiler.learn.patterns.reach\n"
+        "import surgeon.compiler.learn.texts.text_file, surgeon.compiler.learn.patterns.reach\n"
         "import surgeon.compiler.system.atomic_files, surgeon.runtime.package.reader\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

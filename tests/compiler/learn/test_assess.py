@@ -13,9 +13,9 @@ from surgeon.compiler.cli.main import INTERRUPTED, main
 from surgeon.compiler.learn.assess import assess, expected_curve, stability, summarize
 from surgeon.compiler.learn.measure import runs
 from surgeon.compiler.learn.measure.runs import Costs
-from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.learn.patterns.pattern import Grid
 from surgeon.compiler.learn.patterns.windows import uniform_windows
+from surgeon.compiler.learn.texts.text import TokenText
 from surgeon.runtime.errors import TopologyError
 
 GRID = Grid(16, 32, 1, 0.25)

@@ -15,7 +15,7 @@ from surgeon.compiler.cli.main import main
 from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure import checkpoint
 from surgeon.compiler.learn.measure.checkpoint import read_model
-from surgeon.compiler.learn.measure.text import read_text
+from surgeon.compiler.learn.texts.text import read_text
 from surgeon.compiler.learn.ultrametric.descent import Settings
 from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime import fingerprint

@@ -12,7 +12,7 @@ from models import tiny_llama, tokens
 from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure import runs
 from surgeon.compiler.learn.measure.checkpoint import check_decoder
-from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.learn.texts.text import TokenText
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.topology import Topology, WindowHead
 from surgeon.compiler.topology.write import spelled

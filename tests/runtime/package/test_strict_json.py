@@ -100,12 +100,18 @@ def test_the_remedy_of_a_programs_file_is_that_of_every_place() -> None:
 )
 def test_another_root(text: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        parse_root(text, {"format": "f", "version": 1}, "root", BY_HAND)
+        parse_root(text, "f", (1,), "root", BY_HAND)
 
 
-def test_a_root_without_its_constants() -> None:
-    root = parse_root('{"format": "f", "version": 1, "a": [2]}', {"format": "f", "version": 1}, "root", BY_HAND)
-    assert root == {"a": [2]}
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_root_tells_its_version_and_the_other_keys(version: int) -> None:
+    found = parse_root(json.dumps({"format": "f", "version": version, "a": [2]}), "f", (1, 2), "root", BY_HAND)
+    assert found == (version, {"a": [2]})
+
+
+def test_a_version_that_none_of_several_is() -> None:
+    with pytest.raises(TargetError, match="root: version: expected 1 or 2, got 3"):
+        parse_root('{"format": "f", "version": 3}', "f", (1, 2), "root", BY_HAND)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from models import tiny_config, tiny_llama
 from oracles import filler, letters
 from surgeon.compiler.learn.measure import attending
 from surgeon.compiler.learn.measure.checkpoint import frozen
-from surgeon.compiler.learn.measure.documents import Document, document_of
 from surgeon.compiler.learn.routing import gates
 from surgeon.compiler.learn.routing.gates import GATES, Gains, Near, measure_gains, retrieval_scores
+from surgeon.compiler.learn.texts.documents import Document, document_of
 from surgeon.runtime.evaluate.tasks.prompts import Encoder
 from surgeon.runtime.transformers.layers import find_attention
 

@@ -14,7 +14,7 @@ from models import tiny_config, tiny_llama
 from oracles import letters
 from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure.checkpoint import model_shape
-from surgeon.compiler.learn.measure.text import TokenText
+from surgeon.compiler.learn.texts.text import TokenText
 from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
 from surgeon.runtime.errors import ModelError, TopologyError
 

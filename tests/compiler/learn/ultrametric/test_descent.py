@@ -12,8 +12,8 @@ from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure.attending import attending, last_states
 from surgeon.compiler.learn.measure.attention import masked_attention
 from surgeon.compiler.learn.measure.decoder import dense_states, pull_masks
-from surgeon.compiler.learn.measure.text import TokenText
 from surgeon.compiler.learn.patterns.windows import window_patterns
+from surgeon.compiler.learn.texts.text import TokenText
 from surgeon.compiler.learn.ultrametric import descent
 from surgeon.compiler.learn.ultrametric.descent import Settings, masks_at
 from surgeon.compiler.learn.ultrametric.digits import (

@@ -141,7 +141,8 @@ def test_nodes_that_are_kept_are_used_and_only_new_ones_are_written(folder: Path
     nodes = Nodes(torch.zeros(1, 2, 400 // 8, DIM, dtype=torch.int8), torch.tensor([0]))
     operands = Operands(q, k, v, None, None, DIM**-0.5)
     expected = package.attention(0, q, k, v)
-    router = TOPOLOGY.router.layers[0]  # type: ignore[union-attr]
+    assert TOPOLOGY.router
+    router = TOPOLOGY.router.layers[0]
     assert router is not None
     torch.testing.assert_close(kernels.attend(0, operands, nodes=nodes), expected, rtol=0, atol=0)
     for kv_head in range(2):

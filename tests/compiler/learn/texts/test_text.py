@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.compiler.learn.measure.text import TokenText, divide, read_text, spread
+from surgeon.compiler.learn.texts.text import TokenText, divide, read_text, spread
 from surgeon.runtime.errors import ModelError
 
 
@@ -89,7 +89,7 @@ def test_a_text_that_is_not_read_whole_is_refused(tmp_path: Path, monkeypatch: p
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ModelError, match=r"pipe: expected a readable text file, got a pipe; check the path"):
         read(tmp_path / "pipe")
-    monkeypatch.setattr("surgeon.compiler.learn.measure.text_file.MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr("surgeon.compiler.learn.texts.text_file.MAX_TEXT_BYTES", 10)
     (tmp_path / "a.txt").write_text("a" * 11)
     with pytest.raises(ModelError, match=r"a.txt: expected at most 10 bytes, got a larger text; name a part of it"):
         read(tmp_path / "a.txt")

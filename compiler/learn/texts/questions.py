@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from surgeon.compiler.learn.measure.documents import document_of
-from surgeon.compiler.learn.measure.text import Sequences
+from surgeon.compiler.learn.texts.documents import document_of
+from surgeon.compiler.learn.texts.text import Sequences
 from surgeon.runtime.evaluate.tasks.prompts import Encoder
 
 

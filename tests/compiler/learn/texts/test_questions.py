@@ -5,8 +5,8 @@ import re
 import torch
 
 from oracles import filler, letters
-from surgeon.compiler.learn.measure.questions import with_questions
-from surgeon.compiler.learn.measure.text import Sequences
+from surgeon.compiler.learn.texts.questions import with_questions
+from surgeon.compiler.learn.texts.text import Sequences
 
 LENGTH, SCORED = 2000, 300
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from surgeon.compiler.learn.measure.text_file import TextFile, read_text_file
+from surgeon.compiler.learn.texts.text_file import TextFile, read_text_file
 from surgeon.runtime.errors import ModelError, reason_of, remedy_for
 
 

@@ -1,0 +1,1 @@
+"""Material to learn a topology on: sequences of tokens of texts, and documents of facts and questions."""
