@@ -249,7 +249,7 @@ def keep(case: Case, topology: Topology, command: str, scores: list[Score]) -> N
         "model": case.checkpoint.name,
         "command": command,
         "method": topology.provenance["method"],
-        "heads_with_a_cut": topology.provenance.get("heads_with_a_cut", 0),
+        "heads_with_a_cut": topology.provenance["heads_with_a_cut"],
         "density": mean_density(topology),
         "length": case.length,
         "block_size": topology.block_size,

@@ -1,7 +1,6 @@
 """Pilots SmolLM2-135M's topologies of 2,048 tokens on held-out text and shows them on one page: make pilot.
 
-Those of Qwen2.5-Coder-0.5B, of 4,096 tokens, are piloted if they are named, with fewer tasks: each takes an hour of CPU
-time in bf16.
+Those of other models and lengths are piloted if they are named.
 
 Each is compiled and given to `surgeon pilot`, in its own process since memory is measured, which writes
 results/pilot-*.json. Then `surgeon report` draws the sparsest one, with the others beside it, into build/pilot.html.
@@ -27,10 +26,9 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135m-25-answers")
 """The names of the topologies, the sparsest first: the page is about it."""
-LARGER = ("qwen2.5-coder-0.5b-10-answers-4096", "qwen2.5-coder-0.5b-22-answers-4096")
-"""The names of topologies for a larger model, which are piloted on demand."""
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
-MEASURED_LARGER = ("--sequences", "2", "--tasks", "4", "--rounds", "3", "--no-window")
+MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window")
+"""A larger model's, which takes ten times as long."""
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -78,8 +76,9 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
             file.write_text(text.text, encoding="utf-8")
         held_out = [argument for file in texts for argument in ("--text", str(file))]
         for name in names:
-            model = model_folder(checkpoint_of(name), cache, console.print)
-            measured = MEASURED_LARGER if name in LARGER else MEASURED
+            checkpoint = checkpoint_of(name)
+            model = model_folder(checkpoint, cache, console.print)
+            measured = MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / f"pilot-{name}.json"
@@ -90,7 +89,7 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
 
 def checkpoint_of(name: str) -> Checkpoint:
     """The model that a topology is for."""
-    return QWEN_CODER_05B if name in LARGER else SMOLLM2_135M
+    return QWEN_CODER_05B if name.startswith(QWEN_CODER_05B.title.lower()) else SMOLLM2_135M
 
 
 def topology_file(name: str) -> Path:

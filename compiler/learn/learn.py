@@ -169,24 +169,20 @@ def learn(
             trained = train_digits(model, fresh, grid, size, request.settings, request.seed, store, identity, progress)
             changes_of = partial(runs.mask_changes, sequences=sequences.calibrate, what="lowering cuts")
             pattern = lowered(trained.pattern, grid, changes_of)
+            topology = _of_pattern(pattern, shape, grid, blocks, provenance)
             figures = _trained_figures(trained, pattern, runs, sequences, grid, size)
         elif request.windows is not None:
-            pattern, figures = None, {"windows_of": request.windows.sha256, "heads_with_a_cut": 0}
+            topology = _given(request.windows, shape, blocks, provenance)
+            figures = {"windows_of": request.windows.sha256, "heads_with_a_cut": 0}
         else:
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
-            pattern, figures = learned.pattern, _figures(learned)
+            topology = _of_pattern(learned.pattern, shape, grid, blocks, provenance)
+            figures = _figures(learned)
         retrieval = None
         if request.retrieve and tokenizer is not None:
             retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
-    if pattern is None:
-        assert request.windows is not None
-        topology = _given(request.windows, shape, blocks, provenance)
-    else:
-        topology = pattern_topology(shape, grid, pattern, provenance)
-        if blocks != measured:
-            topology = scaled(topology, blocks)
     if retrieval is not None:
         topology = with_routes(topology, retrieval.places, retrieval.routers, request.density)
         figures["routes"] = {
@@ -214,6 +210,12 @@ def learn(
             "cpu_seconds": round(cpu_seconds, 1),
         },
     )
+
+
+def _of_pattern(pattern: Pattern, shape: ModelShape, grid: Grid, blocks: int, provenance: dict[str, Any]) -> Topology:
+    """The topology of a pattern that was measured on a grid, scaled to so many blocks."""
+    topology = pattern_topology(shape, grid, pattern, provenance)
+    return topology if blocks == grid.blocks else scaled(topology, blocks)
 
 
 def _given(windows: Topology, shape: ModelShape, blocks: int, provenance: dict[str, Any]) -> Topology:

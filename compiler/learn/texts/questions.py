@@ -5,7 +5,7 @@ Plain text hardly shows what a question about one far fact needs of the prompt.
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,30 +25,26 @@ def with_questions(
     in, or to ask a question at the end, stay plain. The same seed gives the same questions.
     """
     encoder, drawn = Encoder(tokenizer), random.Random(seed)
-    made = 0
+    made: list[torch.Tensor] = []
 
-    def asked(plain: torch.Tensor) -> torch.Tensor | None:
-        nonlocal made
-        found = document_of(plain, encoder, drawn, scored)
-        made += found is not None
-        return None if found is None else found.tokens
+    def asked(plain: torch.Tensor) -> torch.Tensor:
+        """The sequence with questions, if it can have any."""
+        document = document_of(plain, encoder, drawn, scored)
+        if document is None:
+            return plain
+        made.append(document.tokens)
+        return document.tokens
 
-    validate = [*sequences.validate, *(found for plain in sequences.validate if (found := asked(plain)) is not None)]
-    return (
-        dataclasses.replace(
-            sequences,
-            calibrate=_every_other(sequences.calibrate, 1, asked),
-            validate=tuple(validate),
-            refine=tuple(_every_other(fresh, number, asked) for number, fresh in enumerate(sequences.refine)),
-            cuts=tuple(_every_other(part, 1, asked) for part in sequences.cuts),
-        ),
-        made,
+    def half(plain: Sequence[torch.Tensor], first: int) -> tuple[torch.Tensor, ...]:
+        """Every second sequence with questions, from the one with this number on."""
+        return tuple(asked(each) if index % 2 == first else each for index, each in enumerate(plain))
+
+    beside = [found for plain in sequences.validate if (found := asked(plain)) is not plain]
+    changed = dataclasses.replace(
+        sequences,
+        validate=(*sequences.validate, *beside),
+        calibrate=half(sequences.calibrate, 1),
+        refine=tuple(half(fresh, number % 2) for number, fresh in enumerate(sequences.refine)),
+        cuts=tuple(half(part, 1) for part in sequences.cuts),
     )
-
-
-def _every_other(
-    sequences: Sequence[torch.Tensor], first: int, asked: Callable[[torch.Tensor], torch.Tensor | None]
-) -> tuple[torch.Tensor, ...]:
-    """The sequences, every second of which has questions if it can; `first` is 0 or 1, up to a multiple of 2."""
-    changed = [asked(plain) if (index + first) % 2 == 0 else None for index, plain in enumerate(sequences)]
-    return tuple(plain if found is None else found for plain, found in zip(sequences, changed, strict=True))
+    return changed, len(made)
