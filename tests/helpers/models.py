@@ -11,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime import Package
-from topologies import build, dense_topology, head, one_cluster_topology
+from topologies import build, dense_topology, head, one_cluster_topology, window_head
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -69,6 +69,13 @@ def sparse_topology(**changes: Any) -> Topology:
         [head(1, 1.0, sink=1), {"dense": True}, head(), head(0, 1.0, window=2)],
     ]
     return build(layers, [scattered, digits], **(SHAPE | changes))
+
+
+def routed_topology() -> Topology:
+    """A topology with heads that choose blocks by content in the first two of three layers."""
+    heads = [window_head(1, 1, route=2), window_head(1, 2), window_head(0, 1), window_head(0, 2, route=1)]
+    others = [window_head(1, 2), window_head(0, 1)]
+    return build([heads, others + heads[:2], others + others], **SHAPE)
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

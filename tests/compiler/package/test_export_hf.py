@@ -13,11 +13,12 @@ import torch
 
 import packages
 from hub_cache import cached
-from models import padded, sparse_topology, tiny_llama
+from models import padded, routed_topology, sparse_topology, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli import main as cli
 from surgeon.compiler.package.export_hf import Build, builds, export
 from surgeon.compiler.system import atomic_files
+from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import PackageError
 
@@ -50,7 +51,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("_offline")
-def test_the_installed_kernels_import_it(package: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", [sparse_topology(), routed_topology()], ids=["sparse", "routed"])
+def test_the_installed_kernels_import_it(topology: Topology, tmp_path: Path) -> None:
+    package = compile_package(topology, tmp_path / "package", dtypes=("fp32",))
     kernel = kernels.get_local_kernel(export(package, tmp_path / "out"), backend="cpu")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 70, 32, generator=generator) for heads in (4, 2, 2))

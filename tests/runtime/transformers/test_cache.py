@@ -12,13 +12,23 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import routing
 from gpu_standin import on_gpu
-from models import SHAPE, Compiled, masked_model, padded, sparse_topology, tiny_config, tiny_llama, tokens
+from models import (
+    SHAPE,
+    Compiled,
+    masked_model,
+    padded,
+    routed_topology,
+    sparse_topology,
+    tiny_config,
+    tiny_llama,
+    tokens,
+)
 from surgeon.compiler import Topology, compile_package
 from surgeon.runtime import Package, SurgeonCache, load, patch, unpatch
 from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.transformers.cache import PagedLayer
-from topologies import build, window_head, window_topology
+from topologies import window_topology
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -29,11 +39,9 @@ WINDOWS = (2, 1, 1, 3)  # in blocks, per head; two neighbours share a KV head
 @pytest.fixture(scope="session")
 def packages(compiled: dict[str, Compiled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     """The tiny model's packages, "windows": sinks of one block and windows, nothing else, and "routed" heads."""
-    heads = [window_head(1, 1, route=2), window_head(1, 2), window_head(0, 1), window_head(0, 2, route=1)]
-    others = [window_head(1, 2), window_head(0, 1)]
     topologies = {
         "windows": window_topology(WINDOWS, num_layers=3, **SHAPE),
-        "routed": build([heads, others + heads[:2], others + others], **SHAPE),
+        "routed": routed_topology(),
     }
     root = tmp_path_factory.mktemp("packages")
     return compiled | {
