@@ -97,6 +97,13 @@ def test_a_picture_has_a_row_a_layer_and_a_bar_a_head(tmp_path: Path) -> None:
     assert picture(lines) == ["layer 0  █▄▆  0.700", "layer 1  █▄▆  0.700"]
 
 
+def test_routed_heads_are_counted(tmp_path: Path) -> None:
+    topology = topologies.build([[topologies.window_head(1, 2, route=3), topologies.window_head()], []], num_blocks=8)
+    lines = report_lines(inspect(packages.write(tmp_path / "kernels", topology)), 80, "utf-8")
+    assert "routed     1 head of all layers, which choose blocks by content" in lines
+    assert sum(" 1 routed " in line for line in lines) == 1
+
+
 def test_a_layer_that_is_not_covered_counts_for_nothing(tmp_path: Path) -> None:
     file = tmp_path / "topology.json"
     tree = {"linkage": topologies.balanced_tree(4)}

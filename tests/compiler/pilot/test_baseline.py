@@ -8,7 +8,7 @@ import pytest
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
 from surgeon.compiler.topology.topology import WindowHead
 from surgeon.runtime.errors import TopologyError
-from topologies import dense_topology, random_topology, window_topology
+from topologies import build, dense_topology, random_topology, window_head, window_topology
 
 
 @pytest.mark.parametrize("length", [512, 500, 1024])
@@ -31,6 +31,14 @@ def test_windows_of_windows_are_the_same_windows() -> None:
     assert window_baseline(topology, 512).layers == ((WindowHead(1, 3),) * 2,) * 2
     assert density_at(window_baseline(dense_topology(), 512), 512) == 1
     assert density_at(window_baseline(window_topology([1], sink=0), 512), 512) == pytest.approx(1 / 4.5)
+
+
+def test_windows_beside_routed_heads_read_as_many_blocks_and_choose_none() -> None:
+    routed = build([[window_head(1, 2, route=3), window_head(1, 3)]], num_blocks=16)
+    baseline = window_baseline(routed, 1024)
+    assert baseline.router is None
+    assert all(isinstance(head, WindowHead) and not head.route for layer in baseline.layers for head in layer)
+    assert density_at(routed, 1024) - 2 / 17 < density_at(baseline, 1024) <= density_at(routed, 1024)
 
 
 def test_a_length_that_the_topology_refuses() -> None:

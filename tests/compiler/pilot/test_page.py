@@ -23,7 +23,7 @@ from surgeon.compiler.pilot.page import report
 from surgeon.compiler.pilot.pilot_charts import curves, density_figures, retrieval_figures
 from surgeon.compiler.pilot.svg import Figure
 from surgeon.compiler.pilot.table import density_table
-from surgeon.compiler.pilot.topology_charts import dendrogram_figures, mask_picture
+from surgeon.compiler.pilot.topology_charts import dendrogram_figures, mask_figures, mask_picture
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PilotError
@@ -268,6 +268,13 @@ def test_every_string_is_escaped() -> None:
 
 def test_it_is_the_same_for_the_same_input() -> None:
     assert report(pilot(), topology()) == report(pilot(), topology())
+
+
+def test_masks_of_routed_heads_say_how_many_blocks_they_choose() -> None:
+    made = build([[window_head(1, 2, route=3), window_head()]], num_blocks=8)
+    (figure,) = mask_figures(made, schedule_layers(made), [[0.5, 0.25]])
+    assert "chooses 3" in figure.markup
+    assert figure.markup.count("chooses") == 1
 
 
 def test_masks_are_those_of_the_definition() -> None:
