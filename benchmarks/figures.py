@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_day.figures import first_rows
-from inputs.checkpoints import CHECKPOINTS, SMOLLM2_135M
+from inputs.checkpoints import CHECKPOINTS, QWEN_CODER_05B, SMOLLM2_135M, Checkpoint
 from markdown import table
 from surgeon.runtime.evaluate.continuation import CONTINUATION
 from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
@@ -72,7 +72,7 @@ def choices() -> str:
     """The figures of each density, block and length, to choose by."""
     pilots = {file.stem.removeprefix("pilot-"): read_pilot(file) for file in RESULTS.glob("pilot-*.json")}
     speeds = {row["topology"]: row["times"] for row in _suite("model-first-token")["rows"]}
-    one = next(iter(pilots.values()))
+    one = pilots[QUARTER]
     asked = (_found(one, _column(one, "dense"), task) for task in (SINGLE, KEYS))
     rows = [("any", "100%", "–", "1.000x", "0", "100%", "1.00x", *asked)]
     for row in _read("answers")["rows"]:
@@ -104,7 +104,18 @@ def far_back() -> str:
     return (
         f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M found {dense:.0f} "
         f"when it read all blocks. With {shares} of the blocks it found {_listed(found[: len(pilots)])}, and by the "
-        f"pattern alone {_listed(found[len(pilots) :])}.\n"
+        f"pattern alone {_listed(found[len(pilots) :])}. {_another_model()}\n"
+    )
+
+
+def _another_model() -> str:
+    pilot = _pilots(checkpoint=QWEN_CODER_05B)[0]
+    dense, patched, alone = (_column(pilot, name) for name in ("dense", "patched", "pattern"))
+    keys, without = _found(pilot, patched, KEYS), _found(pilot, dense, KEYS)
+    return (
+        f"{QWEN_CODER_05B.title} found {_found(pilot, patched)} numbers in {_lengths(pilot, 'and')} tokens with "
+        f"{_visible(patched)} and {keys} of five keys; densely {_found(pilot, dense)} and {without}, by the pattern "
+        f"alone {_found(pilot, alone)} and {_found(pilot, alone, KEYS)}."
     )
 
 
@@ -215,22 +226,9 @@ def _everything() -> Iterator[tuple[str, str]]:
             "two unseen texts",
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of that of equal windows",
         )
-    for pilot in _pilots():
-        dense, patched, alone, window = (_column(pilot, name) for name in ("dense", "patched", "pattern", "window"))
-        for task in (SINGLE, KEYS):
-            yield (
-                f"SmolLM2-135M, {task}, hidden in {_lengths(pilot, 'and')} tokens and found, {_visible(patched)}",
-                f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}, equal windows "
-                f"{_found(pilot, window, task)}; by the pattern alone {_found(pilot, alone, task)}",
-            )
-        quality = [each.against_dense.continuation_ratio for each in (patched, window, alone) if each.against_dense]
-        ours, theirs, forgetful = (
-            f"{found.value:.3f}x" + (f" ± {found.error:.3f}" if found.error else "") for found in quality if found
-        )
-        yield (
-            f"SmolLM2-135M, perplexity after a prompt in that pilot, {_visible(patched)}",
-            f"{ours} dense, equal windows {theirs}; by the pattern alone {forgetful}",
-        )
+    for checkpoint in (SMOLLM2_135M, QWEN_CODER_05B):
+        for pilot in _pilots(checkpoint=checkpoint):
+            yield from _piloted(checkpoint.title, pilot)
     for row in _suite("model-decode")["rows"]:
         yield (
             f"SmolLM2-135M, decoding after {row['length']:,} tokens",
@@ -256,6 +254,31 @@ def _everything() -> Iterator[tuple[str, str]]:
         yield f"decoding {how}, 8,192 and 32,768 keys, beside SDPA", _range(rows, "times_sdpa")
 
 
+def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:
+    dense, patched, alone = (_column(pilot, name) for name in ("dense", "patched", "pattern"))
+    window = pilot.column("window")  # left out of a larger model's pilots
+    for task in (SINGLE, KEYS):
+        equal = f", equal windows {_found(pilot, window, task)}" if window else ""
+        yield (
+            f"{model}, {task}, hidden in {_lengths(pilot, 'and')} tokens and found, {_visible(patched)}",
+            f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}{equal}; by the pattern alone "
+            f"{_found(pilot, alone, task)}",
+        )
+    equal = f", equal windows {_continued(window)}" if window else ""
+    yield (
+        f"{model}, perplexity after a prompt in that pilot, {_visible(patched)}",
+        f"{_continued(patched)} dense{equal}; by the pattern alone {_continued(alone)}",
+    )
+
+
+def _continued(column: Column) -> str:
+    """The perplexity ratio of what follows a prompt, with its standard error."""
+    assert column.against_dense is not None
+    assert column.against_dense.continuation_ratio is not None
+    ratio = column.against_dense.continuation_ratio
+    return f"{ratio.value:.3f}x" + (f" ± {ratio.error:.3f}" if ratio.error else "")
+
+
 def _read(name: str) -> Row:
     result: Row = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
@@ -265,9 +288,9 @@ def _suite(name: str) -> Row:
     return _read(f"{name}-native")
 
 
-def _pilots(recall: str = "dense") -> list[Pilot]:
-    """SmolLM2-135M's pilots under a recall, the densest first."""
-    found = [read_pilot(file) for file in RESULTS.glob("pilot-smollm2-*.json")]
+def _pilots(recall: str = "dense", checkpoint: Checkpoint = SMOLLM2_135M) -> list[Pilot]:
+    """A model's pilots under a recall, the densest first."""
+    found = [read_pilot(file) for file in RESULTS.glob(f"pilot-{checkpoint.title.lower()}-*.json")]
     return sorted(
         (pilot for pilot in found if _column(pilot, "patched").recall == recall),
         key=lambda pilot: -_column(pilot, "patched").density,
