@@ -70,7 +70,7 @@ def write_package(
         tools=tuple(
             sorted(
                 {Tool("surgeon", version()), *(tool for binary in binaries for tool in binary.tools)},
-                key=lambda tool: tool.name,
+                key=lambda tool: (tool.name, tool.version),
             )
         ),
     )

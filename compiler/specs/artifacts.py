@@ -7,7 +7,7 @@ from typing import cast
 
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
 from surgeon.compiler.specs.tiles import Tile
-from surgeon.runtime.package.interface import INTERFACES, Interface
+from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES, Interface
 from surgeon.runtime.package.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.package.segment_table import SegmentTable
 from surgeon.runtime.package.target import Target
@@ -55,7 +55,13 @@ class GpuSource:
     @property
     def interface(self) -> Interface:
         """The interface that the kernel is launched by."""
-        return INTERFACES[self.phase, bool(self.table)]
+        interfaces = ROUTED_INTERFACES if self.specs[0].is_routed else INTERFACES
+        return interfaces[self.phase, bool(self.table)]
+
+    @property
+    def fuses(self) -> bool:
+        """True if multiplications and additions may be fused: not where bits must be the same everywhere."""
+        return self.phase not in ("write_nodes", "choose")
 
 
 Source = CpuSource | GpuSource

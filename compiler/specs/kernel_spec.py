@@ -79,3 +79,8 @@ class GpuSpec(KernelSpec):
     device: Device
     prefill: Tile
     decode: Tile | None
+
+    @property
+    def is_routed(self) -> bool:
+        """True if some of its heads choose blocks."""
+        return self.schedule.router is not None

@@ -13,6 +13,9 @@ from surgeon.runtime.package.target import Target
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
+MAX_ROUTE = 64
+"""The most blocks that a head may choose on a GPU: a program keeps and sorts as many."""
+
 Tiles = Mapping[Target, TargetTiles]
 """A user's own tile tables."""
 
@@ -53,13 +56,6 @@ def specialize_gpu(
         TargetError: the target does not support a dtype, the head size or the block size.
     """
     specs = _specs(topology, layers, target, dtypes)
-    if topology.router is not None:
-        raise TargetError(
-            f"target {target}",
-            "a topology without routed heads: kernels for GPUs do not choose blocks yet",
-            "one with routed heads",
-            'compile it for cpu, or remove "route" and "router"',
-        )
     if topology.block_size & (topology.block_size - 1):
         raise TargetError(
             "block_size",
@@ -72,7 +68,27 @@ def specialize_gpu(
     decode = None
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
+    _check_routes(specs, target, decode is not None)
     return tuple(GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
+
+
+def _check_routes(specs: Sequence[KernelSpec], target: Target, in_tables: bool) -> None:
+    """Refuses routed heads that choose more blocks than a program can sort, or of KV heads that fit into no table."""
+    routes = [head.route for spec in specs for head in spec.schedule.heads]
+    if max(routes) > MAX_ROUTE:
+        raise TargetError(
+            "route",
+            f"at most {MAX_ROUTE} blocks for {target}",
+            str(max(routes)),
+            "compile it for cpu, or learn the topology with larger blocks",
+        )
+    if any(routes) and not in_tables:
+        raise TargetError(
+            "route",
+            f"at most {MAX_GROUP} query heads per KV head where heads choose blocks, for {target}",
+            str(specs[0].shape.heads_per_kv_head),
+            "compile it for cpu, or without routes",
+        )
 
 
 def check_head_dim(head_dim: int) -> None:

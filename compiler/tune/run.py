@@ -12,7 +12,7 @@ from surgeon.compiler.kernels.gpu.compile import check_triton
 from surgeon.compiler.specs.specialize import check_head_dim
 from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.topology.topology import Topology
+from surgeon.compiler.topology.topology import DenseHead, Topology
 from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
 from surgeon.compiler.tune.clock import timed
 from surgeon.compiler.tune.search import Trial, Tuning, tune
@@ -67,7 +67,7 @@ def tune_here(
 
 
 def one_layer(topology: Topology, layer: int) -> Topology:
-    """Reduces a topology to one of its layers, whose kernels are enough to time tiles.
+    """Reduces a topology to the schedules of one of its layers, which are enough to time tiles: none of them chooses.
 
     Raises:
         TopologyError: the topology covers no such layer.
@@ -76,7 +76,10 @@ def one_layer(topology: Topology, layer: int) -> Topology:
         covered = short_repr(topology.covered)
         raise TopologyError("--layer", f"a layer that the topology covers, of {covered}", str(layer), "name another")
     model = dataclasses.replace(topology.model, num_hidden_layers=1)
-    return dataclasses.replace(topology, model=model, layers=(topology.layers[layer],))
+    heads = tuple(
+        head if isinstance(head, DenseHead) else dataclasses.replace(head, route=0) for head in topology.layers[layer]
+    )
+    return dataclasses.replace(topology, model=model, layers=(heads,), router=None)
 
 
 def with_head_dim(topology: Topology, head_dim: int) -> Topology:

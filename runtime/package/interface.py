@@ -3,6 +3,7 @@
 The compiler builds every kernel to this contract, and the launcher runs no other kernels.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -50,9 +51,10 @@ def _pointers(*names: str) -> tuple[Argument, ...]:
 
 
 POINTEES = (
-    dict.fromkeys(("lse", "partial", "partial_lse"), "fp32")
+    dict.fromkeys(("lse", "partial", "partial_lse", "key_centre", "key_scale"), "fp32")
     | dict.fromkeys(("cache_leftpad", "position"), "i64")
-    | dict.fromkeys(("table_rows", "table_plans", "table_segments"), "i32")
+    | dict.fromkeys(("table_rows", "table_plans", "table_segments", "routes", "chosen"), "i32")
+    | dict.fromkeys(("nodes",), "i8")
 )
 """The element types of pointers; pointers that are not listed point to the kernel's own dtype."""
 
@@ -65,6 +67,7 @@ TABLE_LENGTH = Argument("num_table_rows", "i32")
 
 _TABLE = (*TABLE_POINTERS, TABLE_LENGTH)
 _ALIGNED_STRIDES = tuple(stride.name for stride in STRIDES)
+_NUM_QUERIES = Argument("num_queries", "i32")
 _DENSE_TAIL = Argument("dense_tail", "i32")
 _FIRST_KV_HEAD = Argument("first_kv_head", "i32")
 _WRITE_LSE = Argument("write_lse", "i32")
@@ -74,7 +77,7 @@ PREFILL = Interface(
     arguments=(
         *_pointers("q", "k", "v", "out", "lse", "cache_leftpad", "position"),
         *STRIDES,
-        Argument("num_queries", "i32"),
+        _NUM_QUERIES,
         _DENSE_TAIL,
         _FIRST_KV_HEAD,
         Argument("num_kv_heads", "i32"),
@@ -109,6 +112,60 @@ COMBINE = Interface(
     grid=("query_heads", "batch", "one"),
 )
 
+# Routed heads: what their chosen blocks give is in partial and partial_lse, from where attention goes on.
+
+_PARTIAL = _pointers("partial", "partial_lse")
+_NUM_PLACES = Argument("num_places", "i32")
+_NUM_NODES = Argument("num_nodes", "i32")
+_MOST_CHOSEN = Argument("most_chosen", "i32")
+
+WRITE_NODES = Interface(
+    arguments=(
+        *_pointers("k", "nodes", "cache_leftpad", "position", "routes", "key_centre", "key_scale"),
+        *STRIDES[3:6],
+        _NUM_QUERIES,
+        _NUM_NODES,
+        _FIRST_KV_HEAD,
+    ),
+    grid=("key_value_heads", "batch", "node_tiles"),
+    aligned=("k", "nodes", *_ALIGNED_STRIDES[3:6]),
+)
+
+CHOOSE = Interface(
+    arguments=(
+        *_pointers("q", "nodes", "chosen", "cache_leftpad", "position", "routes", "key_scale"),
+        *STRIDES[:3],
+        _NUM_QUERIES,
+        _NUM_NODES,
+        Argument("num_slots", "i32"),
+        _MOST_CHOSEN,
+        _DENSE_TAIL,
+        _FIRST_KV_HEAD,
+        *_TABLE,
+    ),
+    grid=("query_heads", "batch", "slot_tiles"),
+    aligned=("q", "nodes", *_ALIGNED_STRIDES[:3]),
+)
+
+ATTEND_CHOSEN = Interface(
+    arguments=(
+        *_pointers("q", "k", "v", "chosen", "partial", "partial_lse", "cache_leftpad", "position"),
+        *STRIDES,
+        _NUM_QUERIES,
+        _MOST_CHOSEN,
+        Argument("num_parts", "i32"),
+        _NUM_PLACES,
+        Argument("first_place", "i32"),
+        _SCALE,
+    ),
+    grid=("query_heads", "batch", "slot_parts"),
+    aligned=("q", "k", "v", *_ALIGNED_STRIDES),
+)
+
+ROUTED_PREFILL = Interface(PREFILL.arguments + _PARTIAL, PREFILL.grid, PREFILL.aligned)
+ROUTED_PREFILL_BY_TABLE = Interface(PREFILL_BY_TABLE.arguments + _PARTIAL, PREFILL.grid, PREFILL.aligned)
+ROUTED_DECODE = Interface((*DECODE.arguments, _NUM_PLACES), DECODE.grid, DECODE.aligned)
+
 INTERFACES = {
     ("prefill", False): PREFILL,
     ("prefill", True): PREFILL_BY_TABLE,
@@ -117,20 +174,42 @@ INTERFACES = {
 }
 """The interfaces by phase, of a source and of its manifest entries, and by whether they read a segment table."""
 
+ROUTED_INTERFACES = {
+    ("prefill", False): ROUTED_PREFILL,
+    ("prefill", True): ROUTED_PREFILL_BY_TABLE,
+    ("decode", True): ROUTED_DECODE,
+    ("combine", False): COMBINE,
+    ("write_nodes", False): WRITE_NODES,
+    ("choose", True): CHOOSE,
+    ("attend_chosen", False): ATTEND_CHOSEN,
+}
+"""The same for kernels of layers with routed heads."""
+
 PHASES = tuple(dict.fromkeys(phase for phase, _ in INTERFACES))
 """One phase for any number of queries, and two that together handle a single query."""
 
+ROUTER_PHASES = tuple(dict.fromkeys(phase for phase, _ in ROUTED_INTERFACES if phase not in PHASES))
+"""The phases that come first in layers with routed heads, in their order."""
 
-def check_interface(entry: KernelEntry, where: str) -> None:
-    """Refuses a kernel of a package that is not built to the interface of its phase.
+SHARED_PHASES = ("combine",)
+"""The phases whose kernels serve layers with and without routed heads alike."""
+
+
+def check_interface(entry: KernelEntry, where: str, routed: Collection[int] = ()) -> None:
+    """Refuses a kernel of a package that is not built to the interface of its phase; `routed` are the routed layers.
 
     Raises:
         PackageError: its phase, table, arguments, preconditions or grid differ; the message names `where` and the
             field.
     """
-    by_table = {table: interface for (phase, table), interface in INTERFACES.items() if phase == entry.phase}
+    is_routed = not set(routed).isdisjoint(entry.layers)
+    if is_routed and entry.phase not in SHARED_PHASES and not set(routed).issuperset(entry.layers):
+        raise _fault(f"{where}.layers", "all with routed heads, or none", short_repr(entry.layers))
+    interfaces = ROUTED_INTERFACES if is_routed else INTERFACES
+    by_table = {table: interface for (phase, table), interface in interfaces.items() if phase == entry.phase}
     if not by_table:
-        raise _fault(f"{where}.phase", f"one of {', '.join(PHASES)}", short_repr(entry.phase))
+        phases = dict.fromkeys(phase for phase, _ in interfaces)
+        raise _fault(f"{where}.phase", f"one of {', '.join(phases)}", short_repr(entry.phase))
     interface = by_table.get(bool(entry.table))
     if interface is None:
         expected = "no table" if entry.table else "a table"

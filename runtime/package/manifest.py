@@ -63,7 +63,8 @@ class Launch:
 
     A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one if the first is not aligned),
     "query_heads" (over `program_heads`), "key_value_heads", "batch", "splits" (parts into which one query's keys are
-    divided) or "one".
+    divided), "one" or, for routed heads, "node_tiles" and "slot_tiles" (nodes, and units of queries, over `tile_rows`)
+    and "slot_parts" (units of queries times the parts of their chosen blocks).
     """
 
     grid: tuple[str, ...]
@@ -83,7 +84,8 @@ class KernelEntry:
     tables in tables.safetensors that it reads; it is empty if the kernel holds its blocks as code. `launch` is None for
     a CPU kernel, which is called. `preconditions` must have been checked by the caller, such as "name % 16 == 0".
     `phase` is "any", or on a GPU "prefill", which takes any number of queries, or "decode" and "combine", which
-    together take one. `heads` are the first and the end of the query heads that it serves, empty for all.
+    together take one; before these, layers with routed heads have "write_nodes", "choose" and "attend_chosen".
+    `heads` are the first and the end of the query heads that it serves, empty for all.
     """
 
     target: str

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from surgeon.runtime.errors import PackageError, reason_of, remedy_for, short_repr
 from surgeon.runtime.package.files import NotAFileError, read_regular
 from surgeon.runtime.package.hub_cache import blob_of, blobs_of
+from surgeon.runtime.package.interface import ROUTER_PHASES
 from surgeon.runtime.package.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from surgeon.runtime.package.schedule import FILE as SCHEDULES
 from surgeon.runtime.package.schedule import UNBOUNDED, PackagedSchedule, read_schedules
@@ -273,10 +274,11 @@ def _check_kernels(root: Path, manifest: Manifest) -> None:
             layers.setdefault(layer, []).append(kernel.heads or (0, model.num_attention_heads))
     for (target, dtype, phase), layers in covered.items():
         where = f"{root}: {phase} kernels for {target} {dtype}"
-        if set(layers) != set(manifest.layers):
-            raise PackageError(
-                where, f"each of {len(manifest.layers)} covered layers once", short_repr(sorted(layers)), _AGAIN
-            )
+        expected, kind = manifest.layers, "covered"
+        if phase in ROUTER_PHASES:
+            expected, kind = manifest.routed, "routed"
+        if set(layers) != set(expected):
+            raise PackageError(where, f"each of {len(expected)} {kind} layers once", short_repr(sorted(layers)), _AGAIN)
         for layer, groups in layers.items():
             ends = [0]
             for first, end in sorted(groups):

@@ -28,6 +28,9 @@ NODE = 8
 TILE = 16
 """Consecutive queries that choose together."""
 
+MOST_SINGLES = 2 * (TILE - 1)
+"""The most queries of a call that choose alone beside whole tiles: fewer than a tile of them at either end."""
+
 UNBOUNDED = 2**31 - 1
 """The row after the last one of a piece that has no end."""
 

@@ -112,7 +112,7 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     out = torch.full(call.q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads, length), torch.nan, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:  # the interpreter reads the text again when it first runs a function
-        kernel = _load(call.text, call.name, Path(folder))
+        kernel = load_kernel(call.text, call.name, Path(folder))
         first_head = call.first_kv_head * heads // k.shape[1]
         first, end = call.heads or (first_head, first_head + heads)
         own = range(max(first, first_head), min(end, first_head + heads))
@@ -148,7 +148,7 @@ def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:
     lse = torch.full((batch, heads, 1), torch.nan, dtype=torch.float32)
     partial, partial_lse = map(torch.from_numpy, launch_splits(call))
     with tempfile.TemporaryDirectory() as folder:
-        combine = _load(call.combine_text, "combine", Path(folder))
+        combine = load_kernel(call.combine_text, "combine", Path(folder))
         combine[(heads, batch, 1)](partial, partial_lse, out, lse, call.num_splits, int(write_lse))
     return out.numpy(), lse.numpy()
 
@@ -166,7 +166,7 @@ def launch_splits(call: DecodeCall) -> tuple[Array, Array]:
     partial_lse = torch.full((batch, heads, call.num_splits), torch.nan)
     dense_tail = Operands(q, k, v, None, None, call.scale, call.dense_rows, call.tokens_ahead).dense_tail
     with tempfile.TemporaryDirectory() as folder:
-        decode = _load(call.decode_text, "decode", Path(folder))
+        decode = load_kernel(call.decode_text, "decode", Path(folder))
         decode[(k.shape[1], batch, call.num_splits)](
             q,
             k,
@@ -189,7 +189,8 @@ def launch_splits(call: DecodeCall) -> tuple[Array, Array]:
     return partial.numpy(), partial_lse.numpy()
 
 
-def _load(text: str, name: str, folder: Path) -> Any:
+def load_kernel(text: str, name: str, folder: Path) -> Any:
+    """Imports a rendered kernel through a file in `folder`, which must stay while the kernel runs."""
     path = folder / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)

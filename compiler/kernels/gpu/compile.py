@@ -21,7 +21,7 @@ from surgeon.runtime.package.interface import ALIGNMENT, POINTEES
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
 from surgeon.runtime.package.target import Target
 
-OPTIONS = "fp fusion on, Hopper's code for drivers from CUDA 12 on"
+OPTIONS = "fp fusion on, off where bits must not differ, Hopper's code for drivers from CUDA 12 on"
 """The use of Triton beyond a kernel's tile, which belongs to the cache key of a binary."""
 
 _EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
@@ -107,7 +107,12 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
     )
     by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
     entries = tuple(by_schedule) if source.phase == "prefill" else (entry,)  # one per schedule that shares the code
-    return Binary(path, compiled.asm[extension], entries, (Tool("triton", f"{version}, fp fusion on"),))
+    return Binary(
+        path,
+        compiled.asm[extension],
+        entries,
+        (Tool("triton", f"{version}, fp fusion {'on' if source.fuses else 'off'}"),),
+    )
 
 
 def _symbol(source: GpuSource) -> str:
@@ -134,7 +139,7 @@ def _compile(source: GpuSource, tile: Tile, dtype: str, device: Device) -> tuple
             compiled = triton.compile(
                 ASTSource(kernel, signature, attrs={(index,): [["tt.divisibility", ALIGNMENT]] for index in divisible}),
                 target=GPUTarget(source.target.backend, arch, device.warp_size),
-                options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
+                options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": source.fuses},
             )
         except (
             Exception

@@ -11,12 +11,13 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import log2, padded
-from surgeon.runtime.package.interface import COMBINE, DECODE
+from surgeon.runtime.package.interface import COMBINE, DECODE, ROUTED_DECODE
 from surgeon.runtime.package.schedule import UNBOUNDED
 from surgeon.runtime.package.segment_table import SegmentTable
 
 _SPLITS_AT_ONCE = 16
-_TABLE = TableShape("decode")
+TABLE = TableShape("decode")
+"""The kind of table that decoding kernels read."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,47 @@ class CombineTile:
 
 def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, TableShape]]:
     """The tables that the decoding kernel reads, by their names in the package; empty if there is no such kernel."""
-    return {f"{spec.name}.{_TABLE.name}": (spec.schedule, _TABLE) for spec in specs if spec.decode is not None}
+    return {f"{spec.name}.{TABLE.name}": (spec.schedule, TABLE) for spec in specs if spec.decode is not None}
 
 
 def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
     """Renders `decode.py` and `combine.py` for one target, or nothing if a KV head has too many query heads.
 
-    `tables` are those of `wanted_tables`.
+    Layers with routed heads have `routed_decode.py` instead of `decode.py`. `tables` are those of `wanted_tables`.
     """
-    first, tile = specs[0], specs[0].decode
-    if tile is None:
+    first = specs[0]
+    if first.decode is None:
         return ()
+    combine = render_template(
+        "gpu/combine.py.jinja",
+        shape=first.shape,
+        tile=CombineTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
+        arguments=COMBINE.arguments,
+        ln_2=repr(math.log(2)),
+    )
+    kinds = [tuple(spec for spec in specs if spec.is_routed == routed) for routed in (False, True)]
+    return (
+        *(_decode(kind, first.decode, tables) for kind in kinds if kind),
+        GpuSource(
+            first.target,
+            tuple(specs),
+            _files("combine", first.target.folder, combine),
+            "combine",
+            Tile(1, 1, warps=4, stages=1),
+        ),
+    )
+
+
+def _decode(specs: tuple[GpuSpec, ...], tile: Tile, tables: Mapping[str, SegmentTable]) -> GpuSource:
+    """Renders the kernel for layers that all have routed heads or all have none."""
+    first = specs[0]
     shape, num_rows = first.shape, first.schedule.num_rows
+    name = "routed_decode" if first.is_routed else "decode"
     read = {name: tables[name] for name in wanted_tables(specs)}
-    decode = render_template(
+    text = render_template(
         "gpu/decode.py.jinja",
+        name=name,
+        routed=first.is_routed,
         shape=shape,
         tile=DecodeTile(
             rows=tile.queries,
@@ -69,22 +96,12 @@ def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) 
             segments=padded(max(table.max_segments for table in read.values())),
         ),
         num_rows=None if num_rows == UNBOUNDED else num_rows,
-        arguments=DECODE.arguments,
+        arguments=(ROUTED_DECODE if first.is_routed else DECODE).arguments,
         log2_e=repr(math.log2(math.e)),
     )
-    combine = render_template(
-        "gpu/combine.py.jinja",
-        shape=shape,
-        tile=CombineTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
-        arguments=COMBINE.arguments,
-        ln_2=repr(math.log(2)),
-    )
-    target, served = first.target, tuple(specs)
-    return (
-        GpuSource(target, served, _files("decode", target.folder, decode), "decode", tile, (), _TABLE.name, read),
-        GpuSource(target, served, _files("combine", target.folder, combine), "combine", Tile(1, 1, warps=4, stages=1)),
-    )
+    files = _files(name, first.target.folder, text)
+    return GpuSource(first.target, specs, files, "decode", tile, (), TABLE.name, read)
 
 
-def _files(phase: str, folder: str, text: str) -> tuple[SourceFile, ...]:
-    return (SourceFile(f"{folder}/{phase}.py", text),)
+def _files(name: str, folder: str, text: str) -> tuple[SourceFile, ...]:
+    return (SourceFile(f"{folder}/{name}.py", text),)

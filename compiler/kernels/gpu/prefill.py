@@ -14,7 +14,7 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError
-from surgeon.runtime.package.interface import INTERFACES
+from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
 from surgeon.runtime.package.segment_table import SegmentTable
 
@@ -42,7 +42,8 @@ def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable])
     """Renders one target's layer schedules; each file is `<target>/<name>.py` and its function is called `<name>`.
 
     A schedule is code in a kernel named after its spec, or, if it has many pieces, in several for consecutive heads.
-    If it has too many pieces for that, it is a table, and one kernel, `attention_by_table`, serves all such layers.
+    If it has too many pieces for that, it is a table, and one kernel, `attention_by_table`, serves all such layers, or
+    `routed_attention_by_table` those with routed heads.
     `tables` are those of `wanted_tables`.
 
     Raises:
@@ -61,7 +62,11 @@ def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable])
             continue
         for heads in _kernel_heads(spec, cut, leaves):
             sources.append(_by_code(spec, cut, heads, table))
-    return (*sources, _by_table(by_table, cut, shape)) if by_table else tuple(sources)
+    for routed in (False, True):
+        kind = {name: found for name, found in by_table.items() if found[0].is_routed == routed}
+        if kind:
+            sources.append(_by_table(kind, cut, shape))
+    return tuple(sources)
 
 
 def _table_shape(cut: Tiling) -> TableShape:
@@ -114,7 +119,8 @@ def _by_table(found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, sh
     specs = [spec for spec, _ in found.values()]
     heads = range(len(specs[0].schedule.heads))
     tables = {name: table for name, (_, table) in found.items()}
-    return _source(specs, cut, "attention_by_table", heads, None, shape.name, tables)
+    name = "routed_attention_by_table" if specs[0].is_routed else "attention_by_table"
+    return _source(specs, cut, name, heads, None, shape.name, tables)
 
 
 def head_groups(layer: LayerSchedule, leaves: Sequence[int], max_leaves: int) -> tuple[range, ...]:
@@ -146,6 +152,7 @@ def _source(
     spec, shape = specs[0], specs[0].shape
     num_rows = spec.schedule.num_rows
     whole = len(heads) == shape.num_heads
+    interfaces = ROUTED_INTERFACES if spec.is_routed else INTERFACES
     template = "prefill_rows" if isinstance(trees, ScheduleTrees) else "prefill_segments"
     text = render_template(
         f"gpu/{template}.py.jinja",
@@ -158,7 +165,8 @@ def _source(
         trees=trees,
         max_segments=padded(max(read.max_segments for read in tables.values())) if tables else None,
         num_rows=None if num_rows == UNBOUNDED else num_rows,
-        arguments=INTERFACES["prefill", bool(table)].arguments,
+        routed=spec.is_routed,
+        arguments=interfaces["prefill", bool(table)].arguments,
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )

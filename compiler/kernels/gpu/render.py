@@ -1,8 +1,8 @@
-"""Kernel specifications ─▶ sources for a GPU target: kernels for many queries and kernels for one."""
+"""Kernel specifications ─▶ sources for a GPU target: kernels for many queries, for one, and for routed heads."""
 
 from collections.abc import Mapping, Sequence
 
-from surgeon.compiler.kernels.gpu import decode, prefill
+from surgeon.compiler.kernels.gpu import decode, prefill, router
 from surgeon.compiler.schedule.schedule import LayerSchedule
 from surgeon.compiler.schedule.segment_tables import TableShape
 from surgeon.compiler.specs.artifacts import GpuSource
@@ -21,4 +21,8 @@ def render_gpu(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> 
     Raises:
         TargetError: a schedule lists more keys than a 32-bit number counts.
     """
-    return (*prefill.render_prefill(specs, tables), *decode.render_decode(specs, tables))
+    return (
+        *router.render_router(specs, tables),
+        *prefill.render_prefill(specs, tables),
+        *decode.render_decode(specs, tables),
+    )

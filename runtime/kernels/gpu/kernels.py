@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
 from surgeon.runtime.kernels.gpu.driver import Driver, Function
+from surgeon.runtime.kernels.gpu.kernel import Kernel
 from surgeon.runtime.kernels.gpu.open_driver import open_driver
+from surgeon.runtime.kernels.gpu.routing import PARTS, LayerRoutes, attend_chosen, load_routes, router_kernels
 from surgeon.runtime.kernels.gpu.segment_tables import LoadedTable, load_tables
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.interface import ALIGNMENT, STRIDES, check_interface
@@ -58,32 +60,6 @@ def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
     )
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """A loaded kernel with the order of its arguments, the meaning of its grid, and the query heads it serves.
-
-    Each program has `tile_rows` queries of `program_heads` heads, and needs `scratch_bytes` of the device's memory.
-    """
-
-    function: Function
-    arguments: tuple[str, ...]
-    grid: tuple[str, ...]
-    tile_rows: int
-    scratch_bytes: int
-    program_heads: int
-    heads: range
-
-    def launch(
-        self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float], like: torch.Tensor
-    ) -> None:
-        """Queues the kernel; scratch memory is allocated as `like` is, on torch's current stream, which is `stream`."""
-        x, y, z = (lengths[axis] for axis in self.grid)
-        if self.scratch_bytes:
-            scratch = like.new_empty((x * y * z * self.scratch_bytes,), dtype=torch.uint8)
-            values = {**values, "global_scratch": scratch.data_ptr()}
-        self.function.launch((x, y, z), stream, [values[name] for name in self.arguments])
-
-
 class GpuKernels:
     """A package's kernels in the memory of one GPU that has this number of `processors`.
 
@@ -96,7 +72,7 @@ class GpuKernels:
         self, files: PackageFiles, target: Target, device: int, processors: int, strict: bool, driver: Driver
     ) -> None:
         manifest = files.manifest
-        self._kernels: dict[tuple[str, int, torch.dtype], list[_Kernel]] = {}  # several if heads have their own
+        self._kernels: dict[tuple[str, int, torch.dtype], list[Kernel]] = {}  # several if heads have their own
         self._strict = strict
         self._device = device
         self._programs = _PROGRAMS_A_PROCESSOR * processors
@@ -117,6 +93,12 @@ class GpuKernels:
             dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
         )
         self._tables: dict[tuple[str, int], LoadedTable] = load_tables(files, entries, device)
+        self._routes: dict[int, LayerRoutes] = load_routes(files, device) if entries else {}
+        self._router_kernels = {
+            (layer, dtype): router_kernels(self._kernels, layer, dtype, f"{files.folder}: kernels for {target}")
+            for layer in self._routes
+            for dtype in self.dtypes
+        }
 
     def attend(
         self,
@@ -167,9 +149,18 @@ class GpuKernels:
         values |= zip(_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
         lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": batch, "one": 1}
         stream = torch.cuda.current_stream(self._device).cuda_stream
+        routes = self._routes.get(layer)
+        if routes is not None and q_length < k_length:
+            _LOG.debug("layer %d makes the nodes of %d keys anew", layer, k_length)
         decode = self._kernels.get(("decode", layer, q.dtype), ())
         combine = self._kernels.get(("combine", layer, q.dtype), ())
         if q_length > 1 or not decode or not combine:
+            if routes is not None:
+                partial, partial_lse = _partial(q, q_length)
+                values |= {"partial": partial.data_ptr(), "partial_lse": partial_lse.data_ptr()}
+                values |= {"num_parts": 1, "num_places": q_length, "first_place": 0}
+                values |= self._table("choose", layer)
+                attend_chosen(self._router_kernels[layer, q.dtype], routes, lengths, stream, values, q, k)
             values |= self._table("prefill", layer)
             if self._max_keys is not None:
                 out.fill_(torch.nan)
@@ -183,14 +174,17 @@ class GpuKernels:
                 kernel.launch(lengths, stream, values, q)
             return out
         splits = self._splits(batch * kv_heads, k_length)
-        partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
-        partial_lse = q.new_empty((batch, heads, splits), dtype=torch.float32)
+        places = splits + (PARTS if routes is not None else 0)
+        partial, partial_lse = _partial(q, places)
         values |= {
             "partial": partial.data_ptr(),
             "partial_lse": partial_lse.data_ptr(),
-            "num_splits": splits,
+            "num_splits": places,
         }
         values |= self._table("decode", layer)
+        if routes is not None:
+            values |= {"num_parts": PARTS, "num_places": places, "first_place": splits}
+            attend_chosen(self._router_kernels[layer, q.dtype], routes, lengths, stream, values, q, k)
         lengths["splits"] = splits
         for kernel in (*decode, *combine):
             kernel.launch(lengths, stream, values, q)
@@ -257,7 +251,7 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
 
 def _check(entry: KernelEntry, manifest: Manifest, where: str) -> None:
     """Refuses a kernel that the launcher cannot launch: a wrong argument would be read as an address."""
-    check_interface(entry, where)
+    check_interface(entry, where, manifest.routed)
     launch = entry.launch
     if launch is None or not (
         0 < launch.threads <= _MAX_THREADS
@@ -275,18 +269,19 @@ def _check(entry: KernelEntry, manifest: Manifest, where: str) -> None:
         raise PackageError(f"{where}.launch.program_heads", expected, short_repr(shares), _AGAIN)
     if entry.heads and entry.phase != "prefill":
         raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", short_repr(entry.heads), _AGAIN)
-    name = _function_name(entry)
+    name = _function_name(entry, not set(manifest.routed).isdisjoint(entry.layers))
     if entry.symbol != name or not entry.file.startswith(f"{Target.parse(entry.target).folder}/{name}.{entry.dtype}."):
         found = f"{entry.symbol} in {entry.file}"
         raise PackageError(f"{where}.symbol", f"{name}, in its file for {entry.dtype}", short_repr(found), _AGAIN)
 
 
-def _function_name(entry: KernelEntry) -> str:
-    """The name of the function that the compiler makes for an entry of the manifest."""
+def _function_name(entry: KernelEntry, routed: bool) -> str:
+    """The name of the function that the compiler makes for an entry of the manifest, of layers that may be routed."""
+    if entry.phase == "decode" or entry.table.startswith("prefill"):
+        name = "decode" if entry.phase == "decode" else "attention_by_table"
+        return f"routed_{name}" if routed else name
     if entry.phase != "prefill":
         return entry.phase
-    if entry.table:
-        return "attention_by_table"
     return f"{entry.schedule}_head_{entry.heads[0]:02d}" if entry.heads else entry.schedule
 
 
@@ -296,7 +291,7 @@ def _load(
     device: int,
     driver: Driver,
     functions: dict[KernelEntry, Function],
-) -> _Kernel:
+) -> Kernel:
     launch = entry.launch
     assert launch is not None
     code = replace(entry, layers=(), schedule="")
@@ -312,7 +307,7 @@ def _load(
         )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
-    return _Kernel(
+    return Kernel(
         functions[code],
         names,
         launch.grid,
@@ -331,6 +326,13 @@ def row_tiles(q_length: int, tile_rows: int, block_size: int, dense_tail: int) -
     """
     may_share = tile_rows > block_size and dense_tail > -block_size
     return -(-q_length // tile_rows) + 1 + may_share
+
+
+def _partial(q: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the results and the log-sum-exp of parts of the keys, `places` of each head."""
+    batch, heads, _, head_dim = q.shape
+    results = q.new_empty((batch, heads, places, head_dim), dtype=torch.float32)
+    return results, q.new_empty((batch, heads, places), dtype=torch.float32)
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:

@@ -13,6 +13,8 @@ from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.segment_table import FILE, SegmentTable, read_table
 from surgeon.runtime.package.tensors import Matrices
 
+_BY_ROW = ("decode", "choose")
+"""The phases whose kernels read the decode table."""
 _SHAPE = re.compile(r"prefill_[1-9]\d{0,3}x(?P<blocks>[1-9]\d{0,3})(x[1-9]\d{0,1})?")
 
 
@@ -42,7 +44,9 @@ def load_tables(files: PackageFiles, entries: Sequence[KernelEntry], device: int
             name = f"{schedules.get(layer, '')}.{entry.table}"
             if name not in found:
                 rows, blocks, heads = _table_shape(entry, files)
-                patterns = model.num_key_value_heads if entry.phase == "decode" else model.num_attention_heads // heads
+                patterns = model.num_attention_heads // heads
+                if entry.phase in _BY_ROW:
+                    patterns = model.num_key_value_heads
                 table = read_table(matrices, name, patterns, rows // blocks, num_rows=-(-files.num_rows // rows))
                 found[name] = _loaded(table, device)
             tables[entry.phase, layer] = found[name]
@@ -57,11 +61,11 @@ def _table_shape(entry: KernelEntry, files: PackageFiles) -> tuple[int, int, int
     """
     launch = entry.launch
     assert launch is not None
-    rows = 1 if entry.phase == "decode" else max(1, launch.tile_rows // files.manifest.block_size)
+    rows = 1 if entry.phase in _BY_ROW else max(1, launch.tile_rows // files.manifest.block_size)
     shape = _SHAPE.fullmatch(entry.table)
     blocks = int(shape["blocks"]) if shape else 1
     heads = f"x{launch.program_heads}" if launch.program_heads > 1 else ""
-    expected = "decode" if entry.phase == "decode" else f"prefill_{rows}x{blocks}{heads}"
+    expected = "decode" if entry.phase in _BY_ROW else f"prefill_{rows}x{blocks}{heads}"
     if entry.table != expected or not 0 < blocks <= rows or rows % blocks:
         raise PackageError(
             f"{files.folder}: a kernel for {entry.target}: table",

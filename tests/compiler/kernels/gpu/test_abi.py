@@ -15,9 +15,9 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.runtime.errors import BuildError, TargetError
-from surgeon.runtime.package.interface import INTERFACES
+from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES
 from surgeon.runtime.package.target import Target
-from topologies import window_topology
+from topologies import build, window_head
 
 pytest.importorskip("triton")
 
@@ -27,25 +27,37 @@ ABI = {
     "decode": [8] * 7 + [8] * 9 + [4] * 3 + [8] * 3 + [4] + [8] * 2,
     "combine": [8] * 4 + [4] * 2 + [8] * 2,
 }
+ROUTED_ABI = {
+    "write_nodes": [8] * 7 + [8] * 3 + [4] * 3 + [8] * 2,
+    "choose": [8] * 7 + [8] * 3 + [4] * 6 + [8] * 3 + [4] + [8] * 2,
+    "attend_chosen": [8] * 8 + [8] * 9 + [4] * 6 + [8] * 2,
+    "attention_000": [8] * 7 + [8] * 9 + [4] * 6 + [8] * 2 + [8] * 2,
+    "routed_attention_by_table": [8] * 7 + [8] * 9 + [4] * 6 + [8] * 3 + [4] + [8] * 2 + [8] * 2,
+    "routed_decode": [8] * 7 + [8] * 9 + [4] * 3 + [8] * 3 + [4] * 2 + [8] * 2,
+    "combine": ABI["combine"],
+}
 """The bytes of each parameter: pointers, strides, numbers, the pointers and the length of a table, scratch pointers."""
 
 
-def kernels(target: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, GpuSource]:
+def kernels(target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False) -> dict[str, GpuSource]:
     """A kernel of every interface, by its symbol."""
-    topology = window_topology([1, 2], num_kv_heads=1, head_dim=64, block_size=64)
+    heads = [window_head(1, 1, route=3 * routed), window_head(1, 2)]
+    topology = build([heads], num_kv_heads=1, head_dim=64, block_size=64, num_blocks=8)
     specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), ["bf16"])
     by_code = gpu_sources(specs)
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0)
     return {Path(source.files[0].path).stem: source for source in (*by_code, *gpu_sources(specs))}
 
 
-def test_the_parameters_in_a_cubin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels("cuda:90", monkeypatch)
-    assert {(source.phase, bool(source.table)) for source in found.values()} == set(INTERFACES)
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_parameters_in_a_cubin(routed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kernels("cuda:90", monkeypatch, routed)
+    interfaces = ROUTED_INTERFACES if routed else INTERFACES
+    assert {(source.phase, bool(source.table)) for source in found.values()} == set(interfaces)
     for symbol, source in found.items():
         binary = build_triton(source, "bf16")
         declared = parameters(binary, tmp_path)
-        assert [size for _, size in declared] == ABI[symbol], symbol
+        assert [size for _, size in declared] == (ROUTED_ABI if routed else ABI)[symbol], symbol
         assert declared == laid_out(binary.kernels[0].arguments)
 
 

@@ -178,6 +178,48 @@ def test_a_captured_step_of_a_patched_model_with_padding(tmp_path: Path) -> None
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def routed() -> Topology:
+    heads = [topologies.window_head(1, 2, route=3), topologies.window_head(1, 2), topologies.DENSE]
+    return topologies.build(
+        [[*heads, topologies.window_head(0, 1, route=19)] * 2],
+        num_kv_heads=2,
+        head_dim=128,
+        block_size=BLOCK // 2,
+        num_blocks=24,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_length", [1, 45, 700])
+def test_routed_heads_choose_as_the_definition_says(
+    routed: Topology, q_length: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    package = compiled(routed, tmp_path)
+    q, k, v = tensors(routed, q_length, 760, dtype)
+    for dense_rows in (0, 40):
+        check(package, routed, q, k, v, [760 - q_length, 730 - q_length], [0, 9], dense_rows=dense_rows)
+
+
+@pytest.mark.parametrize("q_length", [1, 200])
+def test_a_captured_graph_chooses_anew(routed: Topology, q_length: int, tmp_path: Path) -> None:
+    package = compiled(routed, tmp_path)
+    q, k, v = tensors(routed, q_length, 700, torch.bfloat16)
+    position = torch.tensor([500, 300], device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        package.attention(0, q, k, v, position=position)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = package.attention(0, q, k, v, position=position)
+    position.copy_(torch.tensor([133, 499]))
+    q.copy_(torch.randn_like(q))
+    k.copy_(torch.randn_like(k))
+    graph.replay()
+    torch.testing.assert_close(out, package.attention(0, q, k, v, position=position), rtol=0, atol=0)
+
+
 def test_a_stream_of_its_own(package: Package, topology: Topology) -> None:
     q, k, v = tensors(topology, 300, 300, torch.bfloat16)
     expected = package.attention(0, q, k, v)
