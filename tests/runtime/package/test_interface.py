@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from surgeon.runtime.errors import PackageError
-from surgeon.runtime.package.interface import INTERFACES, POINTEES, SCRATCH, check_interface
+from surgeon.runtime.package.interface import INTERFACES, POINTEES, ROUTED_INTERFACES, SCRATCH, check_interface
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch
 
-CASES = list(INTERFACES)
+CASES = [(*case, routed) for routed in (False, True) for case in (ROUTED_INTERFACES if routed else INTERFACES)]
 
 
-def entry_of(phase: str, by_table: bool) -> KernelEntry:
-    interface = INTERFACES[phase, by_table]
+def entry_of(phase: str, by_table: bool, routed: bool = False) -> KernelEntry:
+    interface = (ROUTED_INTERFACES if routed else INTERFACES)[phase, by_table]
     return KernelEntry(
         target="cuda:90",
         dtype="bf16",
@@ -30,18 +30,18 @@ def entry_of(phase: str, by_table: bool) -> KernelEntry:
     )
 
 
-@pytest.mark.parametrize(("phase", "by_table"), CASES)
-def test_a_kernel_that_is_built_to_its_interface(phase: str, by_table: bool) -> None:
-    check_interface(entry_of(phase, by_table), "kernels[0]")
+@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
+def test_a_kernel_that_is_built_to_its_interface(phase: str, by_table: bool, routed: bool) -> None:
+    check_interface(entry_of(phase, by_table, routed), "kernels[0]", [0] if routed else [1])
 
 
-@pytest.mark.parametrize(("phase", "by_table"), CASES)
-def test_every_difference_is_refused_and_named(phase: str, by_table: bool) -> None:
-    entry = entry_of(phase, by_table)
+@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
+def test_every_difference_is_refused_and_named(phase: str, by_table: bool, routed: bool) -> None:
+    entry = entry_of(phase, by_table, routed)
     for index, argument in enumerate(entry.arguments):
         others = (*entry.arguments[:index], Argument("secret", argument.type), *entry.arguments[index + 1 :])
         with pytest.raises(PackageError, match=rf"arguments\[{index}\]: expected {argument.name} {argument.type}, got"):
-            check_interface(dataclasses.replace(entry, arguments=others), "kernels[0]")
+            check_interface(dataclasses.replace(entry, arguments=others), "kernels[0]", [0] if routed else [])
 
 
 def changed(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
@@ -81,9 +81,9 @@ def test_another_interface(
         check_interface(change(entry_of(phase, by_table)), "kernels[3]")
 
 
-@pytest.mark.parametrize(("phase", "by_table"), CASES)
-def test_an_interface_agrees_with_itself(phase: str, by_table: bool) -> None:
-    interface = INTERFACES[phase, by_table]
+@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
+def test_an_interface_agrees_with_itself(phase: str, by_table: bool, routed: bool) -> None:
+    interface = (ROUTED_INTERFACES if routed else INTERFACES)[phase, by_table]
     kinds = {argument.name: argument.type for argument in interface.binary_arguments}
     assert len(kinds) == len(interface.binary_arguments)
     assert set(interface.aligned) <= {name for name, kind in kinds.items() if kind in ("pointer", "i64")}
@@ -92,6 +92,35 @@ def test_an_interface_agrees_with_itself(phase: str, by_table: bool) -> None:
     assert ("table_rows" in kinds) == by_table
 
 
+@pytest.mark.parametrize(
+    ("entry", "routed", "message"),
+    [
+        (entry_of("prefill", False), [0], r"arguments\[22\]: expected partial pointer, got 'global_scratch pointer'"),
+        (entry_of("prefill", False, True), [1], r"arguments\[22\]: expected global_scratch pointer, got 'partial po"),
+        (entry_of("choose", True, True), [1], r"phase: expected one of prefill, decode, combine, got 'choose'"),
+        (
+            changed(layers=(0, 1))(entry_of("decode", True)),
+            [0],
+            r"layers: expected all with routed heads, or none, got",
+        ),
+        (
+            changed(phase="any")(entry_of("decode", True)),
+            [0],
+            r"phase: expected one of prefill, decode, combine, write",
+        ),
+    ],
+)
+def test_layers_with_routed_heads_have_interfaces_of_their_own(
+    entry: KernelEntry, routed: list[int], message: str
+) -> None:
+    with pytest.raises(PackageError, match=message):
+        check_interface(entry, "kernels[3]", routed)
+
+
+def test_layers_of_both_kinds_share_what_combines_splits() -> None:
+    check_interface(changed(layers=(0, 1))(entry_of("combine", False)), "kernels[3]", [0])
+
+
 def test_every_pointee_is_an_argument() -> None:
-    names = {argument.name for interface in INTERFACES.values() for argument in interface.arguments}
+    names = {argument.name for interface in ROUTED_INTERFACES.values() for argument in interface.arguments}
     assert set(POINTEES) <= names

@@ -19,6 +19,7 @@ from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import MAX_ROUTE, specialize_gpu
+from surgeon.compiler.specs.tiles import TargetTiles, Tile
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.target import Target
@@ -135,6 +136,18 @@ def test_some_kv_heads_of_a_layer(pool: Executor, queries: int) -> None:
     part = pool.submit(run, dataclasses.replace(whole, q=q, k=k, v=v, first_kv_head=1)).result()
     assert np.array_equal(part.chosen, found.chosen[:, 2:])
     np.testing.assert_array_equal(part.out, found.out[:, :, 2:])
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(64, 32, 8, 3, loads="descriptors"), Tile(32, 32, 8, 3, heads=2)], ids=["descriptors", "two heads"]
+)
+def test_variants_of_prefill(pool: Executor, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = TargetTiles.listed
+    monkeypatch.setattr(TargetTiles, "listed", lambda *at: tile if at[1] == "prefill" else listed(*at))
+    topology = routed()
+    call = make_call(topology, *inputs(topology, 60, 160, torch.float32), [100, 61], [0, 1], dense_rows=20)
+    assert call.program_heads == tile.heads
+    check(pool, topology, call)
 
 
 def test_nodes_are_those_of_the_definition_and_only_of_heads_that_choose(pool: Executor) -> None:
