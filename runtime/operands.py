@@ -7,6 +7,7 @@ import torch
 
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.packed_batch import PackedBatch
 
 
 class Operands(NamedTuple):
@@ -143,9 +144,7 @@ def check(operands: Operands, shape: ModelShape) -> None:
         raise _misfit("v", f"{list(k.shape)}, as k", v)
 
 
-def check_paged(
-    operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int, out: torch.Tensor | None = None
-) -> None:
+def check_paged(operands: Operands, block_table: torch.Tensor, shape: ModelShape, block_size: int) -> None:
     """Refuses operands like `check`, with k and v as pools of blocks; see `LayerKernels.run_paged`.
 
     Raises:
@@ -153,19 +152,37 @@ def check_paged(
     """
     q, k, v, *_ = operands
     _check_queries(operands, shape)
-    for name, slots in (("k", k), ("v", v)):
-        if slots.dim() != 3 or slots.shape != k.shape or slots.shape[1:] != (block_size, shape.head_dim):
-            raise _misfit(name, f"[slots, {block_size}, {shape.head_dim}], k and v alike", slots)
-        _check_on_cpu(name, slots, q)
+    _check_pools(q, k, v, (block_size, shape.head_dim))
     if block_table.dim() != 3 or block_table.shape[:2] != (q.shape[0], shape.num_key_value_heads):
         raise _misfit("block_table", f"[{q.shape[0]}, {shape.num_key_value_heads}, blocks]", block_table)
     if block_table.dtype != torch.int32 or block_table.device.type != "cpu":
         raise _mismatch("block_table", "torch.int32 on cpu", block_table)
-    if out is not None:
-        expected = (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-        if out.shape != expected or not out.is_contiguous():
-            raise _misfit("out", f"{list(expected)}, contiguous", out)
-        _check_on_cpu("out", out, q)
+
+
+def check_packed(
+    batch: PackedBatch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    shape: ModelShape,
+    block_size: int,
+) -> None:
+    """Refuses tensors that do not fit a batch or kernels for heads of this `shape`; see `LayerKernels.run_packed`.
+
+    Raises:
+        PatchError: one does not fit; the message describes the first fault.
+    """
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    if q.dim() != 3 or len(q) < batch.tokens or q.shape[1:] != (heads, head_dim):
+        raise _misfit("q", f"[{batch.tokens} or more, {heads}, {head_dim}]", q)
+    if out.shape != q.shape or not out.is_contiguous():
+        raise _misfit("out", f"{list(q.shape)}, contiguous", out)
+    _check_on_cpu("out", out, q)
+    _check_pools(q, k, v, (block_size, head_dim), batch.slots)
+    if batch.block_table.shape[1] != kv_heads or batch.block_size != block_size:
+        expected = f"[sequences, {kv_heads}, blocks], blocks of {block_size} tokens"
+        raise _misfit("block_table", expected, batch.block_table)
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:
@@ -194,6 +211,14 @@ def _check_queries(operands: Operands, shape: ModelShape) -> None:
     for name, place in (("position", operands.position), ("cache_leftpad", operands.cache_leftpad)):
         if place is not None:
             _check_place(name, place, q)
+
+
+def _check_pools(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: tuple[int, int], least: int = 0) -> None:
+    for name, slots in (("k", k), ("v", v)):
+        if slots.dim() != 3 or slots.shape != k.shape or slots.shape[1:] != block or len(slots) < least:
+            count = f"{least} or more" if least else "slots"
+            raise _misfit(name, f"[{count}, {block[0]}, {block[1]}], k and v alike", slots)
+        _check_on_cpu(name, slots, q)
 
 
 def _check_place(name: str, place: torch.Tensor, q: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ ROOMS = (
     "runtime.errors",
     "runtime.installation",
     "runtime.package",
+    "runtime.packed_batch",
     "runtime.operands",
     "runtime.cache",
     "runtime.kernels.cpu",

@@ -9,8 +9,18 @@ import torch
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.kernels import backward
 from surgeon.runtime.kernels.devices import DeviceKernels
-from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Nodes, Operands, check, check_paged, check_rotary
+from surgeon.runtime.operands import (
+    WITHOUT_GRADIENTS,
+    Gradients,
+    Nodes,
+    Operands,
+    check,
+    check_packed,
+    check_paged,
+    check_rotary,
+)
 from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.packed_batch import PackedBatch
 
 _LOG = logging.getLogger("surgeon")
 _PART = ":kv_heads="
@@ -64,27 +74,54 @@ class LayerKernels:
         layer: int,
         operands: Operands,
         block_table: torch.Tensor,
-        out: torch.Tensor | None = None,
+        *,
         nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Attention of one layer on the CPU over a cache that holds only some of the blocks; otherwise like `run`.
 
         k and v are pools of blocks `[slots, block_size, D]`. `block_table`, int32 `[B, Hkv, blocks]`, gives the slot
         of each block of each KV head, counted from the first valid key; -1 stands for a block that is not held, which
-        no query may read; routed heads may read any. `out`, contiguous `[B,Sq,Hq,D]`, is filled and returned if it is
-        given. Without `nodes`, routed heads make theirs in every call.
+        no query may read; routed heads may read any. Without `nodes`, routed heads make theirs in every call.
 
         Raises:
             PatchError: shapes, dtypes or devices do not fit, or a query reads a block that is not held.
         """
         self.check_layer(layer)
-        check_paged(operands, block_table, self._shape, self._manifest.block_size, out)
+        check_paged(operands, block_table, self._shape, self._manifest.block_size)
         kernels = self.devices.cpu
         taken = self._in_one_of(kernels.dtypes, operands)
-        if taken is operands:
-            return kernels.attend_paged(layer, operands, block_table, self.kv_heads.start, out, nodes)
-        found = kernels.attend_paged(layer, taken, block_table, self.kv_heads.start).to(operands.q.dtype)
-        return found if out is None else out.copy_(found)
+        found = kernels.attend_paged(layer, taken, block_table, self.kv_heads.start, nodes=nodes)
+        return found if taken is operands else found.to(operands.q.dtype)
+
+    def run_packed(
+        self,
+        layer: int,
+        batch: PackedBatch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of one layer on the CPU over a batch's queries, of any number a sequence, into `out`.
+
+        q and out are `[tokens, Hq, D]`, out contiguous: the batch's queries and then any number of others, which are
+        neither read nor written. k and v are pools of blocks as in `run_paged`. Sequences of few queries are decoded
+        together, and the others prefilled together.
+
+        Raises:
+            PatchError: shapes, dtypes or devices do not fit, or a query reads a block that a table with holes lacks.
+            TopologyError: a position is outside the block table, or beyond what the topology covers.
+        """
+        self.check_layer(layer)
+        check_packed(batch, q, k, v, out, self._shape, self._manifest.block_size)
+        kernels = self.devices.cpu
+        operands = Operands(q[None].transpose(1, 2), k, v, batch.position, None, scale)
+        taken = self._in_one_of(kernels.dtypes, operands)
+        found = out if taken is operands else torch.empty_like(out, dtype=torch.float32)
+        kernels.attend_packed(layer, taken, batch, found, self.kv_heads.start)
+        if found is not out:
+            out[: batch.tokens].copy_(found[: batch.tokens])
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Attention of one layer on the CPU over whole sequences, whose q and k the kernel rotates; else like `run`.

@@ -23,7 +23,7 @@ class Runner(Protocol):
         layer: int,
         operands: Operands,
         block_table: torch.Tensor,
-        out: torch.Tensor | None = None,
+        *,
         nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Attention of one layer over a cache that holds only some of the blocks."""

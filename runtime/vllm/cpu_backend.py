@@ -26,8 +26,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from surgeon.runtime.cache.liveness import Liveness
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
-from surgeon.runtime.operands import Operands
-from surgeon.runtime.vllm.batch import Call, calls_of
+from surgeon.runtime.packed_batch import PackedBatch
+from surgeon.runtime.vllm.batch import dense_tails
 from surgeon.runtime.vllm.compatibility import covered_layers
 from surgeon.runtime.vllm.freeing import PatternSpec, by_need
 from surgeon.runtime.vllm.hooks import replace
@@ -52,11 +52,9 @@ class Site:
 
 @dataclass
 class Step:
-    """A step of the engine for a group of layers: its calls, their positions, the block table, the rows to write."""
+    """A step of the engine for a group of layers: the batch that all of them attend to, and the rows to write."""
 
-    calls: tuple[Call, ...]
-    positions: torch.Tensor
-    block_table: torch.Tensor
+    batch: PackedBatch
     key_rows: torch.Tensor
 
 
@@ -124,7 +122,6 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
             layer.impl.site = Site(package, extract_layer_index(name), self.pages)
         if isinstance(kv_cache_spec, PatternSpec):
             self.liveness = Liveness(torch.tensor([kv_cache_spec.readers]))
-        self._init_reorder_batch_threshold(1)  # decoding first, so that it is one call
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -140,7 +137,7 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         if common_attn_metadata.causal is not True:
             raise PatchError("vLLM's step", "causal attention", "another one", "serve this model without a package")
         lengths = common_attn_metadata.seq_lens
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        starts = common_attn_metadata.query_start_loc_cpu
         prompts = prompt_lengths(len(lengths))
         if prompts is None:
             raise PatchError(
@@ -149,13 +146,14 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
                 "another one",
                 "serve without a package",
             )
-        positions = (lengths - common_attn_metadata.query_start_loc_cpu.diff()).long()
+        positions = (lengths - starts.diff()).long()
         table = self.pages.block_table(common_attn_metadata.block_table_tensor, lengths)
         if self.liveness is not None:  # vLLM leaves freed pages in the table: to read one is to be an error
             live = self.liveness.live(positions // self.pages.block_size, table.shape[2])
             table.masked_fill_(~live, -1)
-        calls = calls_of(starts, lengths.tolist(), prompts, self.asking)
-        step = Step(calls, positions, table, self.pages.key_rows(common_attn_metadata.slot_mapping))
+        tails = dense_tails(lengths, prompts, self.asking)
+        batch = PackedBatch(starts, positions, tails, table, self.pages.block_size, self.liveness is not None)
+        step = Step(batch, self.pages.key_rows(common_attn_metadata.slot_mapping))
         known = {field.name: getattr(built, field.name) for field in fields(CPUAttentionMetadata)}
         return SurgeonCPUMetadata(**known, step=step)
 
@@ -205,24 +203,11 @@ class SurgeonCPUImpl(CPUAttentionBackendImpl):
             rest = (attn_metadata, output, output_scale, output_block_scale)  # also a run without a cache, to warm up
             own: torch.Tensor = super().forward(layer, query, key, value, kv_cache, *rest)
             return own
-        step: Step = attn_metadata.step
-        site, heads, size = self.site, self.num_heads, self.head_size
+        site, step = self.site, attn_metadata.step
         keys, values = site.pages.pools(kv_cache)
-        for call in step.calls:
-            sequences, tokens = slice(call.first, call.end), (call.end - call.first) * call.queries
-            shape = (call.end - call.first, call.queries, heads, size)
-            operands = Operands(
-                query[call.token : call.token + tokens].view(shape).transpose(1, 2),
-                keys,
-                values,
-                step.positions[sequences],
-                None,
-                self.scale,
-                call.dense_rows,
-                call.tokens_ahead,
-            )
-            out = output[call.token : call.token + tokens].view(shape)
-            site.package.kernels.run_paged(site.layer, operands, step.block_table[sequences], out)
+        shape = (-1, self.num_heads, self.head_size)
+        tensors = query.view(shape), keys, values, self.scale, output.view(shape)
+        site.package.kernels.run_packed(site.layer, step.batch, *tensors)
         return output
 
 

@@ -12,10 +12,10 @@ import torch
 _LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("surgeon_prompt_lengths", default=None)
 
 
-def prompt_lengths(sequences: int) -> list[int] | None:
+def prompt_lengths(sequences: int) -> torch.Tensor | None:
     """The tokens of each prompt of the batch whose metadata is being built; None if no runner has said."""
     lengths = _LENGTHS.get()
-    return None if lengths is None else list(map(int, lengths[:sequences].tolist()))
+    return None if lengths is None else lengths[:sequences]
 
 
 def noting_prompts(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             tile_queries=TILE,
         ),
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
+        "check.h": render_template("cpu/check.h.jinja"),
         "threads.h": render_template(
             "cpu/threads.h.jinja", operations_per_thread=_OPERATIONS_PER_THREAD, bytes_per_thread=_BYTES_PER_THREAD
         ),

@@ -12,6 +12,7 @@ from surgeon.runtime.kernels.cpu.rates import processor_features, processor_leve
 from surgeon.runtime.operands import Nodes, Operands
 from surgeon.runtime.package.kernel_digest import kernel_digest
 from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.packed_batch import PackedBatch
 
 _LOG = logging.getLogger("surgeon")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,12 +108,18 @@ class CpuKernels:
         operands: Operands,
         block_table: torch.Tensor,
         first_kv_head: int = 0,
-        out: torch.Tensor | None = None,
         nodes: Nodes | None = None,
     ) -> torch.Tensor:
         """Runs a layer's kernel on keys and values in pools of blocks; see `LayerKernels.run_paged`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
-        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, out=out, nodes=nodes)
+        return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, nodes=nodes)
+
+    def attend_packed(
+        self, layer: int, operands: Operands, batch: PackedBatch, out: torch.Tensor, first_kv_head: int = 0
+    ) -> None:
+        """Runs a layer's kernel on a batch, with q as one sequence of all queries; see `LayerKernels.run_packed`."""
+        library, kernel = self._kernels[layer, operands.q.dtype]
+        library.attend(kernel, operands, None, first_kv_head, batch=batch, out=out)
 
 
 def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from surgeon.runtime.errors import PackageError, PatchError, TargetError, Topolo
 from surgeon.runtime.operands import Nodes, Operands
 from surgeon.runtime.package.kernel_digest import digest_symbol
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
+from surgeon.runtime.packed_batch import PackedBatch
 
 _LOG = logging.getLogger("surgeon")
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
@@ -24,7 +25,7 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
-_CALL = struct.Struct("@13P11q6qf5i0q")
+_CALL = struct.Struct("@15P11q5qf6i0q")
 """`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
 
 The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
@@ -111,14 +112,17 @@ class CpuLibrary:
         first_kv_head: int = 0,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         block_table: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
         nodes: Nodes | None = None,
+        batch: PackedBatch | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a kernel on torch's thread pool.
 
         k and v hold the layer's KV heads from `first_kv_head` on, q their query heads. `rotary`, cosines and sines
         `[batch, length, head_dim]`, rotates q and k, which then have one length. With `block_table`, k and v are pools;
-        see `LayerKernels.run_paged`. `out` is filled if it is given. Without `nodes`, a routed layer makes its own.
+        see `LayerKernels.run_paged`. Without `nodes`, a routed layer makes its own. With `batch`, whose block table
+        takes the place of `block_table`, q `[1, heads, tokens, head_dim]` has the queries of all of its sequences.
+        `out` is filled if it is given.
 
         Raises:
             TopologyError: a row of blocks lies beyond what the topology covers.
@@ -126,16 +130,19 @@ class CpuLibrary:
         """
         q, k, v, position, cache_leftpad, scale, *_ = operands
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        batch, heads, q_length, head_dim = q.shape
+        sequences, heads, q_length, head_dim = q.shape
         if out is None:
-            out = torch.empty((batch, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
+            out = torch.empty((sequences, q_length, heads, head_dim), dtype=q.dtype, device="cpu")
+        if batch is not None:
+            sequences, q_length, block_table = len(batch.position), batch.most_queries, batch.block_table
         if block_table is None:
             k_length, max_blocks, pool_blocks = k.shape[2], 0, 0
         else:
             k, v, block_table = k.contiguous(), v.contiguous(), block_table.contiguous()
             k_length, max_blocks, pool_blocks = block_table.shape[2] * k.shape[1], block_table.shape[2], k.shape[0]
-        positions = _positions(position, batch, k_length - q_length)
-        cache_leftpads = _positions(cache_leftpad, batch, 0)
+        positions = _positions(position, sequences, k_length - q_length)
+        cache_leftpads = _positions(cache_leftpad, sequences, 0)
+        dense_tails = _positions(None if batch is None else batch.dense_tail, sequences, operands.dense_tail)
         cos, sin = rotary or (None, None)
         rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype, device="cpu")
         call = _CALL.pack(
@@ -146,6 +153,8 @@ class CpuLibrary:
             _address(lse),
             _address(positions),
             _address(cache_leftpads),
+            _address(dense_tails),
+            _address(None if batch is None else batch.query_start),
             _address(cos),
             _address(sin),
             _address(rotated_k),
@@ -156,18 +165,18 @@ class CpuLibrary:
             *(k.stride()[:3] if block_table is None else (0, 0, head_dim)),
             *(v.stride()[:3] if block_table is None else (0, 0, head_dim)),
             *((0, 0) if cos is None else cos.stride()[:2]),
-            batch,
+            sequences,
             q_length,
             k_length,
             max_blocks,
             pool_blocks,
-            operands.dense_tail,
             scale,
             _CODES[q.dtype],
             self._variant,
             torch.get_num_threads(),
             first_kv_head,
             k.shape[1] if block_table is None else block_table.shape[1],
+            batch is not None and not batch.has_holes,
         )
         status = kernel(call)
         if status != _OK:
@@ -181,9 +190,9 @@ def _check_equal(where: str, what: str, expected: int, found: int) -> None:
         raise PackageError(where, what.format(expected), what.format(found), remedy)
 
 
-def _positions(tensor: torch.Tensor | None, batch: int, default: int) -> "torch.Tensor | array.array[int]":
+def _positions(tensor: torch.Tensor | None, sequences: int, default: int) -> "torch.Tensor | array.array[int]":
     if tensor is None:
-        return array.array("q", [default] * batch)
+        return array.array("q", [default] * sequences)
     return tensor if tensor.dtype is torch.int64 and tensor.is_contiguous() else tensor.to(torch.int64).contiguous()
 
 

@@ -9,7 +9,7 @@ from surgeon.runtime.errors import PackageError
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.package.manifest import CPU_ABI_VERSION
 
-CALL_BYTES = 13 * 8 + 17 * 8 + 6 * 4  # addresses, strides and lengths, the scale and five 32-bit numbers
+CALL_BYTES = 15 * 8 + 16 * 8 + 8 * 4  # addresses, strides and lengths, the scale and six 32-bit numbers, and padding
 
 
 def library(folder: Path, **answers: int) -> bytes:

@@ -119,32 +119,6 @@ def test_a_block_that_is_read_must_be_there(package: Package, slot: int) -> None
         )
 
 
-@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("fp32",)])
-def test_the_result_goes_where_the_caller_wants_it(dtypes: tuple[str, ...], tmp_path: Path) -> None:
-    package = load(compile_package(topology(64), tmp_path / "package", dtypes=dtypes))
-    q, k, v = inputs(70, torch.bfloat16)
-    *slots, block_table = paged(topology(64), 0, k, v, [LENGTH - 70] * 2, [0, 0])
-    operands = Operands(q, *slots, torch.tensor([LENGTH - 70] * 2), None, 0.125)
-    room = torch.full((4, 70, 6, 64), torch.nan, dtype=torch.bfloat16)
-    out = room[1:3]
-    assert package.kernels.run_paged(0, operands, block_table, out).data_ptr() == out.data_ptr()
-    assert torch.equal(out, package.kernels.run_paged(0, operands, block_table))
-    assert room[[0, 3]].isnan().all()
-
-
-def test_room_that_does_not_fit(package: Package) -> None:
-    q, k, v = inputs(70, torch.float32)
-    *slots, block_table = paged(topology(64), 0, k, v, [LENGTH - 70] * 2, [0, 0])
-    operands = Operands(q, *slots, torch.tensor([LENGTH - 70] * 2), None, 0.125)
-    for out, message in (
-        (torch.empty(2, 6, 70, 64), r"attention: out: expected \[2, 70, 6, 64\], contiguous, got \[2, 6, 70, 64\]"),
-        (torch.empty(2, 6, 70, 64).transpose(1, 2), r"attention: out: expected \[2, 70, 6, 64\], contiguous"),
-        (torch.empty(2, 70, 6, 64).half(), "attention: out: expected torch.float32 on cpu, as q"),
-    ):
-        with pytest.raises(PatchError, match=message):
-            package.kernels.run_paged(0, operands, block_table, out)
-
-
 def test_a_position_behind_the_pages(package: Package) -> None:
     q, k, v = inputs(1, torch.float32)
     *slots, block_table = paged(topology(64), 0, k, v, [LENGTH - 1] * 2, [0, 0])

@@ -14,7 +14,8 @@ import topologies
 from surgeon.compiler import compile_package
 from surgeon.runtime import Package, load
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.operands import Nodes, Operands
+from surgeon.runtime.operands import PATTERN_ALONE, Nodes, Operands
+from surgeon.runtime.packed_batch import PackedBatch
 from topologies import DENSE, head, window_head
 
 SIZE, DIM = 32, 64
@@ -172,6 +173,25 @@ def test_pools_of_blocks_change_no_bit(folder: Path, with_nodes: bool) -> None:
             nodes = Nodes(values, torch.tensor([0])) if with_nodes else None
             found = kernels.attend_paged(layer, operands, table, nodes=nodes)
             assert torch.equal(found, package.attention(layer, q, k[:, :, :end], v[:, :, :end]))
+
+
+def test_sequences_that_are_packed_choose_as_alone(folder: Path) -> None:
+    package = load(folder, strict=True)
+    queries, first = (1, 100, 0, 33), (399, 300, 50, 64)
+    q, k, v = inputs(134, 416, torch.float32, batch=4)
+    starts = torch.tensor([0, *itertools.accumulate(queries)])
+    pools = (each.reshape(4 * 2 * 13, SIZE, DIM) for each in (k, v))
+    table = torch.arange(4 * 26).view(4, 2, 13).int()
+    tails = torch.full((4,), PATTERN_ALONE)
+    out = torch.empty(134, 4, DIM)
+    packed = q[0].transpose(0, 1)
+    batch = PackedBatch(starts, torch.tensor(first), tails, table, SIZE)
+    package.kernels.run_packed(0, batch, packed, *pools, DIM**-0.5, out)
+    for sequence, count in enumerate(queries):
+        begin, end = int(starts[sequence]), first[sequence] + count
+        own = packed[None, begin : begin + count].transpose(1, 2)
+        keys, values = (each[sequence : sequence + 1, :, :end] for each in (k, v))
+        assert torch.equal(out[None, begin : begin + count], package.attention(0, own, keys, values))
 
 
 def test_a_block_that_a_routed_head_may_choose_must_be_held(folder: Path) -> None:
