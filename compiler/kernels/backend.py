@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from surgeon.compiler.kernels.cpu.build import build_cpu
+from surgeon.compiler.kernels.cpu.direct import build_direct
 from surgeon.compiler.kernels.cpu.render import render_cpu
 from surgeon.compiler.kernels.cpu.variants import variants_for
 from surgeon.compiler.kernels.gpu.compile import check_triton
@@ -54,7 +55,8 @@ def _render_cpu(specs: tuple[CpuSpec, ...], _tables: Mapping[str, SegmentTable],
 def _build_cpu(
     sources: tuple[CpuSource, ...], cache: Cache, jobs: int, progress: Progress | None
 ) -> tuple[Binary, ...]:
-    return tuple(build_cpu(source, cache, jobs, progress) for source in sources)
+    built = [build_cpu(source, cache, jobs, progress) for source in sources]
+    return (*built, *(direct for source in sources if (direct := build_direct(source, cache)) is not None))
 
 
 def _render_gpu(specs: tuple[GpuSpec, ...], tables: Mapping[str, SegmentTable], _machine: str) -> tuple[GpuSource, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from surgeon.compiler.package.inspection import LayerRun, PackageReport, TopologyReport, TopologySummary
 from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
-from surgeon.runtime.package.manifest import KernelEntry
+from surgeon.runtime.package.manifest import DIRECT_LIBRARY, KernelEntry
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = ".:-=+*%@"
@@ -45,8 +45,10 @@ def _package_lines(report: PackageReport) -> Iterator[str]:
     by_target: dict[str, list[KernelEntry]] = {target: [] for target in manifest.targets}
     for kernel in manifest.kernels:
         by_target[kernel.target].append(kernel)
+    direct = any(file.path == DIRECT_LIBRARY for file in manifest.files)
     for target, kernels in by_target.items():
-        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}"
+        without_python = "; plain calls go without Python" if target == "cpu" and direct else ""
+        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}{without_python}"
 
 
 def _summary_lines(summary: TopologySummary) -> Iterator[str]:

@@ -9,6 +9,8 @@ from surgeon.runtime.kernels.cpu.kernels import CpuKernels
 from surgeon.runtime.kernels.gpu.kernels import GpuKernels, open_gpu
 from surgeon.runtime.package.reader import PackageFiles
 
+_CPU = torch.device("cpu")
+
 
 def placed(device: str | torch.device) -> torch.device:
     """The device as its tensors name it: a GPU always with its number.
@@ -43,6 +45,12 @@ class DeviceKernels:
         kernels = self.on(torch.device("cpu"))
         assert isinstance(kernels, CpuKernels)
         return kernels
+
+    @property
+    def cpu_if_loaded(self) -> CpuKernels | None:
+        """The kernels on the CPU, unless they are still to be loaded."""
+        kernels = self._loaded.get(_CPU)
+        return kernels if isinstance(kernels, CpuKernels) else None
 
     def on(self, device: torch.device) -> CpuKernels | GpuKernels:
         """The kernels on the device of a tensor.

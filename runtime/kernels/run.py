@@ -8,6 +8,7 @@ import torch
 
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.kernels import backward
+from surgeon.runtime.kernels.cpu.direct import DirectCall
 from surgeon.runtime.kernels.devices import DeviceKernels
 from surgeon.runtime.operands import (
     WITHOUT_GRADIENTS,
@@ -52,6 +53,15 @@ class LayerKernels:
         part._shape = replace(model, num_attention_heads=heads, num_key_value_heads=len(kv_heads))
         part.id = f"{self.id.partition(_PART)[0]}{_PART}{kv_heads.start}-{kv_heads.stop}"
         return part
+
+    def direct(self, layer: int) -> DirectCall | None:
+        """A layer's call without Python, for as long as these kernels are held; None if there is none, or none yet.
+
+        It takes what `Operands` holds, and returns None for calls that are left to `run`: those that may need
+        gradients, a wider dtype, a choice or an error.
+        """
+        cpu = self.devices.cpu_if_loaded
+        return None if cpu is None or layer not in self._manifest.layers else cpu.direct(layer, self.kv_heads)
 
     def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer, with the result of `Package.attention`.

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from surgeon.runtime.errors import PatchError
+from surgeon.runtime.kernels.cpu.direct import DirectCall
 from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Nodes, Operands
 from surgeon.runtime.ops.plain_inference import is_plain_inference
 from surgeon.runtime.ops.registry import Runner, find
@@ -35,15 +37,28 @@ _LIBRARY.define(
 
 
 def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
-    """Calls the op `surgeon::attention` or, in plain inference, its implementation directly.
+    """Calls the op `surgeon::attention` or, in plain inference, what it stands for: the kernel itself if possible.
 
     Torch's dispatcher takes some 50 µs to reach Python code that has left the CPU's caches, per layer and token.
     """
+    if not torch.compiler.is_compiling():
+        direct = package.direct(layer)
+        out = None if direct is None else attend_directly(direct, *operands)
+        if out is not None:
+            return out
     if is_plain_inference(operands.q, operands.k, operands.v):
         return package.run(layer, operands)
     refuse_tangents(*operands)
     result: torch.Tensor = torch.ops.surgeon.attention(*operands, package.id, layer)
     return result
+
+
+def attend_directly(direct: DirectCall, *operands: Any) -> torch.Tensor | None:
+    """Attention without Python, of a call's operands in the order of `Operands`; None where the call is not plain."""
+    # Other modes the dispatcher itself keeps away from it: see `surgeon.runtime.kernels.cpu.direct`.
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    return direct(*operands)
 
 
 def attention_paged(
@@ -66,7 +81,10 @@ def attention_paged(
 
 def _attention(*arguments: Any) -> torch.Tensor:
     *operands, package, layer = arguments
-    return find(package).run(layer, Operands(*operands))
+    runner = find(package)
+    direct = runner.direct(layer)
+    out = None if direct is None else direct(*operands)
+    return runner.run(layer, Operands(*operands)) if out is None else out
 
 
 def _attention_with_lse(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,9 @@ class Runner(Protocol):
     """The interface that ops call; see `surgeon.runtime.kernels.run.LayerKernels`."""
 
     id: str
+
+    def direct(self, layer: int) -> Callable[..., torch.Tensor | None] | None:
+        """A layer's call without Python, if there is one."""
 
     def run(self, layer: int, operands: Operands, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer."""

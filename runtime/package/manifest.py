@@ -18,6 +18,9 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 CPU_ABI_VERSION = 8
 """Version of the call structure between the runtime and a CPU library."""
 
+DIRECT_LIBRARY = "cpu/direct.so"
+"""The library of the direct op in a package; one that was compiled without torch's headers has none."""
+
 _FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
 _FORMAT, _UNROUTED, _ROUTED = "surgeon.package", 1, 2
 

@@ -12,8 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from surgeon.runtime.errors import PatchError, short_repr
+from surgeon.runtime.kernels.cpu.direct import DirectCall
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
+from surgeon.runtime.ops.attention import attend_directly
 from surgeon.runtime.ops.attention import attention as attend_with
 from surgeon.runtime.transformers import masks, recall
 from surgeon.runtime.transformers.config_view import is_view
@@ -33,12 +35,14 @@ class Site:
     """The binding of a full-attention layer's attention module in a patched model.
 
     It keeps `package` loaded; None means that the package does not cover the layer, which then attends as before.
-    `dense_rows`, in tokens, are those at a prompt's end that read every block; 0 leaves all to the topology.
+    `dense_rows`, in tokens, are those at a prompt's end that read every block; 0 leaves all to the topology. `direct`
+    is the layer's call without Python, if there is one.
     """
 
     package: Package | None
     layer: int
     dense_rows: int
+    direct: DirectCall | None = None
 
 
 def bind(module: torch.nn.Module, site: Site) -> None:
@@ -91,17 +95,16 @@ def attention(
             ignored.
     """
     site: Site | None = getattr(module, _ATTRIBUTE, None)
-    config = cast(PreTrainedConfig, module.config)
-    if site is None and not is_view(config):
-        raise PatchError(
-            type(module).__name__,
-            "an attention module bound to a kernel package",
-            "one that is not",
-            "call surgeon.runtime.patch instead of choosing the attention by name",
-        )
-    if (
-        site is None or site.package is None
-    ):  # not covered, or part of another model that was made from a patched model's config
+    if site is None or site.package is None:
+        # Not covered, or part of another model that was made from a patched model's config.
+        config = cast(PreTrainedConfig, module.config)
+        if site is None and not is_view(config):
+            raise PatchError(
+                type(module).__name__,
+                "an attention module bound to a kernel package",
+                "one that is not",
+                "call surgeon.runtime.patch instead of choosing the attention by name",
+            )
         own = "eager" if config._attn_implementation == IMPLEMENTATIONS["eager"] else "sdpa"
         mask = masks.dense(attention_mask, query, key, _OWN_MASKS[own])
         attend = cast(Callable[..., tuple[torch.Tensor, torch.Tensor | None]], own_attention(module, own))
@@ -119,11 +122,25 @@ def attention(
                 f"{name}={short_repr(extra, 40)}",
                 f"call the model without {name}, or unpatch it for such calls",
             )
-    position, cache_leftpad = placed = masks.unpack(attention_mask, key.shape[2])
-    masks.check_positions(attention_mask, extras.get("position_ids"), query.shape[2], placed)
+    placed = masks.known(attention_mask, key.shape[2])
+    if placed is None:
+        placed = _place(attention_mask, extras.get("position_ids"), query.shape[2], key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    ahead = recall.tokens_ahead(position, query.shape[2]) if site.dense_rows else 0
-    rest = (position, cache_leftpad, scale, site.dense_rows, ahead)
+    ahead = placed.tokens_ahead if site.dense_rows else 0
+    rest = (placed.position, placed.cache_leftpad, scale, site.dense_rows, ahead)
     if isinstance(key, PagedStates) and value is key:
         return key.layer.attend(Operands(query, key.new_keys, key.new_values, *rest), site.package), None
+    if site.direct is not None:
+        out = attend_directly(site.direct, query, key, value, *rest)
+        if out is not None:
+            return out, None
     return attend_with(site.package.kernels, site.layer, Operands(query, key, value, *rest)), None
+
+
+def _place(mask: object, position_ids: object, queries: int, keys: int) -> masks.Placed:
+    """Reads and checks a layer's placement, for the other layers of its forward pass too."""
+    position, cache_leftpad = pair = masks.unpack(mask, keys)
+    masks.check_positions(position_ids, queries, pair)
+    placed = masks.Placed(position, cache_leftpad, keys, recall.tokens_ahead(position, queries))
+    masks.keep(mask, placed)
+    return placed

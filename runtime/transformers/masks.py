@@ -8,9 +8,8 @@ that it was made for. Every real mask there is bool or float.
 Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments that create_causal_mask passes.
 """
 
-import threading
-import weakref
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,12 +135,42 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     return position, cache_leftpad
 
 
-def check_positions(mask: object, position_ids: object, queries: int, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+@dataclass(frozen=True)
+class Placed:
+    """The content of a placement: the position of the first query and the first valid key, each int64 `[batch]`.
+
+    `keys` is the number of keys that it was made for, `tokens_ahead` the prompt's tokens that later calls bring.
+    """
+
+    position: torch.Tensor
+    cache_leftpad: torch.Tensor
+    keys: int
+    tokens_ahead: int
+
+
+_KEPT = "_surgeon_placed"
+
+
+def known(mask: object, keys: int) -> Placed | None:
+    """Finds what another layer of a forward pass read of its placement of so many keys; None in compiled graphs."""
+    if torch.compiler.is_compiling():
+        return None
+    placed: Placed | None = getattr(mask, _KEPT, None)
+    return placed if placed is not None and placed.keys == keys else None
+
+
+def keep(mask: object, placed: Placed) -> None:
+    """Keeps what a layer has read of a placement, and checked, for the others of its forward pass."""
+    if not (torch.compiler.is_compiling() or is_traced() or is_transformed()):
+        setattr(mask, _KEPT, placed)
+
+
+def check_positions(position_ids: object, queries: int, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Refuses tokens that stand further on than their cache reaches, since others have taken keys out of it.
 
-    `position_ids` `[batch or 1, queries]` are the model's own, and may or may not count padding on the left; `pairs`
-    comes from `unpack`. Tokens that start a cache may stand anywhere. The check is made once for each placement, on a
-    GPU without waiting for it; in compiled and exported graphs it is left out.
+    `position_ids` `[batch or 1, queries]` are the model's own, and may or may not count padding on the left; `pair`
+    comes from `unpack`. Tokens that start a cache may stand anywhere. On a GPU the check is made without waiting for
+    it; in compiled and exported graphs it is left out.
 
     Raises:
         PatchError: the cache holds fewer keys than the positions say.
@@ -150,10 +179,7 @@ def check_positions(mask: object, position_ids: object, queries: int, pairs: tup
         return
     if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return
-    if _LAST_CHECKED.placement is not None and _LAST_CHECKED.placement() is mask:
-        return
-    _LAST_CHECKED.placement = weakref.ref(mask)
-    position, cache_leftpad = pairs
+    position, cache_leftpad = pair
     last, end = position_ids[:, -1], position + queries
     fits = (last < end - cache_leftpad) | (last == end - 1) | (position == 0) | (cache_leftpad >= end)
     if fits.device.type != "cpu":
@@ -170,15 +196,6 @@ _EVICTED = (
     "later ones: keys were taken out of it",
     "keep every key (a SurgeonCache drops those that are not read), or unpatch the model",
 )
-
-
-class _LastChecked(threading.local):
-    """The placement of this thread's last check, so that the other layers of its forward pass need none."""
-
-    placement: "weakref.ref[object] | None" = None
-
-
-_LAST_CHECKED = _LastChecked()
 
 
 def dense(mask: object, query: torch.Tensor, key: torch.Tensor, own: MaskFunction) -> torch.Tensor | None:

@@ -95,7 +95,9 @@ def patch(
     for module, name in holders:
         setattr(module, name, view)
     for module in bound:
-        bind(module, Site(None if layer_of(module) in uncovered else part, layer_of(module), asking))
+        index = layer_of(module)
+        covering = None if index in uncovered else part
+        bind(module, Site(covering, index, asking, None if covering is None else covering.kernels.direct(index)))
     if asking:
         note_prompt_ends(model)
     setattr(model, _ATTRIBUTE, _Patch(original, view, holders, bound))

@@ -1,5 +1,7 @@
 """Packages for tests of their readers: written by the compiler, with kernels that no processor could run."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +14,17 @@ from surgeon.compiler.specs.artifacts import Binary, CpuSource, SourceFile
 from surgeon.compiler.specs.kernel_spec import KernelSpec
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.interface import INTERFACES
-from surgeon.runtime.package.manifest import KernelEntry, Launch, Tool
+from surgeon.runtime.package.manifest import DIRECT_LIBRARY, KernelEntry, Launch, Tool
 from surgeon.runtime.package.target import Target
 
 CODE = b"\x7fELF, and nothing more"
 
 
-def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -> Path:
-    """Writes a package with every dtype of every target: a library for a CPU, prefill kernels by schedule for a GPU."""
+def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",), direct: bool = False) -> Path:
+    """Writes a package with every dtype of every target: a library for a CPU, prefill kernels by schedule for a GPU.
+
+    With `direct`, it also has the library of the direct op.
+    """
     layers = schedule_layers(topology)
     sources, binaries = [], []
     for target in map(Target.parse, targets):
@@ -28,7 +33,19 @@ def write(folder: Path, topology: Topology, targets: Sequence[str] = ("cpu",)) -
         files = tuple(SourceFile(f"cpu/{variant.name}.cpp", "") for variant in X86_64) if on_cpu else ()
         sources.append(CpuSource(target, specs, files, {}))  # only its files are used here
         binaries += [_library(specs)] if on_cpu else [_code(spec, d) for spec in specs for d in spec.dtypes]
+    if direct:
+        binaries.append(Binary(DIRECT_LIBRARY, CODE, (), ()))
     return write_package(folder, topology, liveness_tables(layers), sources, binaries)
+
+
+def replace_file(folder: Path, path: str, data: bytes) -> None:
+    """Puts other bytes into a package and adapts the manifest."""
+    (folder / path).write_bytes(data)
+    root = json.loads((folder / "manifest.json").read_text())
+    for entry in root["files"]:
+        if entry["path"] == path:
+            entry["size"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(root))
 
 
 def _library(specs: Sequence[KernelSpec]) -> Binary:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from packages import replace_file
 from surgeon.compiler import compile_package
 from surgeon.runtime import load
 from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError
@@ -103,7 +104,7 @@ def test_an_unknown_variant(folder: Path) -> None:
 
 def test_a_library_of_another_kind(folder: Path, tmp_path: Path) -> None:
     package = compile_package(TOPOLOGY, tmp_path / "kernels")
-    _replace(package, "cpu/attention.so", b"\x7fELF, or so it says")
+    replace_file(package, "cpu/attention.so", b"\x7fELF, or so it says")
     with pytest.raises(PackageError, match=r"attention\.so: expected a library for this machine"):
         load(package)
 
@@ -111,7 +112,7 @@ def test_a_library_of_another_kind(folder: Path, tmp_path: Path) -> None:
 def test_a_library_that_is_not_ours(tmp_path: Path) -> None:
     package = compile_package(TOPOLOGY, tmp_path / "kernels")
     foreign = next(Path(torch.__file__).parent.glob("lib/libgomp*")).read_bytes()
-    _replace(package, "cpu/attention.so", foreign)
+    replace_file(package, "cpu/attention.so", foreign)
     with pytest.raises(PackageError, match=r"attention\.so: expected a library made by surgeon"):
         load(package)
 
@@ -132,18 +133,6 @@ def test_a_package_is_loaded_by_its_identity(folder: Path) -> None:
     for other in ("0" * 64, "", package.id[:-1]):
         with pytest.raises(PackageError, match=f"expected the package '{other}', got {package.id}; use the package"):
             load(folder, sha256=other)
-
-
-def _replace(package: Path, path: str, data: bytes) -> None:
-    """Puts other bytes into a package and adapts the manifest."""
-    import hashlib
-
-    (package / path).write_bytes(data)
-    root = json.loads((package / "manifest.json").read_text())
-    for entry in root["files"]:
-        if entry["path"] == path:
-            entry["size"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
-    (package / "manifest.json").write_text(json.dumps(root))
 
 
 def test_two_packages_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from surgeon.runtime.errors import BuildError
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Tool
 
 LIBRARY = "cpu/attention.so"
+DIRECT = "cpu/direct.cpp"
+"""The source of a library of its own; see `surgeon.compiler.kernels.cpu.direct`."""
 # No -ffast-math, which silently breaks exp2. No paths, dates or build ids: equal sources give equal bytes.
-_COMPILE_FLAGS = (
+COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
     "-g0",
@@ -29,7 +31,7 @@ _COMPILE_FLAGS = (
     "-Wall",
     "-Wno-psabi",
 )
-_LINK_FLAGS = ("-shared", "-s", "-Wl,--as-needed", "-Wl,--build-id=none")
+LINK_FLAGS = ("-shared", "-s", "-Wl,--as-needed", "-Wl,--build-id=none")
 _LIBRARIES = ("-lgomp",)  # whatever the compiler: see templates/cpu/driver.cpp.jinja
 
 
@@ -51,15 +53,21 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
     """
     compiler = find_compiler(os.environ.get("CXX"))
     report = progress or (lambda _what, _done, _total: None)
-    headers = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".h")}
-    units = {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".cpp")}
+    headers = headers_of(source)
+    units = {
+        PurePosixPath(file.path).name: file.text
+        for file in source.files
+        if file.path.endswith(".cpp") and file.path != DIRECT
+    }
     flags = {PurePosixPath(path).name: more for path, more in source.flags.items()}
 
     def compile_unit(name: str) -> bytes:
-        arguments = (*_COMPILE_FLAGS, *flags.get(name, ()))
+        arguments = (*COMPILE_FLAGS, *flags.get(name, ()))
         key = cache.key((compiler.version, *arguments, name, units[name], *headers, *headers.values()))
         found = cache.get(key)
-        return found or _store(cache, key, _run(compilers, compiler, arguments, headers | {name: units[name]}, [name]))
+        return found or _store(
+            cache, key, run_compiler(compilers, compiler, arguments, headers | {name: units[name]}, [name])
+        )
 
     objects: dict[str, bytes] = {}
     report("compiling for cpu", 0, len(units) + 1)
@@ -73,10 +81,10 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         ordered = {f"{name}.o": objects[name] for name in sorted(objects)}
-        key = cache.key((compiler.version, *_LINK_FLAGS, *_LIBRARIES, *ordered.values()))
+        key = cache.key((compiler.version, *LINK_FLAGS, *_LIBRARIES, *ordered.values()))
         library = cache.get(key)
         if library is None:
-            library = _run(compilers, compiler, _LINK_FLAGS, ordered, [*ordered, *_LIBRARIES])
+            library = run_compiler(compilers, compiler, LINK_FLAGS, ordered, [*ordered, *_LIBRARIES])
             check_library(compilers, library, compiler.version, source.specs)
             cache.put(key, library)
     report("compiling for cpu", len(units) + 1, len(units) + 1)
@@ -100,6 +108,11 @@ def build_cpu(source: CpuSource, cache: Cache, jobs: int, progress: Progress | N
         ),
         tools=(Tool(Path(compiler.command).name, compiler.version),),
     )
+
+
+def headers_of(source: CpuSource) -> dict[str, str]:
+    """The texts of a source's headers, by name."""
+    return {PurePosixPath(file.path).name: file.text for file in source.files if file.path.endswith(".h")}
 
 
 @cache
@@ -131,14 +144,18 @@ def _store(cache: Cache, key: str, data: bytes) -> bytes:
     return data
 
 
-def _run(
+def run_compiler(
     compilers: Compilers,
     compiler: Compiler,
     flags: tuple[str, ...],
     files: dict[str, bytes] | dict[str, str],
     inputs: list[str],
 ) -> bytes:
-    """Runs the compiler in a folder of its own, with relative names, and returns the file it made."""
+    """Runs the compiler in a folder of its own, with relative names, and returns the file it made.
+
+    Raises:
+        BuildError: it fails or takes longer than the time limit.
+    """
     where = f"{compiler.version}: {inputs[0]}"
     with tempfile.TemporaryDirectory(prefix="surgeon-") as folder:
         for name, content in files.items():

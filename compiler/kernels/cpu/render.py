@@ -58,6 +58,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             splits_per_thread=_SPLITS_PER_THREAD,
             routed=routed,
         ),
+        "direct.cpp": render_template("cpu/direct.cpp.jinja", dtypes=DTYPES),
         "schedule.cpp": _render_schedule(specs),
     }
     for variant in variants:

@@ -59,6 +59,10 @@ class DenseRows:
         """True where a call that sees every block is better left to torch; false where nothing was measured."""
         return self.rate(dtype, queries, keys) < 1.0
 
+    def torch_decodes_faster(self, dtype: str) -> bool:
+        """True where a call of one query may be better left to torch: always where decoding was not measured."""
+        return self.rates.get(dtype, {}).get(DECODE[self._grouped], 0.0) < 1.0
+
     @property
     def torch_dtypes(self) -> frozenset[str]:
         """The storage types in which torch is faster in some call that sees every block."""

@@ -1,16 +1,19 @@
 """A package's kernels on the CPU, by layer and dtype."""
 
 import logging
+import threading
 
 import torch
 
 from surgeon.runtime.errors import PackageError, TargetError, short_repr
 from surgeon.runtime.kernels.cpu import sdpa
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
+from surgeon.runtime.kernels.cpu.direct import ANY_NUMBER, DirectCall, DirectLayer, open_direct
 from surgeon.runtime.kernels.cpu.library import CpuLibrary
 from surgeon.runtime.kernels.cpu.rates import processor_features, processor_level
 from surgeon.runtime.operands import Nodes, Operands
 from surgeon.runtime.package.kernel_digest import kernel_digest
+from surgeon.runtime.package.manifest import DIRECT_LIBRARY
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.packed_batch import PackedBatch
 
@@ -65,6 +68,37 @@ class CpuKernels:
         self.dense_rows = DenseRows.of(manifest, schedules, first.variant, level)
         self._routed = frozenset(manifest.routed)
         self._torch_dtypes = frozenset(_DTYPES[dtype] for dtype in self.dense_rows.torch_dtypes)
+        self._group = manifest.model.num_attention_heads // manifest.model.num_key_value_heads
+        self._direct_op = open_direct(files.files.get(DIRECT_LIBRARY), f"{files.folder}/{DIRECT_LIBRARY}")
+        self._direct: dict[tuple[int, range], DirectCall | None] = {}
+        self._binding = threading.Lock()
+
+    def direct(self, layer: int, kv_heads: range) -> DirectCall | None:
+        """A layer's call without Python for some of its KV heads, or None; it holds for as long as these kernels."""
+        with self._binding:
+            if (layer, kv_heads) not in self._direct:
+                self._direct[layer, kv_heads] = self._bind(layer, kv_heads)
+            return self._direct[layer, kv_heads]
+
+    def _bind(self, layer: int, kv_heads: range) -> DirectCall | None:
+        kernels = {dtype: self._kernels[layer, dtype] for dtype in self.dtypes if (layer, dtype) in self._kernels}
+        if self._direct_op is None or not kernels or layer in self._routed:
+            return None
+        bound = DirectLayer(
+            kernels={dtype: kernel for dtype, (_, kernel) in kernels.items()},
+            most_queries={dtype: self._most_direct_queries(dtype) for dtype in kernels},
+            num_heads=self._group * len(kv_heads),
+            first_kv_head=kv_heads.start,
+            num_kv_heads=len(kv_heads),
+            variant=next(library for library, _ in kernels.values()).variant_number,
+        )
+        return self._direct_op.bind(bound, self)
+
+    def _most_direct_queries(self, dtype: torch.dtype) -> int:
+        """The most queries of calls that are never left to torch."""
+        if dtype not in self._torch_dtypes:
+            return ANY_NUMBER
+        return 0 if self.dense_rows.torch_decodes_faster(_NAMES[dtype]) else 1
 
     def attend(
         self,

@@ -21,11 +21,11 @@ from surgeon.runtime.packed_batch import PackedBatch
 
 _LOG = logging.getLogger("surgeon")
 _SYMBOL = re.compile(r"surgeon_attention_\d+")
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
-_CALL = struct.Struct("@15P11q5qf6i0q")
+CALL = struct.Struct("@15P11q5qf6i0q")
 """`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
 
 The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
@@ -45,17 +45,14 @@ class CpuLibrary:
     """
 
     def __init__(self, data: bytes, where: str, variant: str | None = None) -> None:
-        library = _open(data, where)
+        library = open_library(data, where)
+        check_interface(library, where)
         try:
-            _check_equal(where, "interface version {}", CPU_ABI_VERSION, library.surgeon_abi_version())
-            _check_equal(where, "calls of {} bytes", _CALL.size, library.surgeon_call_bytes())
             library.surgeon_variant.restype = c_char_p
             library.surgeon_variant.argtypes = [c_int32]
             library.surgeon_supports.argtypes = [c_int32]
         except AttributeError:
-            raise PackageError(
-                where, "a library made by surgeon", "one without its entry points", "compile the package again"
-            ) from None
+            raise _foreign(where) from None
         names: list[str] = []
         while (name := library.surgeon_variant(len(names))) is not None:
             names.append(name.decode())
@@ -69,7 +66,7 @@ class CpuLibrary:
                 "leave the choice to surgeon",
             )
         self._library = library
-        self._variant = chosen[0]
+        self.variant_number = chosen[0]
         self._where = where
         self.variant = names[chosen[0]]
         self.variants = tuple(names[index] for index in usable)
@@ -145,7 +142,7 @@ class CpuLibrary:
         dense_tails = _positions(None if batch is None else batch.dense_tail, sequences, operands.dense_tail)
         cos, sin = rotary or (None, None)
         rotated_k = None if cos is None else torch.empty(k.shape, dtype=k.dtype, device="cpu")
-        call = _CALL.pack(
+        call = CALL.pack(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -171,8 +168,8 @@ class CpuLibrary:
             max_blocks,
             pool_blocks,
             scale,
-            _CODES[q.dtype],
-            self._variant,
+            CODES[q.dtype],
+            self.variant_number,
             torch.get_num_threads(),
             first_kv_head,
             k.shape[1] if block_table is None else block_table.shape[1],
@@ -182,6 +179,23 @@ class CpuLibrary:
         if status != _OK:
             raise _fault(status, q_length, k_length, position)
         return out
+
+
+def check_interface(library: ctypes.CDLL, where: str) -> None:
+    """Refuses a library that takes calls in another form.
+
+    Raises:
+        PackageError: it is of another version, or not one of surgeon's.
+    """
+    try:
+        _check_equal(where, "interface version {}", CPU_ABI_VERSION, library.surgeon_abi_version())
+        _check_equal(where, "calls of {} bytes", CALL.size, library.surgeon_call_bytes())
+    except AttributeError:
+        raise _foreign(where) from None
+
+
+def _foreign(where: str) -> PackageError:
+    return PackageError(where, "a library made by surgeon", "one without its entry points", "compile the package again")
 
 
 def _check_equal(where: str, what: str, expected: int, found: int) -> None:
@@ -232,8 +246,12 @@ _opened: dict[bytes, ctypes.CDLL] = {}
 _opening = threading.Lock()
 
 
-def _open(data: bytes, where: str) -> ctypes.CDLL:
-    """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool."""
+def open_library(data: bytes, where: str) -> ctypes.CDLL:
+    """Loads a library from the very bytes that were verified, once. torch is loaded, so both share its OpenMP pool.
+
+    Raises:
+        PackageError: the bytes are no library for this machine.
+    """
     digest = hashlib.sha256(data).digest()
     with _opening:
         if digest not in _opened:

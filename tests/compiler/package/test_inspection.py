@@ -217,6 +217,15 @@ def test_a_package_for_people(tmp_path: Path) -> None:
     assert "        1  attention_000    2 heads      4 pieces  cpu: every block seen up to token 128" in text
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_package_says_if_calls_go_without_python(tmp_path: Path, direct: bool) -> None:
+    topology = topologies.window_topology([1, 2], num_layers=2, num_blocks=4)
+    report = inspect(packages.write(tmp_path / "kernels", topology, ("cpu", "cuda:90"), direct))
+    said = [line for line in report_lines(report, 80, "utf-8") if "without Python" in line]
+    kernels = "target     cpu: 3 kernels, fp32, bf16, fp16"
+    assert said == ([f"{kernels}; plain calls go without Python"] if direct else [])
+
+
 def test_what_a_person_wants_comes_first_and_the_hashes_last(tmp_path: Path) -> None:
     folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
     file = write(tmp_path, topologies.DENSE, topologies.head())

@@ -127,4 +127,4 @@ def test_the_check_does_not_wait_for_a_gpu() -> None:
     with torch.device("meta"):
         placement = torch.zeros(2, 1, 2, 60, dtype=torch.int64)
         with NoWaiting():
-            masks.check_positions(placement, torch.arange(60)[None], 60, masks.unpack(placement, 60))
+            masks.check_positions(torch.arange(60)[None], 60, masks.unpack(placement, 60))
