@@ -1,4 +1,4 @@
-"""Many sequences in one call, their queries one behind the other: bit for bit the results of calls of their own."""
+"""Many sequences in one call, their queries one behind the other: the results of calls of their own."""
 
 import itertools
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from topologies import random_topology
 
 SIZE, HEADS, KV_HEADS, D = 64, 6, 2, 64
 QUERIES, STARTS = (1, 70, 0, 1, 5, 130, 300, 2), (200, 0, 0, 419, 63, 290, 0, 64)
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+"""The distance of results, up to about 1, that are sums in another order."""
 TAILS = (PATTERN_ALONE, 100, PATTERN_ALONE, 64, -50, PATTERN_ALONE, -128, 1)
 
 
@@ -105,7 +107,8 @@ def test_a_mixed_batch_is_its_sequences(folder: Path, variant: str, dtype: torch
             if count:
                 first = int(batch.query_start[sequence])
                 expected = alone(package, layer, batch, range(sequence, sequence + 1), tensors)
-                assert torch.equal(out[first : first + count], expected)
+                # Where decoding splits the keys depends on threads and on what else is decoded.
+                torch.testing.assert_close(out[first : first + count], expected, atol=ROUNDING[dtype], rtol=0)
 
 
 def test_neighbours_that_are_decoded_share_a_call(package: Package) -> None:
