@@ -55,6 +55,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "prefill-bf16": prefill.against_sdpa_in_bf16,
         "decode": decode.against_sdpa,
         "overhead": decode.overhead,
+        "short-call": decode.short_call,
         "growth-length": growth.with_length,
         "growth-density": growth.with_density,
         "growth-threads": growth.with_threads,

@@ -25,10 +25,13 @@ class Timing:
     cpu: float
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
+) -> dict[str, Timing]:
     """Times each function `repeats` times, one call of each in turn, after one untimed call.
 
-    The order rotates by one each round: a call pays for what the one before it evicted from the caches.
+    `before` runs before each call, and its time does not count. The order rotates by one each round: a call pays for
+    what the one before it evicted from the caches.
     """
     for call in calls.values():
         call()
@@ -38,6 +41,8 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
     for _ in range(repeats):
         order.append(order.pop(0))
         for name, call in order:
+            if before is not None:
+                before()
             cpu_started, started = time.process_time(), time.perf_counter()
             call()
             wall[name].append(time.perf_counter() - started)

@@ -11,6 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from inputs import topologies as patterns
 from inputs.topologies import Shape
 from measure.timing import interleaved, repeats_for, seconds_of
+from surgeon.runtime.operands import Operands
+from surgeon.runtime.transformers.attention import Site, bind
+from surgeon.runtime.transformers.attention import attention as layer_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # takes k and v
 
@@ -94,6 +97,35 @@ def overhead(variant: str | None) -> Iterator[dict[str, object]]:
     with torch.inference_mode():
         times = interleaved(calls, 2000)
     yield {f"{name}_us": times[name].median * 1e6 for name in calls}
+
+
+def short_call(variant: str | None) -> Iterator[dict[str, object]]:
+    """One query behind 2,048 keys, as a layer of a patched model calls it after 64 MiB of other memory.
+
+    A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. `python`
+    is what a package without the direct op would run in its place.
+    """
+    shape, keys, large = Shape(9, 3, 64, 64), 2048, torch.zeros(64 * 2**20 // 4)
+    package = patterns.compiled(patterns.windows(shape, keys, 0.25), variant)
+    position, cache_leftpad = torch.tensor([keys - 1]), torch.tensor([0])
+    placement = torch.stack((position, cache_leftpad), dim=1)[:, None, :, None].expand(1, 1, 2, keys)
+    module = torch.nn.Module()
+    bind(module, Site(package, 0, 0, package.kernels.direct(0)))
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = patterns.inputs(shape, 1, keys, dtype)
+        operands = Operands(q, k, v, position, cache_leftpad, 64**-0.5)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": partial(layer_attention, module, q, k, v, placement, scaling=64**-0.5, use_cache=True),
+            "python": partial(package.kernels.run, 0, operands),
+            "sdpa": partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
+        }
+        with torch.inference_mode():
+            times = interleaved(calls, 300, partial(large.add_, 1.0))
+        row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "keys": keys}
+        for name, timing in times.items():
+            row |= {f"{name}_us": timing.median * 1e6, f"{name}_min_us": timing.minimum * 1e6}
+            row[f"{name}_cpu_us"] = timing.cpu * 1e6
+        yield row
 
 
 def _of_next(attention: Attention, cache: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

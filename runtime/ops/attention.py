@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.kernels.cpu.direct import DirectCall
 from surgeon.runtime.operands import WITHOUT_GRADIENTS, Gradients, Nodes, Operands
 from surgeon.runtime.ops.plain_inference import is_plain_inference
 from surgeon.runtime.ops.registry import Runner, find
@@ -41,9 +41,9 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
 
     Torch's dispatcher takes some 50 µs to reach Python code that has left the CPU's caches, per layer and token.
     """
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling() and may_go_directly():
         direct = package.direct(layer)
-        out = None if direct is None else attend_directly(direct, *operands)
+        out = None if direct is None else direct(*operands)
         if out is not None:
             return out
     if is_plain_inference(operands.q, operands.k, operands.v):
@@ -53,12 +53,9 @@ def attention(package: Runner, layer: int, operands: Operands) -> torch.Tensor:
     return result
 
 
-def attend_directly(direct: DirectCall, *operands: Any) -> torch.Tensor | None:
-    """Attention without Python, of a call's operands in the order of `Operands`; None where the call is not plain."""
-    # Other modes the dispatcher itself keeps away from it: see `surgeon.runtime.kernels.cpu.direct`.
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return None
-    return direct(*operands)
+def may_go_directly() -> bool:
+    """False in forward-mode differentiation, the only thing that the dispatcher does not keep from a direct call."""
+    return forward_ad._current_level < 0
 
 
 def attention_paged(

@@ -15,8 +15,8 @@ from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.kernels.cpu.direct import DirectCall
 from surgeon.runtime.loading import Package
 from surgeon.runtime.operands import Operands
-from surgeon.runtime.ops.attention import attend_directly
 from surgeon.runtime.ops.attention import attention as attend_with
+from surgeon.runtime.ops.attention import may_go_directly
 from surgeon.runtime.transformers import masks, recall
 from surgeon.runtime.transformers.config_view import is_view
 from surgeon.runtime.transformers.layers import IMPLEMENTATIONS, own_attention
@@ -109,32 +109,36 @@ def attention(
         mask = masks.dense(attention_mask, query, key, _OWN_MASKS[own])
         attend = cast(Callable[..., tuple[torch.Tensor, torch.Tensor | None]], own_attention(module, own))
         return attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **extras)
-    where = f"attention of layer {site.layer}"
     if dropout > 0.0:
-        raise PatchError(where, "no dropout", f"dropout {dropout}", "call model.eval()")
+        raise PatchError(_where(site), "no dropout", f"dropout {dropout}", "call model.eval()")
     if is_causal is False:
-        raise PatchError(where, "causal attention", "is_causal=False", "unpatch the model for such calls")
+        raise PatchError(_where(site), "causal attention", "is_causal=False", "unpatch the model for such calls")
     for name, extra in extras.items():
         if name not in _HARMLESS and extra is not None and extra is not False:
             raise PatchError(
-                where,
+                _where(site),
                 "plain causal attention",
                 f"{name}={short_repr(extra, 40)}",
                 f"call the model without {name}, or unpatch it for such calls",
             )
-    placed = masks.known(attention_mask, key.shape[2])
-    if placed is None:
-        placed = _place(attention_mask, extras.get("position_ids"), query.shape[2], key.shape[2])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    ahead = placed.tokens_ahead if site.dense_rows else 0
-    rest = (placed.position, placed.cache_leftpad, scale, site.dense_rows, ahead)
-    if isinstance(key, PagedStates) and value is key:
-        return key.layer.attend(Operands(query, key.new_keys, key.new_values, *rest), site.package), None
-    if site.direct is not None:
-        out = attend_directly(site.direct, query, key, value, *rest)
+    placed = masks.known(attention_mask)
+    # From here to the kernel a short call's time is that of the Python in between, in a model many times what it looks.
+    if placed is not None and site.direct is not None and type(key) is not PagedStates and may_go_directly():
+        position, cache_leftpad, keys, ahead = placed
+        out = site.direct(query, key, value, position, cache_leftpad, scale, site.dense_rows, ahead, keys)
         if out is not None:
             return out, None
+    if placed is None or placed.keys != key.shape[2]:
+        placed = _place(attention_mask, extras.get("position_ids"), query.shape[2], key.shape[2])
+    rest = (placed.position, placed.cache_leftpad, scale, site.dense_rows, placed.tokens_ahead)
+    if isinstance(key, PagedStates) and value is key:
+        return key.layer.attend(Operands(query, key.new_keys, key.new_values, *rest), site.package), None
     return attend_with(site.package.kernels, site.layer, Operands(query, key, value, *rest)), None
+
+
+def _where(site: Site) -> str:
+    return f"attention of layer {site.layer}"
 
 
 def _place(mask: object, position_ids: object, queries: int, keys: int) -> masks.Placed:

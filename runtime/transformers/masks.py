@@ -9,10 +9,10 @@ Source: `transformers.masking_utils`, AttentionMaskInterface and the arguments t
 """
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function
 
@@ -135,8 +135,7 @@ def unpack(mask: object, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     return position, cache_leftpad
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """The content of a placement: the position of the first query and the first valid key, each int64 `[batch]`.
 
     `keys` is the number of keys that it was made for, `tokens_ahead` the prompt's tokens that later calls bring.
@@ -151,12 +150,9 @@ class Placed:
 _KEPT = "_surgeon_placed"
 
 
-def known(mask: object, keys: int) -> Placed | None:
-    """Finds what another layer of a forward pass read of its placement of so many keys; None in compiled graphs."""
-    if torch.compiler.is_compiling():
-        return None
-    placed: Placed | None = getattr(mask, _KEPT, None)
-    return placed if placed is not None and placed.keys == keys else None
+def known(mask: object) -> Placed | None:
+    """Finds what another layer of a forward pass has read of its placement; None in compiled graphs."""
+    return None if is_dynamo_compiling() else getattr(mask, _KEPT, None)
 
 
 def keep(mask: object, placed: Placed) -> None:

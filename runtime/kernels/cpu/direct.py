@@ -24,7 +24,10 @@ from surgeon.runtime.kernels.cpu.library import CODES, check_interface, open_lib
 ANY_NUMBER = 2**62
 
 DirectCall = Callable[..., torch.Tensor | None]
-"""Takes what `Operands` holds, in its order; None where the call is not plain, or wrong."""
+"""Takes what `Operands` holds, in its order; None where the call is not plain, or wrong.
+
+A further argument is the number of keys that the call must have.
+"""
 
 _LOG = logging.getLogger("surgeon")
 _LAYER = struct.Struct("@3P3q4i0q")
@@ -32,7 +35,7 @@ _LAYER = struct.Struct("@3P3q4i0q")
 
 _SCHEMA = (
     "(int layer, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, int dense_rows, "
-    "int tokens_ahead) -> Tensor?"
+    "int tokens_ahead, int keys=-1) -> Tensor?"
 )
 # Whoever else takes part in a call is to see the op surgeon::attention: modes, transforms, tracers, other devices.
 _OTHERS = (

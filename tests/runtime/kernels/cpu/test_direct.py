@@ -140,6 +140,14 @@ def test_left_to_python(package: Package, case: str) -> None:
     assert direct(package, LEFT[case](operands())) is None
 
 
+def test_another_number_of_keys_than_the_positions_are_for(package: Package) -> None:
+    call = package.kernels.direct(0)
+    assert call is not None
+    with torch.no_grad():
+        assert call(*operands(), KEYS) is not None
+        assert call(*operands(), KEYS - 1) is None
+
+
 def test_gradients_are_left_to_python(package: Package) -> None:
     call = package.kernels.direct(0)
     assert call is not None
