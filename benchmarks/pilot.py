@@ -78,7 +78,7 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
         for name in names:
             checkpoint = checkpoint_of(name)
             model = model_folder(checkpoint, cache, console.print)
-            measured = MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
+            measured = measured_of(checkpoint)
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / f"pilot-{name}.json"
@@ -90,6 +90,11 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
 def checkpoint_of(name: str) -> Checkpoint:
     """The model that a topology is for."""
     return QWEN_CODER_05B if name.startswith(QWEN_CODER_05B.title.lower()) else SMOLLM2_135M
+
+
+def measured_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """How much of a model is measured, as options of `surgeon pilot`."""
+    return MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
 
 
 def topology_file(name: str) -> Path:

@@ -33,7 +33,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
     routed = any(spec.schedule.router for spec in specs)
     files = {
         "call.h": render_template(
-            "cpu/call.h.jinja",
+            "cpu/call/call.h.jinja",
             head_dim=specs[0].head_dim,
             block_size=specs[0].schedule.block_size,
             abi_version=CPU_ABI_VERSION,
@@ -42,7 +42,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             tile_queries=TILE,
         ),
         "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
-        "check.h": render_template("cpu/check.h.jinja"),
+        "check.h": render_template("cpu/call/check.h.jinja"),
         "threads.h": render_template(
             "cpu/threads.h.jinja", operations_per_thread=_OPERATIONS_PER_THREAD, bytes_per_thread=_BYTES_PER_THREAD
         ),
@@ -58,7 +58,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             splits_per_thread=_SPLITS_PER_THREAD,
             routed=routed,
         ),
-        "direct.cpp": render_template("cpu/direct.cpp.jinja", dtypes=DTYPES),
+        "direct.cpp": render_template("cpu/call/direct.cpp.jinja", dtypes=DTYPES),
         "schedule.cpp": _render_schedule(specs),
     }
     for variant in variants:

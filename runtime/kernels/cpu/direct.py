@@ -31,7 +31,7 @@ A further argument is the number of keys that the call must have.
 
 _LOG = logging.getLogger("surgeon")
 _LAYER = struct.Struct("@3P3q4i0q")
-"""`struct DirectLayer` in templates/cpu/direct.cpp.jinja; see `library.CALL` for the last item."""
+"""`struct DirectLayer` in templates/cpu/call/direct.cpp.jinja; see `library.CALL` for the last item."""
 
 _SCHEMA = (
     "(int layer, Tensor q, Tensor k, Tensor v, Tensor? position, Tensor? cache_leftpad, float scale, int dense_rows, "

@@ -26,7 +26,7 @@ _OK, _OUT_OF_RANGE, _BEYOND_TOPOLOGY, _OUT_OF_MEMORY, _MISSING_BLOCK = range(5)
 
 
 CALL = struct.Struct("@15P11q5qf6i0q")
-"""`struct Call` in templates/cpu/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
+"""`struct Call` in templates/cpu/call/call.h.jinja, in its order: addresses, strides, lengths, the scale and the rest.
 
 The last item is no field: like the compiler, it pads the size to a multiple of the alignment.
 
