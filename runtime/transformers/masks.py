@@ -158,7 +158,9 @@ def known(mask: object) -> Placed | None:
 def keep(mask: object, placed: Placed) -> None:
     """Keeps what a layer has read of a placement, and checked, for the others of its forward pass."""
     if not (torch.compiler.is_compiling() or is_traced() or is_transformed()):
-        setattr(mask, _KEPT, placed)
+        # Copies: a placement that held views of itself would never be freed.
+        pair = placed.position.clone(), placed.cache_leftpad.clone()
+        setattr(mask, _KEPT, Placed(*pair, placed.keys, placed.tokens_ahead))
 
 
 def check_positions(position_ids: object, queries: int, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
