@@ -90,6 +90,9 @@ class _Told:
     def __init__(self, function: Function, symbol: str, types: Sequence[str], tell: Tell) -> None:
         self._function, self._symbol, self._types, self._tell = function, symbol, types, tell
 
+    def programs_a_processor(self) -> int:
+        return self._function.programs_a_processor()
+
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         packed = [
             bytes(C_TYPES[kind](value)).hex()  # type: ignore[arg-type]

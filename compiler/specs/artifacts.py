@@ -55,8 +55,8 @@ class GpuSource:
     @property
     def interface(self) -> Interface:
         """The interface that the kernel is launched by."""
-        interfaces = ROUTED_INTERFACES if self.specs[0].is_routed else INTERFACES
-        return interfaces[self.phase, bool(self.table)]
+        interface = (ROUTED_INTERFACES if self.specs[0].is_routed else INTERFACES)[self.phase, bool(self.table)]
+        return interface.persistent if self.tile.persistent else interface
 
     @property
     def fuses(self) -> bool:

@@ -9,7 +9,7 @@ import functools
 import importlib.resources
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,16 @@ PHASES = ("prefill", "decode")
 HEADS = {"prefill": (1, 2), "decode": (1,)}
 """The numbers of query heads in a program that tables may name; a decoding program has all of a KV head's."""
 
+PERSISTENT = {"prefill": (False, True), "decode": (False,)}
+"""The values of `persistent` that tables may name; a decoding kernel has no more programs than run at once anyway."""
+
 LOADS = ("pointers", "descriptors")
 """The ways to read keys and values; the second needs CUDA's compute capability 9.0."""
 
 _FORMAT, _VERSION = "surgeon.tiles", 1
 _MAX_FILE_BYTES = 2**20
 _LIMITS = {"queries": 256, "keys": 256, "warps": 32, "stages": 16}
-_VARIANT = {"loads", "heads"}
+_VARIANT = {"loads", "heads", "persistent"}
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 _REMEDY = "write it as surgeon tune does"
 _FAULT = Fault(TargetError, _REMEDY)
@@ -55,7 +58,9 @@ class Tile:
 
     `loads` is the way in which prefill kernels read keys and values: through "pointers", or through tensor
     "descriptors" that a program makes, for a Hopper's copy engine. `heads` is the number of query heads of a KV head
-    whose queries a prefill program handles, `queries` of each: it reads their keys and values once.
+    whose queries a prefill program handles, `queries` of each: it reads their keys and values once. `persistent`
+    programs are as many as the device runs at once, and take tiles of queries until none is left; otherwise there is a
+    program for each.
     """
 
     queries: int
@@ -64,12 +69,14 @@ class Tile:
     stages: int
     loads: str = LOADS[0]
     heads: int = 1
+    persistent: bool = False
 
     @property
     def variant(self) -> tuple[str, ...]:
         """The parts of the variant that are not the default, in words."""
         loads = () if self.loads == LOADS[0] else (f"loads by {self.loads}",)
-        return loads if self.heads == 1 else (*loads, f"{self.heads} heads")
+        heads = () if self.heads == 1 else (f"{self.heads} heads",)
+        return (*loads, *heads, "persistent programs") if self.persistent else loads + heads
 
     @property
     def rows(self) -> int:
@@ -208,7 +215,7 @@ def tiles_json(rows: Mapping[Target, TargetTiles], source: str) -> str:
     return "{\n" + head + ' "targets": {\n' + ",\n".join(targets) + "\n }\n}\n"
 
 
-def _plain(tile: Tile) -> dict[str, int | str]:
+def _plain(tile: Tile) -> dict[str, object]:
     """A tile's fields, without a variant's that are the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(tile)}
     return {name: value for name, value in dataclasses.asdict(tile).items() if value != defaults[name]}
@@ -232,13 +239,16 @@ def _parse(target: Target, row: object, where: str) -> TargetTiles:
     prefill, decode = (_tiles(fields[phase], f"{where}.{phase}") for phase in PHASES)
     for phase, tiles in zip(PHASES, (prefill, decode), strict=True):
         for size, tile in tiles.items():
-            if tile.loads not in loads_of(target, phase):
-                allowed = " or ".join(loads_of(target, phase))
-                raise TargetError(f"{where}.{phase}.{size}.loads", allowed, short_repr(tile.loads), _REMEDY)
-            if tile.heads not in HEADS[phase]:
-                allowed = " or ".join(map(str, HEADS[phase]))
-                raise TargetError(f"{where}.{phase}.{size}.heads", allowed, short_repr(tile.heads), _REMEDY)
+            _check_variant(tile.loads, loads_of(target, phase), f"{where}.{phase}.{size}.loads")
+            _check_variant(tile.heads, HEADS[phase], f"{where}.{phase}.{size}.heads")
+            _check_variant(tile.persistent, PERSISTENT[phase], f"{where}.{phase}.{size}.persistent")
     return TargetTiles(target, device, prefill, decode)
+
+
+def _check_variant(value: object, allowed: Sequence[object], where: str) -> None:
+    """Refuses a part of a variant; a number is not a truth value."""
+    if not any(value == each and type(value) is type(each) for each in allowed):
+        raise TargetError(where, " or ".join(str(each).lower() for each in allowed), short_repr(value), _REMEDY)
 
 
 def _tiles(rows: object, where: str) -> dict[int, Tile]:

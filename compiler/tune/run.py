@@ -10,10 +10,10 @@ import torch
 
 from surgeon.compiler.kernels.gpu.compile import check_triton
 from surgeon.compiler.specs.specialize import check_head_dim
-from surgeon.compiler.specs.tiles import TargetTiles, tiles_of
+from surgeon.compiler.specs.tiles import PHASES, TargetTiles, tiles_of
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import DenseHead, Topology
-from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
+from surgeon.compiler.tune.candidates import decode_candidates, other_programs, prefill_candidates
 from surgeon.compiler.tune.clock import timed
 from surgeon.compiler.tune.search import Trial, Tuning, tune
 from surgeon.compiler.tune.trial import Bench, device_here
@@ -91,7 +91,8 @@ def _counted(
     tiles: TargetTiles, head_dim: int, heads_per_kv_head: int, progress: Progress | None
 ) -> Callable[[Trial], None]:
     """Reports each trial of a head size to `progress`."""
-    total = len(prefill_candidates(tiles, head_dim, heads_per_kv_head)) + len(decode_candidates(tiles, head_dim))
+    grids = prefill_candidates(tiles, head_dim, heads_per_kv_head), decode_candidates(tiles, head_dim)
+    total = sum(len(grid) + len(other_programs(phase, grid[0])) for phase, grid in zip(PHASES, grids, strict=True))
     done: list[Trial] = []
 
     def tried(trial: Trial) -> None:

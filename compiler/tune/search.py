@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from surgeon.compiler.specs.tiles import TargetTiles, Tile
-from surgeon.compiler.tune.candidates import decode_candidates, prefill_candidates
+from surgeon.compiler.tune.candidates import decode_candidates, other_programs, prefill_candidates
 from surgeon.runtime.errors import SurgeonError, TargetError
 
 Measure = Callable[[TargetTiles, str], float]
@@ -43,6 +43,8 @@ def tune(
 ) -> Tuning:
     """Chooses a target's tiles for one head size: first those for many queries, then, with them, those for one.
 
+    The fastest is also tried with the other kind of programs.
+
     `tried` is called after each trial.
 
     Raises:
@@ -54,7 +56,6 @@ def tune(
         ("decode", decode_candidates(tiles, head_dim)),
     ):
         found = _measured(tiles, head_dim, phase, candidates, measure, tried)
-        trials += found
         if all(trial.milliseconds is None for trial in found):
             raise TargetError(
                 f"{phase} on {tiles.target}, head size {head_dim}",
@@ -62,7 +63,10 @@ def tune(
                 f"none of {len(found)}; the present one: {found[0].fault}",
                 "check the device with pytest -m gpu",
             )
+        others = other_programs(phase, Tuning(tiles, tuple(found)).best(phase).tile)
+        found += _measured(tiles, head_dim, phase, others, measure, tried)
         tiles = tiles.with_tile(phase, head_dim, Tuning(tiles, tuple(found)).best(phase).tile)
+        trials += found
     return Tuning(tiles, tuple(trials))
 
 

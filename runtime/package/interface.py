@@ -4,11 +4,11 @@ The compiler builds every kernel to this contract, and the launcher runs no othe
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from surgeon.runtime.errors import PackageError, short_repr
-from surgeon.runtime.package.manifest import Argument, KernelEntry
+from surgeon.runtime.package.manifest import PERSISTENT_GRID, Argument, KernelEntry
 
 ALIGNMENT = 16
 """The number that `Interface.aligned` arguments are multiples of."""
@@ -37,6 +37,15 @@ class Interface:
         return self.arguments + SCRATCH
 
     @property
+    def persistent(self) -> "Interface":
+        """The interface of persistent programs: their tasks are the programs of this one's grid.
+
+        There are `num_tasks`, counted along the first axis, of `num_task_heads`, then the second, of `num_sequences`,
+        then the third. `tasks_taken` is 0 at the launch.
+        """
+        return replace(self, arguments=self.arguments + _TASKS, grid=PERSISTENT_GRID)
+
+    @property
     def preconditions(self) -> tuple[str, ...]:
         """The conditions that the launcher ensures; `*_dim_stride`, the stride along head_dim, is not an argument."""
         tensors = [argument.name for argument in self.arguments if argument.name in ("q", "k", "v")]
@@ -53,7 +62,7 @@ def _pointers(*names: str) -> tuple[Argument, ...]:
 POINTEES = (
     dict.fromkeys(("lse", "partial", "partial_lse", "key_centre", "key_scale"), "fp32")
     | dict.fromkeys(("cache_leftpad", "position"), "i64")
-    | dict.fromkeys(("table_rows", "table_plans", "table_segments", "routes", "chosen"), "i32")
+    | dict.fromkeys(("table_rows", "table_plans", "table_segments", "routes", "chosen", "tasks_taken"), "i32")
     | dict.fromkeys(("nodes",), "i8")
 )
 """The element types of pointers; pointers that are not listed point to the kernel's own dtype."""
@@ -66,6 +75,12 @@ TABLE_POINTERS = _pointers("table_rows", "table_plans", "table_segments")
 TABLE_LENGTH = Argument("num_table_rows", "i32")
 
 _TABLE = (*TABLE_POINTERS, TABLE_LENGTH)
+_TASKS = (
+    *_pointers("tasks_taken"),
+    Argument("num_task_heads", "i32"),
+    Argument("num_sequences", "i32"),
+    Argument("num_tasks", "i32"),
+)
 _ALIGNED_STRIDES = tuple(stride.name for stride in STRIDES)
 _NUM_QUERIES = Argument("num_queries", "i32")
 _DENSE_TAIL = Argument("dense_tail", "i32")
@@ -214,6 +229,8 @@ def check_interface(entry: KernelEntry, where: str, routed: Collection[int] = ()
     if interface is None:
         expected = "no table" if entry.table else "a table"
         raise _fault(f"{where}.table", f"{expected} for the phase {entry.phase}", short_repr(entry.table))
+    if entry.phase == "prefill" and entry.launch is not None and entry.launch.persistent:
+        interface = interface.persistent
     arguments = (
         tuple(f"{argument.name} {argument.type}" for argument in listed)
         for listed in (interface.binary_arguments, entry.arguments)

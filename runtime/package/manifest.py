@@ -21,6 +21,9 @@ CPU_ABI_VERSION = 8
 DIRECT_LIBRARY = "cpu/direct.so"
 """The library of the direct op in a package; one that was compiled without torch's headers has none."""
 
+PERSISTENT_GRID = ("programs", "one", "one")
+"""The grid of persistent programs, which take tasks until none is left."""
+
 _FAULT = Fault(PackageError, "compile the package again with this version of surgeon")
 _FORMAT, _UNROUTED, _ROUTED = "surgeon.package", 1, 2
 
@@ -66,8 +69,9 @@ class Launch:
 
     A grid axis is "row_tiles" (query tokens over `tile_rows`, rounded up, plus one if the first is not aligned),
     "query_heads" (over `program_heads`), "key_value_heads", "batch", "splits" (parts into which one query's keys are
-    divided), "one" or, for routed heads, "node_tiles" and "slot_tiles" (nodes, and units of queries, over `tile_rows`)
-    and "slot_parts" (units of queries times the parts of their chosen blocks).
+    divided), "one", "programs" (as many as the device runs at once, at most one a task) or, for routed heads,
+    "node_tiles" and "slot_tiles" (nodes, and units of queries, over `tile_rows`) and "slot_parts" (units of queries
+    times the parts of their chosen blocks).
     """
 
     grid: tuple[str, ...]
@@ -76,6 +80,11 @@ class Launch:
     shared_bytes: int
     scratch_bytes: int = 0
     program_heads: int = 1
+
+    @property
+    def persistent(self) -> bool:
+        """True if the programs take tasks until none is left."""
+        return self.grid == PERSISTENT_GRID
 
 
 @dataclass(frozen=True)

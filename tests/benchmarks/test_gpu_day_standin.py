@@ -34,7 +34,7 @@ from surgeon.runtime.package.reader import PackageFiles
 pytest.importorskip("triton")
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=64, block_size=64)
-VARIANTS = (Tile(64, 64, 4, 3, "descriptors"), Tile(32, 32, 4, 2, heads=2))
+VARIANTS = (Tile(64, 64, 4, 3, "descriptors"), Tile(32, 32, 4, 2, heads=2), Tile(64, 32, 4, 2, persistent=True))
 DAY = replace(
     REHEARSAL,
     target="cuda:90",
@@ -42,7 +42,7 @@ DAY = replace(
     shapes=(SHAPE,),
     densities=(0.5,),
     batches=(1, 2),
-    candidates=3,
+    candidates=4,
     prefill_tiles=VARIANTS,
 )
 STAGES = ("smoke", "tiles", "speed", "model")  # the suite's own tests skip themselves without a card
@@ -117,7 +117,7 @@ def test_the_days_stages_launch_their_kernels(
     assert [(row["phase"], row["batch"]) for row in speed] == [("prefill", 1), ("decode", 1), ("decode", 2)]
     assert [row["what"] for row in model] == ["first token", "decoded token"]
     assert bars(results["stages"], DAY.lengths)[0].met  # the errors
-    assert list(read_tiles(out / "tiles.json"))  # the fastest of the three
+    assert list(read_tiles(out / "tiles.json"))  # the fastest of the four
 
     calls = standin.log()
     launched = [call for call in calls if call["call"] in LAUNCHES]
@@ -129,6 +129,9 @@ def test_the_days_stages_launch_their_kernels(
         SHAPE.heads,
         SHAPE.heads // 2,
     }  # a program of one head, and of two
+    shared = [call for call in launched if len(call["values"]) == len(PREFILL.persistent.binary_arguments)]
+    tasks = SHAPE.heads * (DAY.tuned_length // 64 + 1)
+    assert {tuple(call["grid"]) for call in shared} == {(tasks, 1, 1)}  # fewer than the card holds programs
     with pytest.raises(SystemExit, match="got a rehearsal"):
         keep(out)
     print({name: found["seconds"] for name, found in json.loads((out / "results.json").read_text())["stages"].items()})

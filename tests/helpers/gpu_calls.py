@@ -31,6 +31,10 @@ only_cuda = pytest.mark.parametrize("way", ["cuda.core", "cuda"])
 by_any_way = pytest.mark.parametrize("way", ["cuda"])  # these tests do not depend on the driver
 LOADS = {"cuda.core": "cuLibraryLoadData", "cuda": "cuModuleLoadData", "hip": "hipModuleLoadData"}
 LAUNCHES = {"cuda.core": "cuLaunchKernelEx", "cuda": "cuLaunchKernel", "hip": "hipModuleLaunchKernel"}
+OCCUPANCY = {
+    "cuda": "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+    "hip": "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor",
+}
 ATTRIBUTES = {"cuda.core": "cuKernelSetAttribute", "cuda": "cuFuncSetAttribute"}
 
 

@@ -141,6 +141,13 @@ int launch(const char *name, void *function, const unsigned *sizes, void *stream
                           field("place", place) + ", \"values\": " + bytes + "]");
 }
 
+int occupancy(const char *name, int *programs, void *function, int threads, size_t shared, uint64_t place) {
+    const std::lock_guard<std::mutex> guard(lock);
+    *programs = PROGRAMS_A_PROCESSOR;
+    return note(name, field("function", reinterpret_cast<uint64_t>(function)) + field("threads", threads) +
+                          field("shared", shared) + field("place", place));
+}
+
 const char *error_name(int code) {
     switch (code) {
         case 1: return "ERROR_INVALID_VALUE";
@@ -213,6 +220,11 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
                    unsigned shared, void *stream, void **values, void **) {
     const unsigned sizes[] = {gx, gy, gz, bx, by, bz, shared};
     return launch("cuLaunchKernel", function, sizes, stream, values, current_context());
+}
+
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *programs, void *function, int threads, size_t shared) {
+    const char *name = "cuOccupancyMaxActiveBlocksPerMultiprocessor";
+    return occupancy(name, programs, function, threads, shared, current_context());
 }
 
 int cuGetErrorName(int code, const char **name) {
@@ -291,6 +303,11 @@ int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
                           unsigned shared, void *stream, void **values, void **) {
     const unsigned sizes[] = {gx, gy, gz, bx, by, bz, shared};
     return launch("hipModuleLaunchKernel", function, sizes, stream, values, hip_device);
+}
+
+int hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(int *programs, void *function, int threads, size_t shared) {
+    const char *name = "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor";
+    return occupancy(name, programs, function, threads, shared, hip_device);
 }
 
 const char *hipGetErrorName(int code) { return error_name(code); }

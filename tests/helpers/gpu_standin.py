@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 LIBRARIES = {"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}
+PROGRAMS_A_PROCESSOR = 3
+"""How many programs of any kernel a stand-in's multiprocessor holds."""
 _FORMATS = {"pointer": "<Q", "i64": "<q", "i32": "<i", "fp32": "<f"}
 
 
@@ -25,7 +27,18 @@ def standin_folder() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = Path(__file__).with_name("gpu_standin.cpp")
     for name in LIBRARIES.values():
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", folder / name]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            f"-DPROGRAMS_A_PROCESSOR={PROGRAMS_A_PROCESSOR}",
+            f"-Wl,-soname,{name}",
+            source,
+            "-o",
+            folder / name,
+        ]
         subprocess.run(command, check=True)
     return folder
 

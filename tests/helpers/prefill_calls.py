@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import reference
@@ -16,6 +17,7 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.specialize import specialize_gpu
+from surgeon.compiler.specs.tiles import TargetTiles, Tile
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.package.target import Target
 from triton_interpreter import Call, launch
@@ -26,6 +28,13 @@ TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
 def kernel_spec(topology: Topology, target: str = "cuda:90") -> GpuSpec:
     """The kernel of the topology's first layer."""
     return specialize_gpu(topology, schedule_layers(topology), Target.parse(target))[0]
+
+
+def use_tile(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> Tile:
+    """Makes every prefill kernel one with this tile."""
+    listed = TargetTiles.listed
+    monkeypatch.setattr(TargetTiles, "listed", lambda *at: tile if at[1] == "prefill" else listed(*at))
+    return tile
 
 
 def render_whole(spec: GpuSpec) -> GpuSource:
@@ -46,8 +55,12 @@ def make_call(
     tokens_ahead: int = 0,
     target: str = "cuda:90",
     seed: int = 0,
+    programs: int = 3,
 ) -> Call:
-    """Random q, k and v for the first layer, with NaN for every key and value that no query may read."""
+    """Random q, k and v for the first layer, with NaN for every key and value that no query may read.
+
+    `programs` is the number of programs if they are persistent.
+    """
     spec = kernel_spec(topology, target)
     source = render_whole(spec)
     rng = np.random.default_rng(seed)
@@ -73,6 +86,7 @@ def make_call(
         dense_rows=dense_rows,
         tokens_ahead=tokens_ahead,
         program_heads=source.tile.heads,
+        programs=programs if source.tile.persistent else None,
     )
     if not source.table:
         return call

@@ -1,5 +1,6 @@
 """Calls of the kernels for routed heads in Triton's interpreter, one after the other as the launcher runs them."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class RoutedCall:
     """A call of one layer with random q, k and v; `places` are positions and first valid keys.
 
     `texts` are the rendered kernels by phase with their names, `tables` the decode table and the one that the prefill
-    kernel reads, if any. The arrays are float32 and are converted to `dtype`.
+    kernel reads, if any. The arrays are float32 and are converted to `dtype`. `programs` is the number of persistent
+    programs of the prefill kernel, None if there is one for each task.
     """
 
     texts: dict[str, tuple[str, str]]
@@ -50,6 +52,7 @@ class RoutedCall:
     first_kv_head: int = 0
     num_parts: int = 2
     num_splits: int = 3
+    programs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def make_call(
         cache_leftpads=cache_leftpads,
         dtype=str(q.dtype).removeprefix("torch."),
         dense_rows=dense_rows,
+        programs=3 if prefill.tile.persistent else None,
     )
 
 
@@ -155,11 +159,13 @@ def run(call: RoutedCall, attends: bool = True) -> Found:
             else:
                 own_table = [*map(torch.from_numpy, call.prefill_table)]
                 grid = (heads // call.program_heads, batch, row_tiles(length, call.tile_rows, call.block_size, tail))
-                kernels["prefill"][grid](
+                tasks = (torch.zeros(1, dtype=torch.int32), *grid[:2], math.prod(grid))
+                kernels["prefill"][grid if call.programs is None else (call.programs, 1, 1)](
                     *(q, k, v, out, lse, leftpad, position, *strides[0], *strides[1], *strides[2]),
                     *(length, tail, first, kv_heads, 1, scale, *own_table),
                     *(part.shape[1] for part in own_table[:1]),
                     *(partial, partial_lse),
+                    *(() if call.programs is None else tasks),
                 )
     blocks = -(-(k.shape[2]) // call.block_size)
     read = torch.zeros(batch, heads, length, blocks, dtype=torch.bool)

@@ -4,6 +4,7 @@ The interpreter must be chosen before Triton is imported, and makes the process 
 """
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import tempfile
@@ -26,7 +27,8 @@ class Call:
     q is `[batch, length, heads, head_dim]`, as projections leave it; k and v are `[batch, heads, length, head_dim]`;
     position and cache_leftpad are int64 `[batch]`. `heads` are the first and the end of the kernel's heads, empty for
     all; `table` holds rows, plans and segments of the table that it reads. The arrays hold the layer's KV heads from
-    `first_kv_head` on. `dense_rows` and `tokens_ahead` are those of `Operands`.
+    `first_kv_head` on. `dense_rows` and `tokens_ahead` are those of `Operands`. `programs` is the number of persistent
+    programs, None if there is one for each task.
     """
 
     text: str
@@ -45,6 +47,7 @@ class Call:
     dense_rows: int = 0
     tokens_ahead: int = 0
     program_heads: int = 1
+    programs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,17 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
     """Runs a call; returns out `[batch, length, heads, head_dim]`, lse `[batch, heads, length]`, NaN if not written."""
+    out, lse, _, _ = _launched(call, write_lse)
+    return out, lse
+
+
+def count_tasks(call: Call) -> tuple[int, int]:
+    """Runs a call by persistent programs; returns the tasks that there are, and how often one was done."""
+    _, _, there, done = _launched(call, write_lse=True)
+    return there, done
+
+
+def _launched(call: Call, write_lse: bool) -> tuple[Array, Array, int, int]:
     import torch
 
     from surgeon.runtime.kernels.gpu.kernels import row_tiles
@@ -116,7 +130,9 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
         first_head = call.first_kv_head * heads // k.shape[1]
         first, end = call.heads or (first_head, first_head + heads)
         own = range(max(first, first_head), min(end, first_head + heads))
-        kernel[(len(own) // call.program_heads, batch, row_tiles(length, call.tile_rows, call.block_size, dense_tail))](
+        grid = len(own) // call.program_heads, batch, row_tiles(length, call.tile_rows, call.block_size, dense_tail)
+        taken = torch.zeros(1, dtype=torch.int32)  # a program takes another task after each that it has done
+        kernel[grid if call.programs is None else (call.programs, 1, 1)](
             q,
             k,
             v,
@@ -135,8 +151,9 @@ def launch(call: Call, write_lse: bool) -> tuple[Array, Array]:
             call.scale,
             *map(torch.from_numpy, call.table),
             *(part.shape[1] for part in call.table[:1]),
+            *(() if call.programs is None else (taken, *grid[:2], math.prod(grid))),
         )
-    return out.numpy(), lse.numpy()
+    return out.numpy(), lse.numpy(), math.prod(grid), int(taken)
 
 
 def launch_decode(call: DecodeCall, write_lse: bool) -> tuple[Array, Array]:

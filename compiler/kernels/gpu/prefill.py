@@ -152,7 +152,7 @@ def _source(
     spec, shape = specs[0], specs[0].shape
     num_rows = spec.schedule.num_rows
     whole = len(heads) == shape.num_heads
-    interfaces = ROUTED_INTERFACES if spec.is_routed else INTERFACES
+    interface = (ROUTED_INTERFACES if spec.is_routed else INTERFACES)["prefill", bool(table)]
     template = "prefill_rows" if isinstance(trees, ScheduleTrees) else "prefill_segments"
     text = render_template(
         f"gpu/{template}.py.jinja",
@@ -162,11 +162,12 @@ def _source(
         heads=heads,
         tiling=cut,
         loads=spec.prefill.loads,
+        persistent=spec.prefill.persistent,
         trees=trees,
         max_segments=padded(max(read.max_segments for read in tables.values())) if tables else None,
         num_rows=None if num_rows == UNBOUNDED else num_rows,
         routed=spec.is_routed,
-        arguments=interfaces["prefill", bool(table)].arguments,
+        arguments=(interface.persistent if spec.prefill.persistent else interface).arguments,
         log2_e=repr(math.log2(math.e)),
         ln_2=repr(math.log(2)),
     )

@@ -16,6 +16,13 @@ FREE_SHARED_BYTES = 48 * 1024
 class Function(Protocol):
     """A kernel in one device's memory."""
 
+    def programs_a_processor(self) -> int:
+        """The number of its programs that a multiprocessor of the function's device holds at once.
+
+        Raises:
+            TargetError: the driver does not say.
+        """
+
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         """Queues the kernel on a stream of the function's own device, without allocating or waiting.
 
@@ -51,6 +58,12 @@ def no_code(where: str, got: str) -> PackageError:
 def no_launch(symbol: str, got: str) -> TargetError:
     """The error for a kernel that a driver does not launch."""
     return TargetError(f"launch of {symbol}", "a launch", got, "check the device with the vendor's tools")
+
+
+def no_occupancy(symbol: str, got: str) -> TargetError:
+    """The error for a kernel of which a driver does not say how many programs run at once."""
+    expected = "the number of programs that a multiprocessor holds"
+    return TargetError(f"occupancy of {symbol}", expected, got, "check the device with the vendor's tools")
 
 
 def no_shared_memory(where: str, shared_bytes: int, got: str) -> TargetError:

@@ -5,11 +5,18 @@ Source: the CUDA driver API (cuda.h) and the HIP runtime API (hip_runtime_api.h)
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
 from surgeon.runtime.errors import TargetError
-from surgeon.runtime.kernels.gpu.driver import C_TYPES, FREE_SHARED_BYTES, no_code, no_launch, no_shared_memory
+from surgeon.runtime.kernels.gpu.driver import (
+    C_TYPES,
+    FREE_SHARED_BYTES,
+    no_code,
+    no_launch,
+    no_occupancy,
+    no_shared_memory,
+)
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
 _LAUNCH_TYPES: list[Any] = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
@@ -48,7 +55,16 @@ class CudaDriver:
         return _CudaFunction(
             library,
             context,
-            _Launcher(library.cuLaunchKernel, symbol, function, types, threads, shared_bytes, self.error),
+            _Launcher(
+                library.cuLaunchKernel,
+                library.cuOccupancyMaxActiveBlocksPerMultiprocessor,
+                symbol,
+                function,
+                types,
+                threads,
+                shared_bytes,
+                self.error,
+            ),
         )
 
     def error(self, code: int) -> str:
@@ -77,6 +93,14 @@ class _CudaFunction:
         self._library = library
         self._context = context
         self._launcher = launcher
+
+    def programs_a_processor(self) -> int:
+        """See `Function.programs_a_processor`."""
+        self._library.cuCtxPushCurrent_v2(self._context)
+        try:
+            return self._launcher.programs_a_processor()
+        finally:
+            self._library.cuCtxPopCurrent_v2(byref(c_void_p()))
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         """See `Function.launch`."""
@@ -114,7 +138,16 @@ class HipDriver:
         return _HipFunction(
             library,
             device,
-            _Launcher(library.hipModuleLaunchKernel, symbol, function, types, threads, shared_bytes, self.error),
+            _Launcher(
+                library.hipModuleLaunchKernel,
+                library.hipModuleOccupancyMaxActiveBlocksPerMultiprocessor,
+                symbol,
+                function,
+                types,
+                threads,
+                shared_bytes,
+                self.error,
+            ),
         )
 
     def error(self, code: int) -> str:
@@ -130,6 +163,11 @@ class _HipFunction:
         self._library = library
         self._device = device
         self._launcher = launcher
+
+    def programs_a_processor(self) -> int:
+        """See `Function.programs_a_processor`."""
+        with _HipDevice(self._library, self._device):
+            return self._launcher.programs_a_processor()
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         """See `Function.launch`."""
@@ -158,11 +196,12 @@ class _HipDevice:
 
 
 class _Launcher:
-    """Packs a kernel's arguments and launches it by cuLaunchKernel or hipModuleLaunchKernel, which are called alike."""
+    """Packs a kernel's arguments and launches it, by functions of either driver, which are called alike."""
 
     def __init__(
         self,
         launch: Callable[..., int],
+        occupancy: Callable[..., int],
         symbol: str,
         function: c_void_p,
         types: Sequence[str],
@@ -175,11 +214,19 @@ class _Launcher:
         self._offsets = [getattr(self._arguments, name).offset for name, _ in fields]
         self._places: Any = c_void_p * len(fields)
         self._launch = launch
+        self._occupancy = occupancy
         self._symbol = symbol
         self._function = function
         self._threads = threads
         self._shared_bytes = shared_bytes
         self._error = error
+
+    def programs_a_processor(self) -> int:
+        found = c_int()
+        code = self._occupancy(byref(found), self._function, c_int(self._threads), c_size_t(self._shared_bytes))
+        if code:
+            raise no_occupancy(self._symbol, self._error(code))
+        return found.value
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         arguments = self._arguments(*values)  # for this launch only: several threads may launch at once

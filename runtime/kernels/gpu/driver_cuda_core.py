@@ -11,7 +11,14 @@ from cuda.bindings import driver as cuda
 from cuda.core import LaunchConfig, ObjectCode, Stream, launch
 
 from surgeon.runtime.errors import TargetError
-from surgeon.runtime.kernels.gpu.driver import C_TYPES, FREE_SHARED_BYTES, no_code, no_launch, no_shared_memory
+from surgeon.runtime.kernels.gpu.driver import (
+    C_TYPES,
+    FREE_SHARED_BYTES,
+    no_code,
+    no_launch,
+    no_occupancy,
+    no_shared_memory,
+)
 
 
 class CudaCoreDriver:
@@ -85,6 +92,20 @@ class _Function:
         self._types: list[Any] = [int if name == "pointer" else C_TYPES[name] for name in types]
         self._threads = threads
         self._shared_bytes = shared_bytes
+
+    def programs_a_processor(self) -> int:
+        """See `Function.programs_a_processor`."""
+        function = cuda.CUfunction(int(self._kernel.handle))  # the driver also takes a kernel of the context's device
+        cuda.cuCtxPushCurrent(self._context)
+        try:
+            status, programs = cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                function, self._threads, self._shared_bytes
+            )
+        finally:
+            cuda.cuCtxPopCurrent()
+        if status != cuda.CUresult.CUDA_SUCCESS:
+            raise no_occupancy(self._symbol, status.name)
+        return int(programs)
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: Sequence[int | float]) -> None:
         """See `Function.launch`."""

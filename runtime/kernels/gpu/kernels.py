@@ -86,7 +86,7 @@ class GpuKernels:
                 _check(entry, manifest, f"{files.folder}: kernels[{index}]")
         functions: dict[KernelEntry, Function] = {}  # several entries may share their code
         for entry in entries:
-            kernel = _load(entry, files, device, driver, functions)
+            kernel = _load(entry, files, device, processors, driver, functions)
             for layer in entry.layers:
                 self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
         self.dtypes: tuple[torch.dtype, ...] = tuple(
@@ -289,6 +289,7 @@ def _load(
     entry: KernelEntry,
     files: PackageFiles,
     device: int,
+    processors: int,
     driver: Driver,
     functions: dict[KernelEntry, Function],
 ) -> Kernel:
@@ -307,14 +308,17 @@ def _load(
         )
     first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
     names = tuple(argument.name for argument in entry.arguments)
+    function = functions[code]
+    at_once = max(1, processors * function.programs_a_processor()) if launch.persistent else None
     return Kernel(
-        functions[code],
+        function,
         names,
         launch.grid,
         launch.tile_rows,
         launch.scratch_bytes,
         launch.program_heads,
         range(first, end),
+        at_once,
     )
 
 

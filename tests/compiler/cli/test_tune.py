@@ -73,14 +73,15 @@ def test_a_variant_is_printed_where_it_is_not_the_default(
 ) -> None:
     def measure(_bench: Bench, tiles: TargetTiles, phase: str) -> float:
         tile = tiles.listed(phase, 128)
-        return 3.0 - (tile.loads == "descriptors") - (tile.heads == 2)
+        return 4.0 - (tile.loads == "descriptors") - (tile.heads == 2) - tile.persistent
 
     monkeypatch.setattr(Bench, "measure", measure)
     out = topology_file.with_name("tiles.json")
     assert cli.main(["tune", str(topology_file), "--out", str(out)]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert ", 2 stages, loads by descriptors, 2 heads, 1.000 ms, before 3.000 ms" in first
-    assert read_tiles(out)[HOPPER].prefill_tile(128, 128, 2).heads == 2
+    assert ", 2 stages, loads by descriptors, 2 heads, persistent programs, 1.000 ms, before 4.000 ms" in first
+    found = read_tiles(out)[HOPPER].prefill_tile(128, 128, 2)
+    assert (found.heads, found.persistent) == (2, True)
 
 
 def test_what_it_writes_compiles(topology_file: Path, gpu: list[Bench], capsys: pytest.CaptureFixture[str]) -> None:

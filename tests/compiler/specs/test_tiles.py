@@ -119,8 +119,18 @@ def test_a_table_names_a_variant_where_it_is_not_the_default() -> None:
     changed = own.with_tile("prefill", 128, Tile(128, 64, 8, 3, loads="descriptors"))
     assert changed.prefill_tile(128, 32).loads == "descriptors"
     text = tiles_json({own.target: changed}, "a test")
+    assert "persistent" not in text
     assert text.count('"loads": "descriptors"') == text.count("loads") == 1
     assert parse_tiles(text) == {own.target: changed}
+
+
+def test_persistent_programs_are_kept_whatever_the_heads() -> None:
+    own = tiles_of(Target.parse("cuda:80"))
+    changed = own.with_tile("prefill", 128, Tile(64, 64, 8, 3, heads=2, persistent=True))
+    text = tiles_json({own.target: changed}, "a test")
+    assert '"heads": 2, "persistent": true}' in text
+    assert parse_tiles(text) == {own.target: changed}
+    assert changed.prefill_tile(128, 128, 3) == Tile(128, 64, 8, 3, persistent=True)
 
 
 def test_a_program_of_two_heads_has_as_many_rows_and_readers() -> None:
@@ -170,6 +180,9 @@ def change(document: Any, path: str, value: object) -> None:
         ("targets/cuda:90/prefill/128/stages", 2.0, r"prefill.128.stages: expected a whole number in 1..16, got 2.0"),
         ("targets/cuda:90/prefill/128/loads", "x", r"prefill.128.loads: expected pointers or descriptors, got 'x'"),
         ("targets/cuda:90/prefill/128/heads", 3, r"prefill.128.heads: expected 1 or 2, got 3"),
+        ("targets/cuda:90/prefill/128/heads", True, r"prefill.128.heads: expected 1 or 2, got True"),
+        ("targets/cuda:90/prefill/128/persistent", 1, r"prefill.128.persistent: expected false or true, got 1"),
+        ("targets/cuda:90/decode/128/persistent", True, r"decode.128.persistent: expected false, got True"),
         ("targets/cuda:90/decode/128/heads", 2, r"decode.128.heads: expected 1, got 2"),
         ("targets/cuda:90/decode/128/loads", "descriptors", r"decode.128.loads: expected pointers, got 'descriptors'"),
         ("targets/cuda:90/prefill/128/queries", 512, r"prefill.128.queries: expected a whole number in 1..256"),

@@ -54,6 +54,26 @@ def test_candidates_are_of_every_variant_that_the_target_and_the_heads_allow() -
     assert variants("cuda:80", 4) == {("pointers", 1), ("pointers", 2)}
 
 
+def test_the_fastest_is_also_tried_with_the_other_kind_of_programs() -> None:
+    def measure(tiles: TargetTiles, phase: str) -> float:
+        gain = 0.9 if tiles.listed("prefill", 128).persistent else 1.0
+        return milliseconds(tiles, phase) * (gain if phase == "prefill" else 1.0)
+
+    told: list[Trial] = []
+    found = tuned(measure, told.append)
+    best = Tile(queries=128, keys=128, warps=4, stages=2, persistent=True)
+    assert found.listed("prefill", 128) == best
+    assert [trial.tile for trial in told if trial.tile.persistent] == [best]
+
+    back: list[Trial] = []
+    assert (
+        tune(found, 128, 4, milliseconds, back.append).tiles.listed("prefill", 128) == best
+    )  # equally fast, and first
+    assert [trial.tile for trial in back if trial.phase == "prefill" and not trial.tile.persistent] == [
+        dataclasses.replace(best, persistent=False)
+    ]
+
+
 def test_a_device_with_less_shared_memory_has_fewer_candidates() -> None:
     small = dataclasses.replace(HOPPER, device=dataclasses.replace(HOPPER.device, shared_bytes=65536))
     assert set(prefill_candidates(small, 256, 4)) < set(prefill_candidates(HOPPER, 256, 4))
@@ -91,7 +111,7 @@ def test_what_fails_is_told_and_not_taken() -> None:
     told: list[Trial] = []
     found = tuned(measure, told.append)
     assert found.listed("prefill", 128).warps == found.listed("decode", 128).warps == 8
-    assert len(told) == len(prefill_candidates(HOPPER, 128, 4)) + len(decode_candidates(HOPPER, 128))
+    assert len(told) == len(prefill_candidates(HOPPER, 128, 4)) + 1 + len(decode_candidates(HOPPER, 128))
     for trial in told:
         assert (trial.milliseconds is None) == (trial.tile.warps < 8)
         assert trial.fault == (

@@ -7,14 +7,34 @@ from typing import Any
 import pytest
 
 from surgeon.runtime.errors import PackageError
-from surgeon.runtime.package.interface import INTERFACES, POINTEES, ROUTED_INTERFACES, SCRATCH, check_interface
+from surgeon.runtime.package.interface import (
+    INTERFACES,
+    POINTEES,
+    ROUTED_INTERFACES,
+    SCRATCH,
+    Interface,
+    check_interface,
+)
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch
 
-CASES = [(*case, routed) for routed in (False, True) for case in (ROUTED_INTERFACES if routed else INTERFACES)]
+CASES = pytest.mark.parametrize(
+    ("phase", "by_table", "routed", "persistent"),
+    [
+        (*case, routed, persistent)
+        for routed in (False, True)
+        for case in (ROUTED_INTERFACES if routed else INTERFACES)
+        for persistent in ((False, True) if case[0] == "prefill" else (False,))
+    ],
+)
 
 
-def entry_of(phase: str, by_table: bool, routed: bool = False) -> KernelEntry:
+def interface_of(phase: str, by_table: bool, routed: bool = False, persistent: bool = False) -> Interface:
     interface = (ROUTED_INTERFACES if routed else INTERFACES)[phase, by_table]
+    return interface.persistent if persistent else interface
+
+
+def entry_of(phase: str, by_table: bool, routed: bool = False, persistent: bool = False) -> KernelEntry:
+    interface = interface_of(phase, by_table, routed, persistent)
     return KernelEntry(
         target="cuda:90",
         dtype="bf16",
@@ -30,14 +50,14 @@ def entry_of(phase: str, by_table: bool, routed: bool = False) -> KernelEntry:
     )
 
 
-@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
-def test_a_kernel_that_is_built_to_its_interface(phase: str, by_table: bool, routed: bool) -> None:
-    check_interface(entry_of(phase, by_table, routed), "kernels[0]", [0] if routed else [1])
+@CASES
+def test_a_kernel_that_is_built_to_its_interface(phase: str, by_table: bool, routed: bool, persistent: bool) -> None:
+    check_interface(entry_of(phase, by_table, routed, persistent), "kernels[0]", [0] if routed else [1])
 
 
-@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
-def test_every_difference_is_refused_and_named(phase: str, by_table: bool, routed: bool) -> None:
-    entry = entry_of(phase, by_table, routed)
+@CASES
+def test_every_difference_is_refused_and_named(phase: str, by_table: bool, routed: bool, persistent: bool) -> None:
+    entry = entry_of(phase, by_table, routed, persistent)
     for index, argument in enumerate(entry.arguments):
         others = (*entry.arguments[:index], Argument("secret", argument.type), *entry.arguments[index + 1 :])
         with pytest.raises(PackageError, match=rf"arguments\[{index}\]: expected {argument.name} {argument.type}, got"):
@@ -81,15 +101,16 @@ def test_another_interface(
         check_interface(change(entry_of(phase, by_table)), "kernels[3]")
 
 
-@pytest.mark.parametrize(("phase", "by_table", "routed"), CASES)
-def test_an_interface_agrees_with_itself(phase: str, by_table: bool, routed: bool) -> None:
-    interface = (ROUTED_INTERFACES if routed else INTERFACES)[phase, by_table]
+@CASES
+def test_an_interface_agrees_with_itself(phase: str, by_table: bool, routed: bool, persistent: bool) -> None:
+    interface = interface_of(phase, by_table, routed, persistent)
     kinds = {argument.name: argument.type for argument in interface.binary_arguments}
     assert len(kinds) == len(interface.binary_arguments)
     assert set(interface.aligned) <= {name for name, kind in kinds.items() if kind in ("pointer", "i64")}
     assert all(kinds.get(name, "pointer") == "pointer" for name in POINTEES)
     assert len(interface.grid) == 3
     assert ("table_rows" in kinds) == by_table
+    assert ("tasks_taken" in kinds) == persistent
 
 
 @pytest.mark.parametrize(
@@ -122,5 +143,5 @@ def test_layers_of_both_kinds_share_what_combines_splits() -> None:
 
 
 def test_every_pointee_is_an_argument() -> None:
-    names = {argument.name for interface in ROUTED_INTERFACES.values() for argument in interface.arguments}
+    names = {argument.name for interface in ROUTED_INTERFACES.values() for argument in interface.persistent.arguments}
     assert set(POINTEES) <= names

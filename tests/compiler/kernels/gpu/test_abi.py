@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import pytest
 
 from compiled_code import laid_out, parameters
 from gpu_sources import gpu_sources
+from prefill_calls import use_tile
 from surgeon.compiler.kernels.gpu import abi
 from surgeon.compiler.kernels.gpu.compile import build_triton, check_triton
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import specialize_gpu
+from surgeon.compiler.specs.tiles import Tile
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES
+from surgeon.runtime.package.manifest import Argument
 from surgeon.runtime.package.target import Target
 from topologies import build, window_head
 
@@ -38,9 +42,15 @@ ROUTED_ABI = {
 }
 """The bytes of each parameter: pointers, strides, numbers, the pointers and the length of a table, scratch pointers."""
 
+TASKS = [8] + [4] * 3
+"""Those of persistent programs' tasks, before the scratch pointers."""
 
-def kernels(target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False) -> dict[str, GpuSource]:
+
+def kernels(
+    target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False, persistent: bool = False
+) -> dict[str, GpuSource]:
     """A kernel of every interface, by its symbol."""
+    use_tile(Tile(64, 64, 4, 2, persistent=persistent), monkeypatch)
     heads = [window_head(1, 1, route=3 * routed), window_head(1, 2)]
     topology = build([heads], num_kv_heads=1, head_dim=64, block_size=64, num_blocks=8)
     specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), ["bf16"])
@@ -49,15 +59,21 @@ def kernels(target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False) 
     return {Path(source.files[0].path).stem: source for source in (*by_code, *gpu_sources(specs))}
 
 
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
-def test_the_parameters_in_a_cubin(routed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels("cuda:90", monkeypatch, routed)
+def test_the_parameters_in_a_cubin(
+    routed: bool, persistent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = kernels("cuda:90", monkeypatch, routed, persistent)
     interfaces = ROUTED_INTERFACES if routed else INTERFACES
     assert {(source.phase, bool(source.table)) for source in found.values()} == set(interfaces)
     for symbol, source in found.items():
         binary = build_triton(source, "bf16")
         declared = parameters(binary, tmp_path)
-        assert [size for _, size in declared] == (ROUTED_ABI if routed else ABI)[symbol], symbol
+        expected = (ROUTED_ABI if routed else ABI)[symbol]
+        if persistent and source.phase == "prefill":
+            expected = expected[:-2] + TASKS + expected[-2:]
+        assert [size for _, size in declared] == expected, symbol
         assert declared == laid_out(binary.kernels[0].arguments)
 
 
@@ -72,9 +88,9 @@ def test_every_kernel_is_compared_with_its_interface(target: str, monkeypatch: p
     compared = {}
     check = abi.check_abi
 
-    def recorded(assembly: str, *rest: object) -> None:
-        check(assembly, *rest)  # type: ignore[arg-type]
-        compared[str(rest[-1])] = [8 if kind == "a pointer" else int(kind[0]) for kind in abi.parameters(assembly)]
+    def recorded(assembly: str, arguments: Sequence[Argument], threads: int, where: str) -> None:
+        check(assembly, arguments, threads, where)
+        compared[where] = [8 if kind == "a pointer" else int(kind[0]) for kind in abi.parameters(assembly)]
 
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.compile.check_abi", recorded)
     for source in kernels(target, monkeypatch).values():

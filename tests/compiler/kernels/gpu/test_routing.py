@@ -14,12 +14,13 @@ import routing
 import topologies
 from compiled_code import laid_out, operations, parameters, spills
 from gpu_sources import gpu_sources
+from prefill_calls import use_tile
 from routed_calls import Found, RoutedCall, make_call, run
 from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import MAX_ROUTE, specialize_gpu
-from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import TargetError
 from surgeon.runtime.package.target import Target
@@ -139,14 +140,19 @@ def test_some_kv_heads_of_a_layer(pool: Executor, queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "tile", [Tile(64, 32, 8, 3, loads="descriptors"), Tile(32, 32, 8, 3, heads=2)], ids=["descriptors", "two heads"]
+    "tile",
+    [
+        Tile(64, 32, 8, 3, loads="descriptors"),
+        Tile(32, 32, 8, 3, heads=2),
+        Tile(64, 32, 8, 3, loads="descriptors", persistent=True),
+    ],
+    ids=["descriptors", "two heads", "persistent"],
 )
 def test_variants_of_prefill(pool: Executor, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = TargetTiles.listed
-    monkeypatch.setattr(TargetTiles, "listed", lambda *at: tile if at[1] == "prefill" else listed(*at))
+    use_tile(tile, monkeypatch)
     topology = routed()
     call = make_call(topology, *inputs(topology, 60, 160, torch.float32), [100, 61], [0, 1], dense_rows=20)
-    assert call.program_heads == tile.heads
+    assert (call.program_heads, call.programs is not None) == (tile.heads, tile.persistent)
     check(pool, topology, call)
 
 

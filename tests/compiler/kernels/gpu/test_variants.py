@@ -10,10 +10,10 @@ import pytest
 
 import topologies
 from compiled_code import operations, spills
-from prefill_calls import check, kernel_spec, make_call, render_whole
+from prefill_calls import check, kernel_spec, make_call, render_whole, use_tile
 from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.specs.artifacts import Binary
-from surgeon.compiler.specs.tiles import TargetTiles, Tile
+from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import BuildError
 from triton_interpreter import launch, part_of
@@ -25,19 +25,16 @@ VARIANTS = {
     "descriptors, 128 keys": Tile(128, 128, 8, 2, loads="descriptors"),
     "two heads": Tile(64, 64, 8, 3, heads=2),
     "two heads, descriptors": Tile(64, 64, 8, 3, loads="descriptors", heads=2),
+    "persistent": Tile(128, 32, 8, 3, persistent=True),
+    "persistent, descriptors": Tile(128, 64, 8, 3, loads="descriptors", persistent=True),
+    "persistent, two heads, descriptors": Tile(64, 64, 8, 3, loads="descriptors", heads=2, persistent=True),
 }
 
 
 @pytest.fixture(params=VARIANTS)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
     """Makes every prefill kernel one of a variant."""
-    return use(VARIANTS[request.param], monkeypatch)
-
-
-def use(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> Tile:
-    listed = TargetTiles.listed
-    monkeypatch.setattr(TargetTiles, "listed", lambda *at: tile if at[1] == "prefill" else listed(*at))
-    return tile
+    return use_tile(VARIANTS[request.param], monkeypatch)
 
 
 def mixed(block_size: int, **shape: Any) -> Topology:
@@ -62,9 +59,16 @@ def test_prefill_equals_the_masked_reference(pool: Executor, schedule_as: str, t
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_left_padding_chunks_and_dense_rows(pool: Executor, tile: Tile, block_size: int) -> None:
     topology = mixed(block_size)
-    places = {"positions": [0, 77, 250], "cache_leftpads": [140, 70, 3], "spare_keys": 9}
-    check(pool, topology, make_call(topology, length=150, **places))  # type: ignore[arg-type]
-    check(pool, topology, make_call(topology, length=150, dense_rows=40, **places))  # type: ignore[arg-type]
+    for dense_rows in (0, 40):
+        call = make_call(
+            topology,
+            length=150,
+            positions=[0, 77, 250],
+            cache_leftpads=[140, 70, 3],
+            spare_keys=9,
+            dense_rows=dense_rows,
+        )
+        check(pool, topology, call)
 
 
 def test_a_padded_head(pool: Executor, tile: Tile) -> None:
@@ -85,7 +89,7 @@ def test_some_kv_heads_of_a_layer(pool: Executor, schedule_as: str, tile: Tile, 
 def test_heads_that_do_not_divide_a_kv_heads_have_programs_of_their_own(
     pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(VARIANTS["two heads"], monkeypatch)
+    use_tile(VARIANTS["two heads"], monkeypatch)
     topology = mixed(64, num_heads=6)
     assert kernel_spec(topology).prefill == Tile(128, 64, 8, 3)
     check(pool, topology, make_call(topology, length=200))
@@ -115,13 +119,14 @@ def test_hopper_code_uses_tensor_cores_and_the_copies_of_its_variant_and_does_no
     # A descriptor for the keys, one for the values.
     assert geometry.scratch_bytes == (2 * 128 if tile.loads == "descriptors" else 0)
     assert (geometry.tile_rows, geometry.program_heads) == (tile.queries, tile.heads)
+    assert geometry.persistent == tile.persistent
     assert geometry.shared_bytes <= 232_448
 
 
 def test_scratch_memory_that_no_descriptor_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(VARIANTS["descriptors"], monkeypatch)
+    use_tile(VARIANTS["descriptors"], monkeypatch)
     by_descriptors = render_whole(kernel_spec(mixed(128))).files
-    use(Tile(128, 64, 8, 3), monkeypatch)
+    use_tile(Tile(128, 64, 8, 3), monkeypatch)
     source = render_whole(kernel_spec(mixed(128)))
     object.__setattr__(source, "files", by_descriptors)
     with pytest.raises(BuildError, match=r"expected a kernel without scratch memory.*, got 256 bytes aligned to 128"):

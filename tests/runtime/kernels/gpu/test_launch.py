@@ -1,7 +1,6 @@
 """The launch contract: the kernels that the launcher launches, their arguments and their preconditions."""
 
 import ctypes
-import math
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,12 @@ from gpu_calls import (
     TARGETS,
     arguments,
     by_any_way,
-    changed,
     entry_of,
     kernels,
     launches,
     second_kv_head,
     tensors,
     topology,
-    with_launch,
 )
 from gpu_standin import Standin
 from no_waiting import NoWaiting
@@ -378,35 +375,3 @@ def test_rows_that_the_topology_refuses(backend: str, driver: Driver, standin: S
         gpu.attend(0, Operands(*tensors(4, limit + 1), None, None, 1.0))
     left = gpu.attend(0, Operands(*tensors(4, limit + 1), torch.tensor([9, 9]), None, 1.0))
     assert left.isnan().all()  # the kernel, which does not run here, fills in covered queries
-
-
-@by_any_way
-@pytest.mark.parametrize("first_kv_head", [0, 1])
-def test_a_program_of_two_heads_halves_the_grid(
-    files: PackageFiles, backend: str, driver: Driver, standin: Standin, first_kv_head: int
-) -> None:
-    gpu = kernels(changed(files, backend, with_launch(program_heads=2, phase="prefill")), backend, driver)
-    standin.log()
-    q, k, v = second_kv_head(150) if first_kv_head else tensors(150, 400)
-    gpu.attend(0, Operands(q, k, v, None, None, 1.0), None, first_kv_head)
-    (launch,) = launches(standin)
-    assert launch["grid"][0] == q.shape[1] // 2
-
-
-@by_any_way
-def test_scratch_memory_is_allocated_for_every_program_of_a_kernel_that_needs_some(
-    files: PackageFiles, backend: str, driver: Driver, standin: Standin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = kernels(changed(files, backend, with_launch(scratch_bytes=256)), backend, driver)
-    made: list[torch.Tensor] = []
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *args, **options: made.append(new_empty(*args, **options)) or made[-1]
-    )
-    standin.log()
-    gpu.attend(0, Operands(*tensors(150, 400), None, None, 1.0))
-    (launch,) = launches(standin)
-    _, scratch = made  # the first is the output
-    assert (scratch.dtype, scratch.numel()) == (torch.uint8, 256 * math.prod(launch["grid"]))
-    found = arguments(entry_of(files, backend), launch)
-    assert (found["global_scratch"], found["profile_scratch"]) == (scratch.data_ptr(), 0)

@@ -3,6 +3,7 @@
 In a source tree that is not installed: benchmarks/from_source python -m pytest -m gpu.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import reference
 import topologies
 from models import padded, sparse_topology, tiny_llama
 from surgeon.compiler import Topology, compile_package
+from surgeon.compiler.specs.tiles import loads_of, tiles_of
 from surgeon.runtime import Package, load, patch
 from surgeon.runtime.kernels.gpu.kernels import target_of
 
@@ -151,6 +153,27 @@ def test_a_captured_graph_follows_its_inputs(package: Package, topology: Topolog
     q.copy_(torch.randn_like(q))
     graph.replay()
     torch.testing.assert_close(out, call(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+def test_persistent_programs_do_every_task_at_each_replay(topology: Topology, loads: str, tmp_path: Path) -> None:
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
+    if loads not in loads_of(target, "prefill"):
+        pytest.skip(f"{target} has no {loads}")
+    tile = dataclasses.replace(tiles_of(target).listed("prefill", 128), loads=loads, persistent=True)
+    tiles = {target: tiles_of(target).with_tile("prefill", 128, tile)}
+    package = load(compile_package(topology, tmp_path / "kernels", [target], tiles=tiles), strict=True, device="cuda")
+    q, k, v = tensors(topology, 500, 700, torch.bfloat16, batch=12)  # more tasks than programs
+    check(package, topology, q, k, v, position=[*range(0, 180, 15)], cache_leftpad=[*range(0, 96, 8)], dense_rows=70)
+    package.attention(0, q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = package.attention(0, q, k, v)
+    for _ in range(2):
+        q.copy_(torch.randn_like(q))
+        out.zero_()
+        graph.replay()
+        torch.testing.assert_close(out, package.attention(0, q, k, v), rtol=0, atol=0)
 
 
 @torch.no_grad()

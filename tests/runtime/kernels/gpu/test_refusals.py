@@ -35,6 +35,14 @@ REFUSED = {
         with_launch("decode", program_heads=2),
         r"program_heads: expected 1, or in a prefill kernel of all heads a number that divides 2, got 2",
     ),
+    "persistent programs with another kernel's arguments": (
+        with_launch("prefill", grid=("programs", "one", "one")),
+        r"arguments\[22\]: expected tasks_taken pointer, got 'global_scratch pointer'",
+    ),
+    "persistent programs of a decoding kernel": (
+        with_launch("decode", grid=("programs", "one", "one")),
+        r"launch\.grid\[0\]: expected key_value_heads, got 'programs'",
+    ),
     "no heads": (with_launch(program_heads=0), r"program_heads: expected 1, or .* divides 2, got 0"),
     "too much scratch memory": (
         with_launch(scratch_bytes=2**20),

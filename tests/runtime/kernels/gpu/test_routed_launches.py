@@ -13,7 +13,7 @@ import topologies
 from gpu_calls import STREAM, TARGETS, arguments, by_any_way, kernels, launches
 from gpu_standin import Standin, on_gpu
 from surgeon.compiler import compile_package
-from surgeon.compiler.package.inspection import inspect
+from surgeon.compiler.package.inspection import PackageReport, inspect
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime import load
 from surgeon.runtime.errors import PackageError
@@ -233,6 +233,7 @@ def test_a_package_whose_router_kernels_leave_a_layer_out_is_not_read(folder: Pa
 
 def test_inspect_lists_the_routed_layers_kernels(folder: Path) -> None:
     report = inspect(folder)
-    phases = {kernel.phase for kernel in report.manifest.kernels}  # type: ignore[union-attr]
+    assert isinstance(report, PackageReport)
+    phases = {kernel.phase for kernel in report.manifest.kernels}
     assert phases == {"write_nodes", "choose", "attend_chosen", "prefill", "decode", "combine"}
     assert [layer and layer.routed_heads for layer in report.summary.layers] == [2, 0]
