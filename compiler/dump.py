@@ -39,9 +39,12 @@ class Dump:
                 self._write(f"4-sources/{file.path}", file.text.encode())
 
     def binaries(self, binaries: Sequence[Binary]) -> None:
-        """Writes the compiled files."""
+        """Writes the compiled files, and beside each one of a GPU the text that it was assembled from."""
         for binary in binaries:
-            self._write(f"5-binaries/{binary.path}", binary.data)
+            path = f"5-binaries/{binary.path}"
+            self._write(path, binary.data)
+            if binary.assembly:
+                self._write(f"{path}.s", binary.assembly.encode())
 
     def _write(self, name: str, data: bytes) -> None:
         if self._folder is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpu_day.day import Day
 from gpu_day.smoke import PACKAGE as SMOKE
+from gpu_day.smoke import STAGES as SMOKE_STAGES
 from inputs.topologies import Shape
 from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.specs.tiles import TargetTiles, Tile, tiles_of
@@ -66,8 +67,12 @@ def candidate_name(shape: Shape, index: int) -> str:
 
 
 def prepare(day: Day, folder: Path) -> int:
-    """Compiles all packages of a day into a folder and returns their size in bytes."""
+    """Compiles all packages of a day into a folder and returns their size in bytes.
+
+    Beside the package of the smoke call lies what every stage of its compilation made, the assembly of its kernels too.
+    """
     for each in prepared(day):
         own = {each.tiles.target: each.tiles} if each.tiles else None
-        compile_package(each.topology, folder / each.name, [day.target], [day.dtype], tiles=own)
+        dump = folder / SMOKE_STAGES if each.name == SMOKE else None
+        compile_package(each.topology, folder / each.name, [day.target], [day.dtype], dump=dump, tiles=own)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

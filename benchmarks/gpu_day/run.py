@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gpu_day import smoke
 from gpu_day.day import DAYS, Row
 from gpu_day.report import markdown
-from gpu_day.smoke import PACKAGE
 from gpu_day.stages import STAGES
 from gpu_day.tiles import best_tiles
 
@@ -26,8 +26,8 @@ Results = dict[str, Any]
 def run(name: str, packages: Path, out: Path, chosen: Sequence[str], go_on: bool = False) -> Results:
     """Runs the chosen stages of a day; after a smoke call that fails, none but if `go_on`.
 
-    In `out` are then results.json, results.md, log.txt, tiles.json with the fastest tiles, and the package of a failed
-    smoke call.
+    In `out` are then results.json, results.md, log.txt and tiles.json with the fastest tiles; after a smoke call that
+    failed also its package and what every stage of the compilation made, which is what a repair needs.
     """
     out.mkdir(parents=True, exist_ok=True)
     day = DAYS[name]
@@ -44,7 +44,8 @@ def run(name: str, packages: Path, out: Path, chosen: Sequence[str], go_on: bool
         (out / "results.md").write_text(markdown(results), encoding="utf-8")
         print(f"{stage}: {found['status']}, {len(found['rows'])} rows, {found['seconds']} s", flush=True)
         if stage == "smoke" and found["status"] != "done":
-            shutil.make_archive(str(out / "smoke-package"), "gztar", packages / PACKAGE)
+            for folder, archive in ((smoke.PACKAGE, "smoke-package"), (smoke.STAGES, smoke.STAGES)):
+                shutil.make_archive(str(out / archive), "gztar", packages / folder)
             if not go_on:
                 break
     return results

@@ -19,6 +19,8 @@ from surgeon.runtime import load
 from surgeon.runtime.kernels.gpu.driver import C_TYPES, Driver, Function
 
 PACKAGE = "smoke"
+STAGES = "smoke-stages"
+"""The folder with what every stage of the package's compilation made."""
 VERSIONS = ("torch", "triton", "transformers", "numpy", "safetensors", "cuda-core")
 
 

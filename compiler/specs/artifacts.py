@@ -69,16 +69,25 @@ Source = CpuSource | GpuSource
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled file of a package, its kernels as the manifest lists them, and the tools that made it."""
+    """One compiled file of a package, its kernels as the manifest lists them, and the tools that made it.
+
+    `assembly` is the text that a GPU's file was assembled from, PTX or AMD's, which is for people and in no package.
+    """
 
     path: str
     data: bytes
     kernels: tuple[KernelEntry, ...]
     tools: tuple[Tool, ...]
+    assembly: str = ""
 
     def to_bytes(self) -> bytes:
         """Serializes the binary for the cache: one line of JSON, then the file's own bytes."""
-        rest = {"path": self.path, "kernels": list(map(asdict, self.kernels)), "tools": list(map(asdict, self.tools))}
+        rest = {
+            "path": self.path,
+            "kernels": list(map(asdict, self.kernels)),
+            "tools": list(map(asdict, self.tools)),
+            "assembly": self.assembly,
+        }
         return json.dumps(rest).encode() + b"\n" + self.data
 
     @classmethod
@@ -88,4 +97,5 @@ class Binary:
         rest = json.loads(line)
         kernels = from_plain(tuple[KernelEntry, ...], rest["kernels"], "kernels")
         tools = from_plain(tuple[Tool, ...], rest["tools"], "tools")
-        return cls(rest["path"], data, cast(tuple[KernelEntry, ...], kernels), cast(tuple[Tool, ...], tools))
+        listed = cast(tuple[KernelEntry, ...], kernels), cast(tuple[Tool, ...], tools)
+        return cls(rest["path"], data, *listed, rest["assembly"])

@@ -1,6 +1,8 @@
 """The day on a card, rehearsed on a CPU: every stage, what is left of one that fails or is cut off, and the results."""
 
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,11 @@ def test_a_whole_day(packages: Path, tmp_path: Path) -> None:
 
 def test_a_failed_smoke_call_ends_the_day_and_leaves_its_package(packages: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "packages"
-    (damaged / "smoke").mkdir(parents=True)
-    for file in (packages / "smoke").rglob("*"):
+    for folder in ("smoke", "smoke-stages"):
+        shutil.copytree(packages / folder, damaged / folder)
+    for file in (damaged / "smoke").rglob("*"):
         if file.is_file():
-            copy = damaged / "smoke" / file.relative_to(packages / "smoke")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes()[:-1])
+            file.write_bytes(file.read_bytes()[:-1])
     out = tmp_path / "results"
     results = runner.run("rehearsal", damaged, out, list(STAGES))
     assert list(results["stages"]) == ["smoke"]
@@ -68,7 +69,9 @@ def test_a_failed_smoke_call_ends_the_day_and_leaves_its_package(packages: Path,
     assert found["status"] == "failed"
     assert [row["device"] for row in found["rows"]] == ["cpu"]  # what was told before it failed
     assert "PackageError" in found["error"]
-    assert (out / "smoke-package.tar.gz").stat().st_size > 1000
+    with tarfile.open(out / "smoke-package.tar.gz") as package, tarfile.open(out / "smoke-stages.tar.gz") as stages:
+        assert "./manifest.json" in package.getnames()
+        assert "./2-schedule.txt" in stages.getnames()
 
 
 def test_a_stage_that_is_cut_off_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,14 @@ def test_dump_writes_every_stage(tmp_path: Path) -> None:
             assert package[name.partition("/")[2]] == data
     built = [name for name in dumped if name.startswith(("4-sources/", "5-binaries/"))]
     assert len(built) == len(package) - 3  # the manifest, the topology, the schedule
+
+
+@pytest.mark.parametrize(("target", "entry"), [("cuda:90", ".entry attention_000("), ("hip:gfx942", "attention_000:")])
+def test_dump_has_the_assembly_of_kernels_for_gpus(tmp_path: Path, target: str, entry: str) -> None:
+    pytest.importorskip("triton")
+    for folder in ("compiled", "from the cache"):
+        compile_package(TOPOLOGY, tmp_path / "kernels", [target], ["fp16"], dump=tmp_path / folder)
+        dumped = contents(tmp_path / folder)
+        (binary,) = (name for name in dumped if "attention_000.fp16" in name and not name.endswith(".s"))
+        assert entry in dumped[f"{binary}.s"].decode()
+    assert not any(name.endswith(".s") for name in contents(tmp_path / "kernels"))

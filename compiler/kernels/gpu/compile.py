@@ -112,6 +112,7 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         compiled.asm[extension],
         entries,
         (Tool("triton", f"{version}, fp fusion {'on' if source.fuses else 'off'}"),),
+        assembly,
     )
 
 

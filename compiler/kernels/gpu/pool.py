@@ -107,6 +107,6 @@ def _no_main_module() -> Iterator[None]:
 def _key(source: GpuSource, dtype: str) -> str:
     """The cache key of a GPU binary and its manifest entry: the compiler, our use of it, the kernel and its layers."""
     names = [(spec.name, spec.layers) for spec in source.specs]
-    entry = [field.name for field in fields(KernelEntry)]  # an entry of another version is useless
+    entry = [field.name for kind in (Binary, KernelEntry) for field in fields(kind)]  # of another version: useless
     use = repr((entry, source.interface, source.phase, source.table, source.tile, source.target, dtype, names))
     return Cache.key([*versions("triton"), OPTIONS, use, *(file.text for file in source.files)])
