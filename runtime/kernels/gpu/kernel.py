@@ -5,8 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from surgeon.runtime.errors import PatchError
 from surgeon.runtime.kernels.gpu.driver import Function
 from surgeon.runtime.package.interface import PREFILL
+
+MOST_PROGRAMS = 65535
+"""The most programs along the second and the third axis of a grid that every driver takes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,12 @@ class Kernel:
     def launch(
         self, lengths: Mapping[str, int], stream: int, values: Mapping[str, int | float], like: torch.Tensor
     ) -> None:
-        """Queues the kernel; its own memory is allocated as `like` is, on torch's current stream, which is `stream`."""
+        """Queues the kernel; its own memory is allocated as `like` is, on torch's current stream, which is `stream`.
+
+        Raises:
+            PatchError: the grid is larger than drivers take.
+            TargetError: the driver refuses the launch.
+        """
         if self.at_once is not None:
             heads, sequences, tiles = (lengths[axis] for axis in PREFILL.grid)
             tasks = heads * sequences * tiles
@@ -38,6 +47,10 @@ class Kernel:
             values = {**values, "tasks_taken": tasks_taken.data_ptr()}
             values |= {"num_task_heads": heads, "num_sequences": sequences, "num_tasks": tasks}
         x, y, z = (lengths[axis] for axis in self.grid)
+        if max(y, z) > MOST_PROGRAMS:
+            found = f"{x}, {y} and {z} for {', '.join(self.grid)}"
+            expected = f"a grid of at most {MOST_PROGRAMS} programs along its second and its third axis"
+            raise PatchError("attention", expected, found, "pass fewer queries or sequences in a call")
         if self.scratch_bytes:
             scratch = like.new_empty((x * y * z * self.scratch_bytes,), dtype=torch.uint8)
             values = {**values, "global_scratch": scratch.data_ptr()}

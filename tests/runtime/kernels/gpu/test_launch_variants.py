@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ from gpu_standin import PROGRAMS_A_PROCESSOR, Standin
 from no_waiting import NoWaiting
 from surgeon.compiler import compile_package
 from surgeon.compiler.specs.tiles import tiles_of
-from surgeon.runtime.errors import TargetError
+from surgeon.runtime.errors import PatchError, TargetError
 from surgeon.runtime.kernels.gpu.driver import Driver
+from surgeon.runtime.kernels.gpu.kernel import Kernel
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.interface import INTERFACES
 from surgeon.runtime.package.reader import PackageFiles, read_package
@@ -70,6 +72,18 @@ def test_scratch_memory_is_allocated_for_every_program_of_a_kernel_that_needs_so
     assert (scratch.dtype, scratch.numel()) == (torch.uint8, 256 * math.prod(launch["grid"]))
     found = arguments(entry_of(files, backend), launch)
     assert (found["global_scratch"], found["profile_scratch"]) == (scratch.data_ptr(), 0)
+
+
+def test_a_grid_that_no_driver_takes_is_refused_before_the_driver_sees_it() -> None:
+    seen: list[tuple[int, int, int]] = []
+    function = SimpleNamespace(launch=lambda grid, _stream, _values: seen.append(grid))
+    kernel = Kernel(function, (), ("query_heads", "batch", "row_tiles"), 64, 0, 1, range(4), None)
+    lengths = {"query_heads": 100_000, "batch": 65_535, "row_tiles": 65_535}
+    kernel.launch(lengths, 0, {}, torch.empty(0))
+    for axis in ("batch", "row_tiles"):
+        with pytest.raises(PatchError, match=r"at most 65535 programs .*, got 100000, .*65536.* for query_heads"):
+            kernel.launch({**lengths, axis: 65_536}, 0, {}, torch.empty(0))
+    assert seen == [(100_000, 65_535, 65_535)]
 
 
 # Persistent programs
