@@ -36,16 +36,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ' as with recall="pattern"; default: answers, but text for ultrametric',
     )
     parser.add_argument(
-        "--retrieve",
-        action="store_true",
-        help="let the heads that bring back facts from afar, a quarter of all, choose blocks by content; for text, and"
-        ' for recall="pattern"',
+        "--route",
+        choices=("none", "convert", "learned"),
+        default="none",
+        help='let heads choose blocks by content; for text, and for recall="pattern". learned: the quarter of the heads'
+        " that brings back most facts from afar; convert: every head, as many as its window has beyond the nearest"
+        " 128 tokens; default: none",
+    )
+    parser.add_argument(
+        "--retrieve", dest="route", action="store_const", const="learned", help="short for --route learned"
     )
     parser.add_argument(
         "--windows",
         type=path,
         metavar="topology.json",
-        help="with --retrieve: take the windows of this topology instead of learning them",
+        help="with --route: take the windows of this topology instead of learning them",
     )
     parser.add_argument(
         "--questions",
@@ -116,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
         purpose=arguments.purpose,
-        retrieve=arguments.retrieve,
+        route=None if arguments.route == "none" else arguments.route,
         windows=None if arguments.windows is None else read_topology(arguments.windows),
         questions=arguments.questions,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),

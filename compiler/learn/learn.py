@@ -19,8 +19,9 @@ from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
+from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.retrieve import retrieve
-from surgeon.compiler.learn.routing.routed import with_routes
+from surgeon.compiler.learn.routing.routed import converted, routed_heads, with_routes
 from surgeon.compiler.learn.texts.questions import with_questions
 from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
@@ -35,6 +36,8 @@ from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
 
 ANSWERS = "answers"
 TEXT = "text"
+CONVERTED = "convert"
+LEARNED = "learned"
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ class Request:
     on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
     default. With `questions`, the texts for answers also hide facts and end with questions about them.
 
-    With `retrieve`, a quarter of the heads choose blocks by content: those that retrieve, whose routes are paid for by
-    the other heads' windows. All rows follow such a pattern, so it is learned for text. `windows` is a topology whose
-    windows are taken, scaled to the length, instead of being learned; its blocks have the request's size.
+    `route` is "learned", "convert" or None. If it is learned, a quarter of the heads choose blocks by content: those
+    that retrieve, whose routes are paid for by the other heads' windows. To convert is to let every head choose as many
+    blocks as its window has beyond the nearest ones. All rows follow such a pattern, so it is learned for text.
+    `windows` is a topology whose windows are taken, scaled to the length, instead of being learned; its blocks have the
+    request's size.
     """
 
     density: float
@@ -65,7 +70,7 @@ class Request:
     cuts: bool = False
     settings: Settings = field(default_factory=Settings)
     purpose: str | None = None
-    retrieve: bool = False
+    route: str | None = None
     windows: Topology | None = None
     questions: bool = False
 
@@ -76,20 +81,23 @@ class Request:
             TopologyError: the method does not learn for the purpose.
         """
         budget = self.method == "budget"
-        if self.windows is not None and (not self.retrieve or self.windows.block_size != self.block_size):
+        if self.windows is not None and (self.route is None or self.windows.block_size != self.block_size):
             raise TopologyError(
                 "--windows",
-                f"--retrieve, and --block {self.windows.block_size}, as the topology has it",
-                f"--block {self.block_size}" if self.retrieve else "no --retrieve",
+                f"--route, and --block {self.windows.block_size}, as the topology has it",
+                "no --route" if self.route is None else f"--block {self.block_size}",
                 "add these",
             )
-        if self.retrieve and (self.purpose == ANSWERS or not budget or self.cuts):
+        if self.route is not None and (self.purpose == ANSWERS or not budget or self.cuts):
             raise TopologyError(
-                "--retrieve", "--method budget and --for text, without --cuts", "another of these", "leave that out"
+                f"--route {self.route}",
+                "--method budget and --for text, without --cuts",
+                "another of these",
+                "leave that out",
             )
         if self.purpose == ANSWERS and not budget:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
-        make = Grid.for_answers if budget and self.purpose != TEXT and not self.retrieve else Grid
+        make = Grid.for_answers if budget and self.purpose != TEXT and self.route is None else Grid
         return make(self.block_size, blocks, self.sink, self.density)
 
     @property
@@ -124,7 +132,7 @@ def learn(
     """Learns a topology for a frozen model, without changing its weights.
 
     With `questions`, about half of the sequences for answers end with questions about facts hidden in them. That and
-    `retrieve` need the model's tokenizer.
+    learned routes need the model's tokenizer.
     `work` is a folder that keeps finished steps: a run that finds its steps there continues, with the same result.
     If torch.distributed has several processes, they share the sequences, and all return the same topology. They may
     share a folder, but need not.
@@ -134,7 +142,7 @@ def learn(
         TopologyError: a length is not a multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
-    if (request.retrieve or request.questions) and tokenizer is None:
+    if (request.route == LEARNED or request.questions) and tokenizer is None:
         raise ModelError("learn", "the model's tokenizer, to hide facts in texts", "none", "pass tokenizer")
     blocks = blocks_of(request.length, request.block_size)
     measured = request.measured_blocks
@@ -178,11 +186,16 @@ def learn(
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             topology = _of_pattern(learned.pattern, shape, grid, blocks, provenance)
             figures = _figures(learned)
-        retrieval = None
-        if request.retrieve and tokenizer is not None:
+        retrieval, routers = None, None
+        if request.route == CONVERTED:
+            routers = measure_routers(model, sequences.calibrate)
+        if request.route == LEARNED and tokenizer is not None:
             retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
+    if routers is not None:
+        topology = converted(topology, routers)
+        figures["routes"] = {"heads": routed_heads(topology)}
     if retrieval is not None:
         topology = with_routes(topology, retrieval.places, retrieval.routers, request.density)
         figures["routes"] = {
@@ -239,7 +252,7 @@ def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) ->
         refine=tuple(len(fresh) for fresh in sequences.refine),
         cuts=max(map(len, sequences.cuts), default=0),
         descents=request.settings.steps * request.settings.batch if descending else 0,
-        documents=len(sequences.calibrate) if request.retrieve else 0,
+        documents=len(sequences.calibrate) if request.route == LEARNED else 0,
     )
     prompt = sequences.validate[0]
     stages = descending_stages if descending else learning_stages

@@ -1,7 +1,7 @@
-"""A topology with routes in place of some heads' windows, at the same density."""
+"""Topologies with routes in place of windows, at the same density."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -44,31 +44,16 @@ def with_routes(
     near, route = max(1, NEAR_TOKENS // size), max(1, ROUTE_TOKENS // size)
 
     def made(factor: float) -> Topology:
-        def head(present: Head, layer: int, index: int) -> Head:
-            if isinstance(present, SparseHead):
-                raise TopologyError(
-                    f"layers[{layer}].heads[{index}]",
-                    "a head without clusters, which could have a route",
-                    "one with clusters",
-                    "learn without --cuts",
-                )
-            if not isinstance(present, WindowHead):
-                return present
-            if (layer, index) in places:
+        def head(present: WindowHead, place: tuple[int, int]) -> WindowHead:
+            if place in places:
                 return WindowHead(present.sink, near, route)
             return dataclasses.replace(present, window=max(1, min(topology.num_blocks, int(present.window * factor))))
 
-        layers = tuple(
-            tuple(head(present, layer, index) for index, present in enumerate(heads))
-            for layer, heads in enumerate(topology.layers)
-        )
-        routed = [any(isinstance(head, WindowHead) and head.route for head in heads) for heads in layers]
-        router = Router(tuple(own if has else None for own, has in zip(routers, routed, strict=True)))
-        return dataclasses.replace(topology, layers=layers, router=router)
+        return _with_heads(topology, head, routers)
 
     if mean_density(made(0.0)) > density:
         raise TopologyError(
-            "--retrieve",
+            "--route learned",
             f"a density that holds {route} chosen blocks in every fourth head, {mean_density(made(0.0)):.3f}",
             f"{density:.3f}",
             "raise --density, or learn for longer sequences, where the same number of blocks is a smaller share",
@@ -79,3 +64,56 @@ def with_routes(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if mean_density(made(factors[middle])) <= density else (low, middle - 1)
     return made(float(factors[low]))
+
+
+def converted(topology: Topology, routers: Sequence[LayerRouter]) -> Topology:
+    """Lets every head choose as many blocks as its window has beyond `NEAR_TOKENS`, which stay its window.
+
+    No row reads fewer or more blocks than before.
+
+    Raises:
+        TopologyError: heads have clusters.
+    """
+    near = max(1, NEAR_TOKENS // topology.block_size)
+
+    def head(present: WindowHead, _place: tuple[int, int]) -> WindowHead:
+        if present.window <= near or present.sink + present.window >= topology.num_blocks:
+            return present
+        return WindowHead(present.sink, near, present.window - near)
+
+    return _with_heads(topology, head, routers)
+
+
+def routed_heads(topology: Topology) -> int:
+    """The number of heads that choose blocks."""
+    return sum(isinstance(head, WindowHead) and head.route > 0 for heads in topology.layers for head in heads)
+
+
+def _with_heads(
+    topology: Topology,
+    change: Callable[[WindowHead, tuple[int, int]], WindowHead],
+    routers: Sequence[LayerRouter],
+) -> Topology:
+    """The topology with its windows changed, given their layer and head, and with the routers of layers with routes.
+
+    Raises:
+        TopologyError: heads have clusters.
+    """
+
+    def head(present: Head, layer: int, index: int) -> Head:
+        if isinstance(present, SparseHead):
+            raise TopologyError(
+                f"layers[{layer}].heads[{index}]",
+                "a head without clusters, which could have a route",
+                "one with clusters",
+                "learn without --cuts",
+            )
+        return change(present, (layer, index)) if isinstance(present, WindowHead) else present
+
+    layers = tuple(
+        tuple(head(present, layer, index) for index, present in enumerate(heads))
+        for layer, heads in enumerate(topology.layers)
+    )
+    routed = [any(isinstance(head, WindowHead) and head.route for head in heads) for heads in layers]
+    router = Router(tuple(own if has else None for own, has in zip(routers, routed, strict=True)))
+    return dataclasses.replace(topology, layers=layers, router=router if any(routed) else None)

@@ -41,7 +41,7 @@ def windows(head_dim: int = 32, block_size: int = SIZE, num_blocks: int = LENGTH
     return dataclasses.replace(made, model=dataclasses.replace(made.model, model_type=model_shape(model()).model_type))
 
 
-REQUEST = Request(0.4, LENGTH, SIZE, retrieve=True)
+REQUEST = Request(0.4, LENGTH, SIZE, route="learned")
 
 
 def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> None:
@@ -67,14 +67,28 @@ def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> 
     assert again.provenance["steps"] == {"computed": 0, "found": 4}
 
 
+def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
+    request = dataclasses.replace(REQUEST, route="convert", windows=windows())
+    found = learn(model(), texts(), request, EFFORT)
+    assert {head for layer in found.layers for head in layer} == {
+        WindowHead(1, 8, 22),
+        WindowHead(1, 8),
+        WindowHead(1, 8, 4),
+        WindowHead(1, 8, 12),
+    }
+    assert mean_density(found) == mean_density(windows())
+    assert found.provenance["routes"] == {"heads": 9}
+    assert found.provenance["steps"] == {"computed": 0, "found": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"purpose": "answers"}, r"--retrieve: expected --method budget and --for text, without --cuts"),
-        ({"cuts": True}, r"--retrieve: expected --method budget and --for text, without --cuts"),
-        ({"method": "ultrametric"}, r"--retrieve: expected --method budget and --for text, without --cuts"),
-        ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --retrieve, and --block 32, as the"),
-        ({"windows": windows(), "retrieve": False}, r"--windows: expected --retrieve, and --block 16.*got no --retr"),
+        ({"purpose": "answers"}, r"--route learned: expected --method budget and --for text, without --cuts"),
+        ({"cuts": True}, r"--route learned: expected --method budget and --for text, without --cuts"),
+        ({"method": "ultrametric"}, r"--route learned: expected --method budget and --for text, without --cuts"),
+        ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --route, and --block 32, as the"),
+        ({"windows": windows(), "route": None}, r"--windows: expected --route, and --block 16.*got no --route"),
         ({"windows": windows(head_dim=64)}, r"--windows: expected a topology for ModelShape"),
     ],
     ids=str,
@@ -93,7 +107,7 @@ def test_what_does_not_go_together_is_refused(change: dict[str, Any], text: str)
             lambda: learn(
                 model(),
                 texts(320),
-                Request(0.4, 320, SIZE, retrieve=True, windows=windows(num_blocks=20)),
+                Request(0.4, 320, SIZE, route="learned", windows=windows(num_blocks=20)),
                 EFFORT,
                 tokenizer=letters(),
             ),

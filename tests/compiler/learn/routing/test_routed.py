@@ -1,10 +1,12 @@
 """Routes in place of windows: the heads that retrieve get them, the others pay, and the density stays."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import topologies
-from surgeon.compiler.learn.routing.routed import routed_places, with_routes
+from surgeon.compiler.learn.routing.routed import converted, routed_heads, routed_places, with_routes
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.router import LayerRouter
 from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
@@ -47,7 +49,7 @@ def test_a_dense_head_stays_dense() -> None:
 
 
 def test_a_density_that_the_routes_exceed_is_refused() -> None:
-    with pytest.raises(TopologyError, match=r"--retrieve: expected a density that holds 19 chosen blocks in every"):
+    with pytest.raises(TopologyError, match=r"--route learned: expected a density that holds 19 chosen blocks"):
         with_routes(windows(32), PLACES, [ROUTER] * 3, 0.1)
 
 
@@ -55,6 +57,28 @@ def test_clusters_are_refused() -> None:
     clustered = topologies.one_cluster_topology(num_blocks=9)
     with pytest.raises(TopologyError, match=r"layers\[0\]\.heads\[0\]: expected a head without clusters"):
         with_routes(clustered, frozenset(), [ROUTER], 1.0)
+
+
+def test_conversion_keeps_the_number_of_blocks_that_every_row_reads() -> None:
+    before = windows()
+    after = converted(before, [ROUTER] * 3)
+    assert after.layers[0] == (WindowHead(1, 4, 86), WindowHead(1, 4, 36), WindowHead(1, 4, 1), WindowHead(1, 4, 26))
+    assert after.layers[1] == (before.layers[1][0], *after.layers[0][1:])
+    assert routed_heads(after) == 11
+    for old, new in zip(before.layers[0], after.layers[0], strict=True):
+        alone = [dataclasses.replace(topology, layers=((head,),)) for topology, head in ((before, old), (after, new))]
+        for length in (1, 4, 5, 6, 30, 91, 92, 256):
+            assert len({mean_density(dataclasses.replace(each, num_blocks=length)) for each in alone}) == 1
+    assert parse_topology(spelled(after)).sha256 == after.sha256
+
+
+def test_short_windows_and_those_that_see_everything_are_not_converted() -> None:
+    before = topologies.build(
+        [[topologies.window_head(1, window) for window in (3, 4, 63, 64)]], num_blocks=64, block_size=32
+    )
+    assert converted(before, [ROUTER]) == before
+    with pytest.raises(TopologyError, match=r"layers\[0\]\.heads\[0\]: expected a head without clusters"):
+        converted(topologies.one_cluster_topology(num_blocks=9), [ROUTER])
 
 
 def test_the_best_quarter_is_routed() -> None:
