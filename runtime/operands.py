@@ -185,6 +185,26 @@ def check_packed(
         raise _misfit("block_table", expected, batch.block_table)
 
 
+def check_write(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, shape: ModelShape) -> None:
+    """Refuses what `LayerKernels.write_pages` does not write for heads of this `shape`.
+
+    Raises:
+        PatchError: a tensor does not fit; the message describes the first fault.
+    """
+    heads, head_dim = shape.num_key_value_heads, shape.head_dim
+    if pages.dim() != 4 or pages.shape[1] != heads or pages.shape[3] != 2 * head_dim or not pages.is_contiguous():
+        raise _misfit("pages", f"[pages, {heads}, page tokens, {2 * head_dim}], contiguous", pages)
+    if slots.dim() != 1 or not slots.is_contiguous():
+        raise _misfit("slots", "[tokens], contiguous", slots)
+    if slots.dtype != torch.int64 or slots.device.type != "cpu":
+        raise _mismatch("slots", "torch.int64 on cpu", slots)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dim() != 3 or len(tensor) < len(slots) or tensor.shape[1:] != (heads, head_dim):
+            raise _misfit(name, f"[{len(slots)} or more, {heads}, {head_dim}]", tensor)
+        if tensor.dtype != pages.dtype or tensor.device.type != "cpu" or pages.device.type != "cpu":
+            raise _mismatch(name, f"{pages.dtype}, as the pages, on cpu", tensor)
+
+
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:
     """Refuses operands like `check`, with cosines and sines; see `LayerKernels.run_rotary`.
 

@@ -19,6 +19,7 @@ from surgeon.runtime.operands import (
     check_packed,
     check_paged,
     check_rotary,
+    check_write,
 )
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.packed_batch import PackedBatch
@@ -132,6 +133,19 @@ class LayerKernels:
         kernels.attend_packed(layer, taken, batch, found, self.kv_heads.start)
         if found is not out:
             out[: batch.tokens].copy_(found[: batch.tokens])
+
+    def write_pages(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """Writes new keys and values on the CPU into the pages of a cache, which `run_packed` reads as pools.
+
+        `pages`, contiguous `[pages, Hkv, page tokens, 2 * D]`, hold a head's keys and then its values. k and v are
+        `[tokens, Hkv, D]`; `slots`, int64 `[tokens]` or fewer, is page times page tokens plus the place in the page, or
+        negative for tokens that go nowhere.
+
+        Raises:
+            PatchError: shapes, dtypes or devices do not fit, or a slot lies behind the pages; then nothing is written.
+        """
+        check_write(k, v, slots, pages, self._shape)
+        self.devices.cpu.write_pages(k, v, slots, pages)
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Attention of one layer on the CPU over whole sequences, whose q and k the kernel rotates; else like `run`.

@@ -15,7 +15,7 @@ from surgeon.runtime.package.strict_json import Fault, parse_root, read_plain
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
-CPU_ABI_VERSION = 8
+CPU_ABI_VERSION = 9
 """Version of the call structure between the runtime and a CPU library."""
 
 DIRECT_LIBRARY = "cpu/direct.so"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -50,19 +49,11 @@ class Site:
     pages: PageLayout
 
 
-@dataclass
-class Step:
-    """A step of the engine for a group of layers: the batch that all of them attend to, and the rows to write."""
-
-    batch: PackedBatch
-    key_rows: torch.Tensor
-
-
 @dataclass(kw_only=True)
 class SurgeonCPUMetadata(CPUAttentionMetadata):
-    """vLLM's metadata of a step, with what the package's kernels need."""
+    """vLLM's metadata of a step, with the batch that all layers of a group attend to."""
 
-    step: Step
+    batch: PackedBatch
 
 
 class SurgeonCPUBackend(CPUAttentionBackend):
@@ -153,9 +144,8 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
             table.masked_fill_(~live, -1)
         tails = dense_tails(lengths, prompts, self.asking)
         batch = PackedBatch(starts, positions, tails, table, self.pages.block_size, self.liveness is not None)
-        step = Step(batch, self.pages.key_rows(common_attn_metadata.slot_mapping))
         known = {field.name: getattr(built, field.name) for field in fields(CPUAttentionMetadata)}
-        return SurgeonCPUMetadata(**known, step=step)
+        return SurgeonCPUMetadata(**known, batch=batch)
 
 
 class SurgeonCPUImpl(CPUAttentionBackendImpl):
@@ -175,16 +165,7 @@ class SurgeonCPUImpl(CPUAttentionBackendImpl):
         if self.site is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        pages = self.site.pages
-        pages.pools(kv_cache)  # checks the shape
-        step = _step_of(layer)
-        rows = pages.key_rows(slot_mapping) if step is None else step.key_rows
-        written = rows[:, 0] >= 0  # padding has none
-        if not bool(written.all()):
-            rows, key, value = rows[written], key[: len(written)][written], value[: len(written)][written]
-        held = kv_cache.view(-1, self.head_size)
-        for first, states in ((rows, key), (rows + pages.page_tokens, value)):
-            held.index_copy_(0, first.flatten(), states[: len(first)].flatten(0, 1))
+        self.site.package.kernels.write_pages(key, value, slot_mapping, kv_cache)
 
     def forward(
         self,
@@ -203,18 +184,12 @@ class SurgeonCPUImpl(CPUAttentionBackendImpl):
             rest = (attn_metadata, output, output_scale, output_block_scale)  # also a run without a cache, to warm up
             own: torch.Tensor = super().forward(layer, query, key, value, kv_cache, *rest)
             return own
-        site, step = self.site, attn_metadata.step
+        site = self.site
         keys, values = site.pages.pools(kv_cache)
         shape = (-1, self.num_heads, self.head_size)
         tensors = query.view(shape), keys, values, self.scale, output.view(shape)
-        site.package.kernels.run_packed(site.layer, step.batch, *tensors)
+        site.package.kernels.run_packed(site.layer, attn_metadata.batch, *tensors)
         return output
-
-
-def _step_of(layer: Any) -> Step | None:
-    metadata = get_forward_context().attn_metadata
-    found = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
-    return getattr(found, "step", None)
 
 
 def _check_layer(name: str, layer: Attention, head_dim: int) -> None:

@@ -61,13 +61,3 @@ class PageLayout:
         slots = (page * self.kv_heads + head) * (2 * each) + block % each
         missing = (block * size >= lengths[:, None])[:, None] | (page == 0)
         return slots.masked_fill_(missing, -1).to(torch.int32)
-
-    def key_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        """The rows of tokens' keys in a cache as rows of head_dim, int64 `[tokens, KV heads]`.
-
-        `slot_mapping`, int64 `[tokens]`, is vLLM's: page times page tokens plus the place in the page. Values lie
-        `page_tokens` rows behind their keys.
-        """
-        page, place = slot_mapping // self.page_tokens, slot_mapping % self.page_tokens
-        head = torch.arange(self.kv_heads)
-        return (page[:, None] * self.kv_heads + head) * (2 * self.page_tokens) + place[:, None]

@@ -24,6 +24,7 @@ _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 _NODES_AT_ONCE = 64
 _UNITS_AT_ONCE = 8
+_TOKENS_AT_ONCE = 64
 _WITHOUT_CONTRACTIONS = "-ffp-contract=off"  # else sums of products would depend on the instruction set
 
 
@@ -59,6 +60,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             routed=routed,
         ),
         "direct.cpp": render_template("cpu/call/direct.cpp.jinja", dtypes=DTYPES),
+        "write.cpp": render_template("cpu/pages/write.cpp.jinja", tokens_at_once=_TOKENS_AT_ONCE),
         "schedule.cpp": _render_schedule(specs),
     }
     for variant in variants:

@@ -56,7 +56,7 @@ class CpuKernels:
                 function = library.kernel(kernel.symbol, digests[kernel.layers])
                 self._kernels[layer, _DTYPES[kernel.dtype]] = library, function
         self.block_size = manifest.block_size
-        first = next(iter(libraries.values()))
+        self._any_library = first = next(iter(libraries.values()))
         self.variant: str = first.variant
         self.variants: tuple[str, ...] = first.variants
         self.dtypes: tuple[torch.dtype, ...] = tuple(
@@ -154,6 +154,10 @@ class CpuKernels:
         """Runs a layer's kernel on a batch, with q as one sequence of all queries; see `LayerKernels.run_packed`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
         library.attend(kernel, operands, None, first_kv_head, batch=batch, out=out)
+
+    def write_pages(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """Writes keys and values into pages; see `LayerKernels.write_pages`."""
+        self._any_library.write_pages(k, v, slots, pages)
 
 
 def _digest(files: PackageFiles, layers: tuple[int, ...]) -> str:

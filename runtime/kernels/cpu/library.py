@@ -34,6 +34,10 @@ Packing it takes a third of the time that the fields of a `ctypes.Structure` tak
 """
 
 
+_WRITE = struct.Struct("@4P8q2i")
+"""`struct Write` in templates/cpu/call/call.h.jinja."""
+
+
 class CpuLibrary:
     """A loaded CPU library and the variant of it that this processor runs fastest.
 
@@ -51,6 +55,7 @@ class CpuLibrary:
             library.surgeon_variant.restype = c_char_p
             library.surgeon_variant.argtypes = [c_int32]
             library.surgeon_supports.argtypes = [c_int32]
+            library.surgeon_write_pages.argtypes = [c_char_p]
         except AttributeError:
             raise _foreign(where) from None
         names: list[str] = []
@@ -179,6 +184,35 @@ class CpuLibrary:
         if status != _OK:
             raise _fault(status, q_length, k_length, position)
         return out
+
+    def write_pages(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """Writes keys and values into pages, on torch's thread pool; see `LayerKernels.write_pages`.
+
+        Raises:
+            PatchError: a slot lies behind the pages.
+        """
+        k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (k, v))
+        write = _WRITE.pack(
+            k.data_ptr(),
+            v.data_ptr(),
+            pages.data_ptr(),
+            slots.data_ptr(),
+            *k.stride()[:2],
+            *v.stride()[:2],
+            len(slots),
+            pages.shape[0],
+            pages.shape[2],
+            pages.shape[1],
+            k.element_size(),
+            torch.get_num_threads(),
+        )
+        if self._library.surgeon_write_pages(write) != _OK:
+            raise PatchError(
+                "write: slots",
+                f"slots below {pages.shape[0] * pages.shape[2]}, those of the pages",
+                str(int(slots.max())),
+                "pass the slots of these pages",
+            )
 
 
 def check_interface(library: ctypes.CDLL, where: str) -> None:

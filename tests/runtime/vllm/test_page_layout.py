@@ -11,16 +11,15 @@ PAGES = 7
 
 
 def filled(layout: PageLayout, tables: list[list[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache into which every token's key and value are written by its row, and the keys as `[sequence][token]`."""
+    """A cache into which every token's key and value are written, and the keys as `[sequence][token]`."""
     cache = torch.full((PAGES, HEADS, layout.page_tokens, 2 * SIZE), torch.nan)
     states = torch.arange(float(len(lengths) * max(lengths) * HEADS * SIZE)).view(len(lengths), -1, HEADS, SIZE)
     for table, length, keys in zip(tables, lengths, states, strict=True):
         token = torch.arange(length)
         page = torch.tensor(table)[token // layout.page_tokens]
-        rows = layout.key_rows(page * layout.page_tokens + token % layout.page_tokens)
-        held = cache.view(-1, SIZE)
-        held[rows] = keys[:length]
-        held[rows + layout.page_tokens] = -keys[:length]
+        first, second = cache.view(PAGES, HEADS, 2, layout.page_tokens, SIZE).unbind(2)
+        first[page, :, token % layout.page_tokens] = keys[:length]
+        second[page, :, token % layout.page_tokens] = -keys[:length]
     return cache, states
 
 

@@ -91,6 +91,7 @@ def test_the_kernels_of_the_manifest(tmp_path: Path) -> None:
         "surgeon_call_bytes",
         "surgeon_supports",
         "surgeon_variant",
+        "surgeon_write_pages",
     }
 
 
