@@ -191,13 +191,14 @@ def learning_cost() -> str:
 
 def all_figures() -> str:
     """Every headline figure of the results."""
-    first, older = _suite("model-first-token"), _suite("prefill-peers")
+    first, older, calls = _suite("model-first-token"), _suite("prefill-peers"), _suite("short-call")
     machine = first["machine"]
     return (
         table(("measured", "Surgeon beside its peer"), _everything())
         + f"\n{_processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
         f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding, caches, short prompts and "
-        f"kernels: {_processor(older)}, {older['machine']['date'][:10]}.\n"
+        f"kernels: {_processor(older)}, {older['machine']['date'][:10]}. One token's call: {_processor(calls)}, "
+        f"{calls['machine']['date'][:10]}.\n"
     )
 
 
@@ -252,6 +253,11 @@ def _everything() -> Iterator[tuple[str, str]]:
     for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
         rows = [row for row in long if row["density"] == density]
         yield f"decoding {how}, 8,192 and 32,768 keys, beside SDPA", _range(rows, "times_sdpa")
+    for row in _suite("short-call")["rows"]:
+        yield (
+            f"one token behind {row['keys']:,} keys, a layer's call in cold caches, {row['dtype']}",
+            f"{_call(row, 'ours')}, through Python {_call(row, 'python')}, SDPA {_call(row, 'sdpa')}",
+        )
 
 
 def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:
@@ -366,6 +372,10 @@ def _far(pilot: Pilot, column: Column) -> tuple[float, int]:
 def _found(pilot: Pilot, column: Column, task: str = SINGLE) -> str:
     found, hidden = _hits(pilot, column, far=False, task=task)
     return f"{found:.0f} of {hidden}"
+
+
+def _call(row: Row, name: str) -> str:
+    return f"{row[f'{name}_us']:.0f} µs (fastest {row[f'{name}_min_us']:.0f})"
 
 
 def _range(rows: Sequence[Row], key: str, unit: str = "x") -> str:
