@@ -7,6 +7,7 @@ import torch
 
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
+from surgeon.runtime.package.schedule import NODE
 from surgeon.runtime.packed_batch import PackedBatch
 
 
@@ -167,6 +168,7 @@ def check_packed(
     out: torch.Tensor,
     shape: ModelShape,
     block_size: int,
+    nodes: torch.Tensor | None = None,
 ) -> None:
     """Refuses tensors that do not fit a batch or kernels for heads of this `shape`; see `LayerKernels.run_packed`.
 
@@ -183,6 +185,12 @@ def check_packed(
     if batch.block_table.shape[1] != kv_heads or batch.block_size != block_size:
         expected = f"[sequences, {kv_heads}, blocks], blocks of {block_size} tokens"
         raise _misfit("block_table", expected, batch.block_table)
+    if nodes is not None:
+        expected_shape = (len(k), block_size // NODE, head_dim)
+        if nodes.shape != expected_shape or not nodes.is_contiguous():
+            raise _misfit("nodes", f"{list(expected_shape)}, contiguous", nodes)
+        if nodes.dtype != torch.int8 or nodes.device.type != "cpu":
+            raise _mismatch("nodes", "torch.int8 on cpu", nodes)
 
 
 def check_write(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, shape: ModelShape) -> None:

@@ -31,6 +31,7 @@ ROOMS = (
     "runtime.loading",
     "runtime.transformers",
     "runtime.transformers.graph",
+    "runtime.vllm.pages",
     "runtime.vllm",
     "runtime.evaluate.tasks",
     "runtime.evaluate",

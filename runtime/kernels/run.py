@@ -22,6 +22,7 @@ from surgeon.runtime.operands import (
     check_write,
 )
 from surgeon.runtime.package.reader import PackageFiles
+from surgeon.runtime.package.schedule import NODE
 from surgeon.runtime.packed_batch import PackedBatch
 
 _LOG = logging.getLogger("surgeon")
@@ -113,6 +114,7 @@ class LayerKernels:
         v: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        nodes: torch.Tensor | None = None,
     ) -> None:
         """Attention of one layer on the CPU over a batch's queries, of any number a sequence, into `out`.
 
@@ -120,17 +122,22 @@ class LayerKernels:
         neither read nor written. k and v are pools of blocks as in `run_paged`. Sequences of few queries are decoded
         together, and the others prefilled together.
 
+        `nodes`, int8 `[slots, block_size // 8, D]`, are those that routed heads choose by, kept from call to call: the
+        nodes of the tokens before a sequence's first query are there, of whichever call, and this one writes those that
+        its keys complete. Without them, routed heads make theirs in every call.
+
         Raises:
             PatchError: shapes, dtypes or devices do not fit, or a query reads a block that a table with holes lacks.
             TopologyError: a position is outside the block table, or beyond what the topology covers.
         """
         self.check_layer(layer)
-        check_packed(batch, q, k, v, out, self._shape, self._manifest.block_size)
+        check_packed(batch, q, k, v, out, self._shape, self._manifest.block_size, nodes)
         kernels = self.devices.cpu
         operands = Operands(q[None].transpose(1, 2), k, v, batch.position, None, scale)
         taken = self._in_one_of(kernels.dtypes, operands)
         found = out if taken is operands else torch.empty_like(out, dtype=torch.float32)
-        kernels.attend_packed(layer, taken, batch, found, self.kv_heads.start)
+        kept = None if nodes is None else Nodes(nodes, batch.position // NODE)
+        kernels.attend_packed(layer, taken, batch, found, self.kv_heads.start, kept)
         if found is not out:
             out[: batch.tokens].copy_(found[: batch.tokens])
 

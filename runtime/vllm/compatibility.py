@@ -57,13 +57,6 @@ def check_server(config: Any, package: Package, device: str) -> None:
     hf_config = config.model_config.hf_config
     check_config(hf_config, shape)
     covered_layers(hf_config, package.manifest)
-    if package.manifest.routed:
-        raise PatchError(
-            "surgeon_package",
-            "a package without routed heads: the plugin does not run these yet",
-            f"routed heads in layer {package.manifest.routed[0]}",
-            "serve with Transformers, or compile a topology without routes",
-        )
     _check_kernels(config, package)
     _check_lengths(config.model_config, package.manifest)
     _check_parallel(config.parallel_config, shape.num_key_value_heads)

@@ -30,7 +30,8 @@ from surgeon.runtime.vllm.batch import dense_tails
 from surgeon.runtime.vllm.compatibility import covered_layers
 from surgeon.runtime.vllm.freeing import PatternSpec, by_need
 from surgeon.runtime.vllm.hooks import replace
-from surgeon.runtime.vllm.page_layout import PageLayout
+from surgeon.runtime.vllm.pages.layout import PageLayout
+from surgeon.runtime.vllm.pages.nodes import PageNodes
 from surgeon.runtime.vllm.prompts import noting_prompts, prompt_lengths
 from surgeon.runtime.vllm.serving import Serving, serving
 
@@ -42,11 +43,15 @@ replace(Attention, "get_kv_cache_spec", by_need)
 
 @dataclass(frozen=True)
 class Site:
-    """A layer that runs on the package's kernels: those of this process's heads, the layer's index, and the pages."""
+    """A layer that runs on the package's kernels: those of this process's heads, the layer's index, and the pages.
+
+    `nodes` are those of the worker's caches, None for a layer without routed heads.
+    """
 
     package: Package
     layer: int
     pages: PageLayout
+    nodes: PageNodes | None
 
 
 @dataclass(kw_only=True)
@@ -91,11 +96,13 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         every = get_layers_from_vllm_config(vllm_config, Attention)
         if ours:
             _check_sharing(every, ours)
-            self._bind(found, ours, kv_cache_spec)
+            self._bind(found, ours, every, kv_cache_spec)
         if get_tensor_model_parallel_rank() == 0:
             _LOG.info_once(_report(found, sorted(map(extract_layer_index, every)), covered))
 
-    def _bind(self, found: Serving, layers: dict[str, Attention], kv_cache_spec: Any) -> None:
+    def _bind(
+        self, found: Serving, layers: dict[str, Attention], every: Mapping[str, Attention], kv_cache_spec: Any
+    ) -> None:
         manifest = found.package.manifest
         heads = manifest.model.num_key_value_heads // get_tensor_model_parallel_world_size()
         rank = get_tensor_model_parallel_rank()
@@ -108,9 +115,11 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
                 f"{kv_cache_spec.num_kv_heads} KV heads and {kv_cache_spec.block_size} tokens",
                 "serve with another --block-size",
             )
+        nodes = _nodes_of(every)
         for name, layer in layers.items():
             _check_layer(name, layer, manifest.model.head_dim)
-            layer.impl.site = Site(package, extract_layer_index(name), self.pages)
+            index = extract_layer_index(name)
+            layer.impl.site = Site(package, index, self.pages, nodes if index in manifest.routed else None)
         if isinstance(kv_cache_spec, PatternSpec):
             self.liveness = Liveness(torch.tensor([kv_cache_spec.readers]))
 
@@ -188,7 +197,8 @@ class SurgeonCPUImpl(CPUAttentionBackendImpl):
         keys, values = site.pages.pools(kv_cache)
         shape = (-1, self.num_heads, self.head_size)
         tensors = query.view(shape), keys, values, self.scale, output.view(shape)
-        site.package.kernels.run_packed(site.layer, attn_metadata.batch, *tensors)
+        nodes = None if site.nodes is None else site.nodes.of(keys, site.pages)
+        site.package.kernels.run_packed(site.layer, attn_metadata.batch, *tensors, nodes)
         return output
 
 
@@ -214,6 +224,12 @@ def _check_layer(name: str, layer: Attention, head_dim: int) -> None:
     for what, (got, wanted) in expected.items():
         if (got is None) != (wanted is None) or (wanted is not None and got != wanted):
             raise PatchError(f"{name}: {what}", str(wanted), str(got), "serve this model without a package")
+
+
+def _nodes_of(layers: Mapping[str, Attention]) -> PageNodes:
+    """The nodes of this worker's caches, made with its first group of layers."""
+    sites = (getattr(layer.impl, "site", None) for layer in layers.values())
+    return next((site.nodes for site in sites if site is not None and site.nodes is not None), None) or PageNodes()
 
 
 def _check_sharing(every: Mapping[str, Attention], ours: Container[str]) -> None:

@@ -12,7 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from surgeon.runtime.vllm.page_needs import Readers, unread_pages
+from surgeon.runtime.vllm.pages.needs import Readers, unread_pages
 from surgeon.runtime.vllm.serving import serving
 
 

@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 from surgeon.runtime.vllm.compatibility import is_taken
-from surgeon.runtime.vllm.prefix_hashes import Asking, marking, with_mark
+from surgeon.runtime.vllm.pages.prefix_hashes import Asking, marking, with_mark
 from surgeon.runtime.vllm.serving import check_start, serving
 
 CPU_BACKEND = "surgeon.runtime.vllm.cpu_backend.SurgeonCPUBackend"

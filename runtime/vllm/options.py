@@ -18,22 +18,23 @@ _CONFIG = "--additional-config"
 class Options:
     """The package that a server shall run on, and the recall of its prompts.
 
-    `sha256` is the identity that the package must have, or None for any.
+    `recall` None is that of a patched model: "pattern" for a package with routed heads, else "dense". `sha256` is the
+    identity that the package must have, or None for any.
     """
 
     package: str
-    recall: str = DENSE
+    recall: str | None = None
     dense_rows: int = DENSE_ROWS
     sha256: str | None = None
 
     @property
     def asking(self) -> int:
         """The tokens at a prompt's end that read everything: 0 under recall "pattern"."""
-        return rows_that_ask(self.recall, self.dense_rows)
+        return rows_that_ask(DENSE if self.recall is None else self.recall, self.dense_rows)
 
     def to_config(self) -> dict[str, object]:
         """The same options as entries of `--additional-config`."""
-        return {_PREFIX + name: value for name, value in asdict(self).items()}
+        return {_PREFIX + name: value for name, value in asdict(self).items() if value is not None}
 
 
 def options_of(additional_config: object, environment: Mapping[str, str] = os.environ) -> Options | None:
@@ -61,7 +62,7 @@ def options_of(additional_config: object, environment: Mapping[str, str] = os.en
             )
         return None
     for name in ("package", "recall", "sha256"):
-        if name in given and not isinstance(given[name], str) and (name != "sha256" or given[name] is not None):
+        if name in given and not isinstance(given[name], str):
             raise PatchError(f"{_CONFIG}: {_PREFIX}{name}", "a string", short_repr(given[name]), "correct the option")
     options = Options(**given)
     _ = options.asking  # so that an unknown recall is refused here

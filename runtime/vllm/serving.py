@@ -8,10 +8,11 @@ from typing import Any
 
 from surgeon.runtime.errors import PatchError, SurgeonError, printable, short_repr
 from surgeon.runtime.loading import Package, load
+from surgeon.runtime.transformers.recall import recall_of
 from surgeon.runtime.vllm.checkpoint import check_weights
 from surgeon.runtime.vllm.compatibility import check_server, check_version, covered_layers
 from surgeon.runtime.vllm.options import Options, options_of
-from surgeon.runtime.vllm.page_needs import Group, groups_of
+from surgeon.runtime.vllm.pages.needs import Group, groups_of
 
 _TRACEBACK = "SURGEON_TRACEBACK"
 
@@ -85,7 +86,8 @@ def serving(config: Any) -> Serving | None:
     options = replace(options, package=os.path.realpath(options.package))
     package = _loaded(options.package, options.sha256)
     check_server(config, package, current_platform.device_type)
-    return Serving(package, replace(options, sha256=package.id.partition(":")[0]))
+    recall = recall_of(options.recall, package.manifest)
+    return Serving(package, replace(options, recall=recall, sha256=package.id.partition(":")[0]))
 
 
 @cache

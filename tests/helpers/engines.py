@@ -12,7 +12,7 @@ from models import tiny_config, tiny_llama, tokens
 from surgeon.compiler import compile_package
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime import load, patch, unpatch, weights_id
-from topologies import balanced_tree, build, head
+from topologies import balanced_tree, build, head, window_head
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -63,6 +63,7 @@ def make_world(folder: Path) -> World:
         "mixed": mixed_topology(),
         "some": mixed_topology(uncovered=(1, 2)),
         "learned": replace(learned, model=replace(learned.model, weights_sha256=weights_id(model))),
+        "routed": routed_topology(),
         **{beyond: mixed_topology(num_blocks=16, beyond=beyond) for beyond in ("window", "dense", "error")},
     }
     for name, topology in topologies.items():
@@ -78,6 +79,13 @@ def mixed_topology(uncovered: Sequence[int] = (), **changes: Any) -> Topology:
     shape: Any = {"num_kv_heads": 2, "head_dim": 32, "block_size": 32, "num_blocks": 32}
     shape |= changes
     return build(layers, [{"linkage": balanced_tree(shape["num_blocks"])}], **shape)
+
+
+def routed_topology() -> Topology:
+    """Heads that choose blocks by content in three of four layers."""
+    choosing = [window_head(1, 2, route=3), window_head(1, 1), window_head(0, 2, route=5), window_head(1, 2, route=1)]
+    layers = [choosing, [window_head(1, 2)] * 4, choosing[::-1], choosing]
+    return build(layers, num_kv_heads=2, head_dim=32, block_size=32, num_blocks=32)
 
 
 class Engine:

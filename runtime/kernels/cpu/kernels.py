@@ -149,11 +149,17 @@ class CpuKernels:
         return library.attend(kernel, operands, None, first_kv_head, block_table=block_table, nodes=nodes)
 
     def attend_packed(
-        self, layer: int, operands: Operands, batch: PackedBatch, out: torch.Tensor, first_kv_head: int = 0
+        self,
+        layer: int,
+        operands: Operands,
+        batch: PackedBatch,
+        out: torch.Tensor,
+        first_kv_head: int = 0,
+        nodes: Nodes | None = None,
     ) -> None:
         """Runs a layer's kernel on a batch, with q as one sequence of all queries; see `LayerKernels.run_packed`."""
         library, kernel = self._kernels[layer, operands.q.dtype]
-        library.attend(kernel, operands, None, first_kv_head, batch=batch, out=out)
+        library.attend(kernel, operands, None, first_kv_head, nodes=nodes, batch=batch, out=out)
 
     def write_pages(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor) -> None:
         """Writes keys and values into pages; see `LayerKernels.write_pages`."""

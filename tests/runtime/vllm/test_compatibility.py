@@ -1,15 +1,13 @@
 """Servers that a package cannot serve are refused from their config alone, each fault in one line."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from models import Compiled, routed_topology, tiny_config
-from surgeon.compiler import compile_package
+from models import Compiled, tiny_config
 from surgeon.runtime import load
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.vllm.compatibility import ANY_VERSION, check_server, check_version, covered_layers
@@ -81,14 +79,6 @@ def test_what_does_not_fit_is_refused(compiled: dict[str, Compiled], changes: di
         check_server(server(**changes), compiled["sparse"].package, "cpu")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_routed_heads_are_refused(tmp_path: Path) -> None:
-    package = load(compile_package(routed_topology(), tmp_path / "kernels", targets=["cpu"], dtypes=("fp32",)))
-    with pytest.raises(
-        PatchError, match=r"expected a package without routed heads.*got routed heads in layer 0; serve"
-    ):
-        check_server(server(), package, "cpu")
 
 
 def test_a_gpu_is_refused(compiled: dict[str, Compiled]) -> None:

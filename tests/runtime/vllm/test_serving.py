@@ -1,14 +1,18 @@
 """The package of a server: which of its layers free pages, and how an error that nobody catches is shown."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from models import Compiled, tiny_config
+from models import Compiled, routed_topology, tiny_config
+from surgeon.compiler import compile_package
+from surgeon.runtime import load
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.vllm.options import Options
+from surgeon.runtime.vllm.pages.needs import unread_pages
 from surgeon.runtime.vllm.serving import Serving, _show_in_one_line
 
 
@@ -35,6 +39,16 @@ def test_a_server_by_the_pattern_frees_pages(compiled: dict[str, Compiled]) -> N
 )
 def test_others_keep_them(compiled: dict[str, Compiled], recall: str, changes: dict[str, Any]) -> None:
     assert Serving(compiled["sparse"].package, Options("kernels", recall)).group_of(0, config(**changes)) is None
+
+
+def test_layers_with_routed_heads_need_all_pages_for_good(tmp_path: Path) -> None:
+    package = load(compile_package(routed_topology(), tmp_path / "kernels", targets=["cpu"], dtypes=("fp32",)))
+    serving = Serving(package, Options("kernels", "pattern"))
+    for layer in range(3):
+        group = serving.group_of(layer, config())
+        assert group is not None
+        unread = unread_pages(group.readers, 1, row=10_000, pages=9_000)
+        assert unread == ([] if not {0, 1}.isdisjoint(group.layers) else list(range(1, 9_000)))
 
 
 @pytest.fixture

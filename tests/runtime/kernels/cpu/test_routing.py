@@ -194,6 +194,50 @@ def test_sequences_that_are_packed_choose_as_alone(folder: Path) -> None:
         assert torch.equal(out[None, begin : begin + count], package.attention(0, own, keys, values))
 
 
+def test_nodes_of_a_pool_are_kept_from_step_to_step_whoever_wrote_them(folder: Path) -> None:
+    package = load(folder, strict=True)
+    q, k, v = inputs(800, 416, torch.float32, batch=1)
+    pools = tuple(each[0].reshape(26, SIZE, DIM) for each in (k, v))
+    table = torch.arange(26).view(1, 2, 13).int()
+    nodes = torch.full((26, SIZE // 8, DIM), 99, dtype=torch.int8)
+    packed = q[0].transpose(0, 1)
+
+    def step(first: int, count: int, kept: torch.Tensor | None) -> torch.Tensor:
+        starts, tails = torch.tensor([0, count]), torch.full((1,), PATTERN_ALONE)
+        out = torch.empty(count, 4, DIM)
+        batch = PackedBatch(starts, torch.tensor([first]), tails, table, SIZE)
+        package.kernels.run_packed(0, batch, packed[:count], *pools, DIM**-0.5, out, kept)
+        return out
+
+    for first, count in ((0, 200), (200, 1), (201, 100), (301, 1), (200, 150), (350, 66)):  # the fifth begins again
+        assert torch.equal(step(first, count, nodes), step(first, count, None))
+    own = nodes.clone()
+    nodes[:] = 99
+    step(0, 416, nodes)
+    assert torch.equal(nodes, own)
+    assert not bool((nodes[:13] == 99).all(-1).any())
+    nodes[3:9] = 0  # what is kept is what they choose by
+    assert not torch.equal(step(415, 1, nodes), step(415, 1, None))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (torch.zeros(25, 4, DIM, dtype=torch.int8), r"nodes: expected \[26, 4, 64\], contiguous, got \[25, 4, 64\]"),
+        (torch.zeros(26, 8, DIM, dtype=torch.int8)[:, ::2], r"nodes: expected \[26, 4, 64\], contiguous"),
+        (torch.zeros(26, 4, DIM), "nodes: expected torch.int8 on cpu, got torch.float32"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(folder: Path, nodes: torch.Tensor, message: str) -> None:
+    package = load(folder, strict=True)
+    q, k, v = inputs(1, 416, torch.float32, batch=1)
+    pools = tuple(each[0].reshape(26, SIZE, DIM) for each in (k, v))
+    table = torch.arange(26).view(1, 2, 13).int()
+    batch = PackedBatch(torch.tensor([0, 1]), torch.tensor([400]), torch.tensor([PATTERN_ALONE]), table, SIZE)
+    with pytest.raises(PatchError, match=message):
+        package.kernels.run_packed(0, batch, q[0].transpose(0, 1), *pools, 0.125, torch.empty(1, 4, DIM), nodes)
+
+
 def test_a_block_that_a_routed_head_may_choose_must_be_held(folder: Path) -> None:
     package = load(folder, strict=True)
     q, k, v = inputs(1, 416, torch.float32, batch=1)

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="run make test-vllm")
 from engines import NEW_TOKENS, Engine, World, prompts_of
 from surgeon.runtime import load
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.vllm.page_needs import groups_of
+from surgeon.runtime.vllm.pages.needs import groups_of
 
 
 def pages_in_use(served: Engine, prompt: list[int]) -> tuple[list[int], list[int]]:

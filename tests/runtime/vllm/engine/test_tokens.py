@@ -40,6 +40,28 @@ def test_prefix_hits_give_what_a_request_of_its_own_gives(
     assert min(served.cached) > 0
 
 
+@pytest.mark.parametrize("recall", ["pattern", "dense"])
+def test_routed_heads_choose_what_they_choose_in_a_patched_model(
+    world: World, engine: Callable[..., Engine], recall: str
+) -> None:
+    prompts = prompts_of(*LENGTHS)
+    served = engine("routed", None if recall == "pattern" else recall)  # the default, as in patch
+    assert served.generate(prompts, 60) == world.expected(prompts, "routed", recall, 60)
+    sites = [layer.impl.site for layer in served.layers.values()]
+    assert [site.nodes is not None for site in sites] == [True, False, True, True]
+
+
+def test_routed_heads_in_chunks_of_whole_tiles_and_with_prefix_hits(
+    world: World, engine: Callable[..., Engine]
+) -> None:
+    served = engine("routed", max_num_batched_tokens=256, enable_prefix_caching=True)
+    (first,) = prompts_of(600)
+    later = [first, first[:400], [*first[:450], *prompts_of(90)[0]], first]
+    for prompt, answer in zip(later, world.expected(later, "routed", "pattern"), strict=True):
+        assert served.generate([prompt]) == [answer]
+    assert served.cached == [576]
+
+
 def test_preempted_requests_go_on_as_they_began(world: World, engine: Callable[..., Engine]) -> None:
     prompts = prompts_of(300, 310, 320, 290)
     served = engine("mixed", num_gpu_blocks_override=22)

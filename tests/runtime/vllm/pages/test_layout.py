@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.vllm.page_layout import PageLayout
+from surgeon.runtime.vllm.pages.layout import PageLayout
 
 HEADS, SIZE = 3, 4
 PAGES = 7

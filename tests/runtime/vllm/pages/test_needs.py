@@ -11,11 +11,11 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.cache.liveness import Liveness
-from surgeon.runtime.vllm.page_needs import groups_of, unread_pages
+from surgeon.runtime.vllm.pages.needs import groups_of, unread_pages
 from topologies import DENSE, build, random_topology, window_head
 
 LONG = 24
-TOPOLOGIES = Path(__file__).parents[3] / "benchmarks/topologies"
+TOPOLOGIES = Path(__file__).parents[4] / "benchmarks/topologies"
 
 
 def liveness_of(topology: Topology) -> dict[int, Liveness]:

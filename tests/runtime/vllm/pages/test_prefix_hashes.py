@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.runtime.vllm.prefix_hashes import Asking, marking, with_mark
+from surgeon.runtime.vllm.pages.prefix_hashes import Asking, marking, with_mark
 
 PAGE = 64
 

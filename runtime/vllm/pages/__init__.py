@@ -1,0 +1,1 @@
+"""The pages of vLLM's cache: what they hold, which are still needed, and which requests share them."""
