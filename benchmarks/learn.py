@@ -101,6 +101,17 @@ CASES = (
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-22-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-10-answers-4096", 0.125, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
+    *(
+        Case(
+            f"smollm2-135m-{percent}-converted",
+            percent / 100,
+            2048,
+            block,
+            2048,
+            ("--for", "text", "--route", "convert", "--windows", f"smollm2-135m-{percent}.json"),
+        )
+        for percent, block in ((25, 64), (15, 32))
+    ),
     Case(
         "smollm2-135m-25-routed",
         0.25,
