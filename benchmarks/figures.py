@@ -192,6 +192,7 @@ def learning_cost() -> str:
 def all_figures() -> str:
     """Every headline figure of the results."""
     first, older, calls = _suite("model-first-token"), _suite("prefill-peers"), _suite("short-call")
+    layer = _suite("vllm-prefill")
     machine = first["machine"]
     return (
         table(("measured", "Surgeon beside its peer"), _everything())
@@ -199,6 +200,8 @@ def all_figures() -> str:
         f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding, caches, short prompts and "
         f"kernels: {_processor(older)}, {older['machine']['date'][:10]}. One token's call: {_processor(calls)}, "
         f"{calls['machine']['date'][:10]}.\n"
+        f"(**) Least CPU time of calls made in turn, {layer['machine']['threads']} thread, {_processor(layer)}, "
+        f"{layer['machine']['date'][:10]}.\n"
     )
 
 
@@ -258,6 +261,30 @@ def _everything() -> Iterator[tuple[str, str]]:
             f"one token behind {row['keys']:,} keys, a layer's call in cold caches, {row['dtype']}",
             f"{_call(row, 'ours')}, through Python {_call(row, 'python')}, SDPA {_call(row, 'sdpa')}",
         )
+    yield from _beside_vllm()
+
+
+def _beside_vllm() -> Iterator[tuple[str, str]]:
+    """The calls of one layer in a step of vLLM, by the least CPU time of each side."""
+    dtypes = {"float32": "fp32", "bfloat16": "bf16"}
+    for row in (*_suite("vllm-prefill")["rows"], *_suite("vllm-decode")["rows"]):
+        length = f"{row['length']:,} tokens"
+        step = (
+            f"a prompt of {length}" if row["sequences"] == 1 else f"decoding {row['sequences']} sequences of {length}"
+        )
+        yield (
+            f"attention of one layer of SmolLM2-135M on vLLM's pages, {step}, {_share(row)}, "
+            f"{dtypes[row['dtype']]} (**)",
+            f"{row['ours_cpu_minimum_ms']:.2f} ms, vLLM {row['vllm']}'s own kernels "
+            f"{row['vllm_cpu_minimum_ms']:.2f} ms: {row['times_cpu_minimum']:.2f}x",
+        )
+    for row in _suite("vllm-write")["rows"]:
+        if row["tokens"] > 1:
+            yield (
+                f"keys and values of {row['tokens']:,} tokens written into those pages, {dtypes[row['dtype']]} (**)",
+                f"{row['ours_cpu_minimum_us'] / 1e3:.2f} ms, vLLM's own {row['vllm_cpu_minimum_us'] / 1e3:.2f} ms: "
+                f"{row['times_cpu_minimum']:.2f}x",
+            )
 
 
 def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ import transformers
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and minimum by the clock, and the median of the process's CPU seconds.
+    """Seconds of one call: median and minimum by the clock, and of the process's CPU seconds.
 
     CPU seconds count all threads; they measure work only if waiting threads sleep (OMP_WAIT_POLICY=passive).
     """
@@ -23,6 +23,7 @@ class Timing:
     median: float
     minimum: float
     cpu: float
+    cpu_minimum: float
 
 
 def interleaved(
@@ -48,7 +49,8 @@ def interleaved(
             wall[name].append(time.perf_counter() - started)
             cpu[name].append(time.process_time() - cpu_started)
     return {
-        name: Timing(statistics.median(wall[name]), min(wall[name]), statistics.median(cpu[name])) for name in calls
+        name: Timing(statistics.median(wall[name]), min(wall[name]), statistics.median(cpu[name]), min(cpu[name]))
+        for name in calls
     }
 
 
