@@ -379,7 +379,7 @@ def _way(row: Row) -> str:
     if row["topology"].endswith("-routed"):
         return "windows of another topology and routed heads"
     if row["topology"].endswith("-converted"):
-        return "windows of another topology, converted to routes,"
+        return "windows of another topology converted to routes"
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
 
 
