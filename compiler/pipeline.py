@@ -28,15 +28,17 @@ def compile_package(
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     tiles: Mapping[Target, TargetTiles] | None = None,
+    paged: bool = False,
 ) -> Path:
     """Compiles a topology's attention kernels into the folder `out`, which appears whole or not at all.
 
     `dtypes` None means every storage type of each target; `jobs` is the number of compilers that run at once, by
     default one per core; `dump` is a folder that receives every stage's output; `tiles` take precedence over the
-    built-in ones (see `read_tiles`).
+    built-in ones (see `read_tiles`). With `paged`, GPU targets also get kernels for keys and values in pages, which
+    engines such as vLLM need; those of CPUs take both.
 
     Raises:
-        TargetError: a target or dtype does not exist or cannot hold the kernels.
+        TargetError: a target or dtype does not exist or cannot hold the kernels, or has none for pages.
         BuildError: a compiler is missing or fails.
         PackageError: `out` exists and is not a kernel package.
     """
@@ -52,7 +54,7 @@ def compile_package(
     chosen = dict.fromkeys(Target.parse(target) if isinstance(target, str) else target for target in targets)
     backends = {target: BACKENDS[target.backend] for target in chosen}
     specs = {
-        target: backend.specialize(topology, layers, target, dtypes, tiles, last_readers)
+        target: backend.specialize(topology, layers, target, dtypes, tiles, last_readers, paged)
         for target, backend in backends.items()
     }
     for target, backend in backends.items():

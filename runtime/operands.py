@@ -8,7 +8,7 @@ import torch
 from surgeon.runtime.errors import PatchError, short_repr
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.package.schedule import NODE
-from surgeon.runtime.packed_batch import PackedBatch
+from surgeon.runtime.packed_batch import DeviceBatch, PackedBatch
 
 
 class Operands(NamedTuple):
@@ -211,6 +211,40 @@ def check_write(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pages: to
             raise _misfit(name, f"[{len(slots)} or more, {heads}, {head_dim}]", tensor)
         if tensor.dtype != pages.dtype or tensor.device.type != "cpu" or pages.device.type != "cpu":
             raise _mismatch(name, f"{pages.dtype}, as the pages, on cpu", tensor)
+
+
+def check_pages(
+    batch: DeviceBatch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    shape: ModelShape,
+    block_size: int,
+) -> None:
+    """Refuses tensors that do not fit a batch or kernels for heads of this `shape`; see `LayerKernels.run_pages`.
+
+    Raises:
+        PatchError: one does not fit; the message describes the first fault.
+    """
+    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    device = batch.lengths.device
+    if q.dim() != 3 or q.shape[1:] != (heads, head_dim):
+        raise _misfit("q", f"[tokens, {heads}, {head_dim}]", q)
+    if out.shape != q.shape or not out.is_contiguous():
+        raise _misfit("out", f"{list(q.shape)}, contiguous", out)
+    expected = (kv_heads, batch.page_tokens, head_dim)
+    for name, pages in (("k", k), ("v", v)):
+        if pages.dim() != 4 or pages.shape != k.shape or pages.shape[1:] != expected:
+            raise _misfit(name, f"[pages, {kv_heads}, {batch.page_tokens}, {head_dim}], k and v alike", pages)
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor.dtype != q.dtype or tensor.device != device:
+            raise _mismatch(name, f"{q.dtype} on {device}, as q and the batch", tensor)
+    if batch.page_tokens % block_size:
+        got = f"{batch.page_tokens} tokens"
+        raise PatchError(
+            "batch: page_tokens", f"a multiple of the block of {block_size} tokens", got, "use larger pages"
+        )
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:

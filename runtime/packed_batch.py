@@ -7,6 +7,9 @@ import torch
 
 from surgeon.runtime.errors import PatchError
 
+NO_DENSE_ROWS = 2**31 - 1
+"""A `dense_from` that leaves every row to the topology."""
+
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -82,6 +85,44 @@ class PackedBatch:
     def slots(self) -> int:
         """The slots that a pool of blocks must have at least."""
         return int(self.block_table.max()) + 1 if self.block_table.numel() else 0
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBatch:
+    """The same on a GPU, with pages for blocks: the host knows no number but the maximum, so a captured graph follows.
+
+    Sequence i has the queries `query_start[i]` to `query_start[i + 1]`, the last left out, which are the last of its
+    `lengths[i]` tokens. Token t lies in page `block_table[i, t // page_tokens]`; entries of pages that nobody reads may
+    be anything. A row of blocks that ends after `dense_from[i]` tokens reads every key up to its own. `query_start` is
+    `[B + 1]`, `lengths` and `dense_from` are `[B]`, `block_table` is `[B, pages]` with any stride between its rows, all
+    int32 on q's device. `page_tokens` is a power of two. No sequence has more than `most_queries` queries.
+
+    Raises:
+        PatchError: a tensor has another shape, dtype or device, or a number is out of range.
+    """
+
+    query_start: torch.Tensor
+    lengths: torch.Tensor
+    dense_from: torch.Tensor
+    block_table: torch.Tensor
+    page_tokens: int
+    most_queries: int
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without waiting for the device."""
+        sequences, device = len(self.lengths), self.lengths.device
+        shapes = {"query_start": (sequences + 1,), "lengths": (sequences,), "dense_from": (sequences,)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            wrong = tensor.shape != shape or tensor.dtype != torch.int32 or tensor.device != device
+            if wrong or not tensor.is_contiguous():
+                raise _misfit(name, f"torch.int32 {list(shape)}, contiguous, on {device}", tensor)
+        table = self.block_table
+        wrong = table.dim() != 2 or len(table) != sequences or table.dtype != torch.int32 or table.device != device
+        if wrong or (table.shape[1] > 1 and table.stride(1) != 1):
+            raise _misfit("block_table", f"torch.int32 [{sequences}, pages], stride 1 last, on {device}", table)
+        if self.page_tokens < 1 or self.page_tokens & (self.page_tokens - 1):
+            raise PatchError("batch: page_tokens", "a power of two", str(self.page_tokens), "use pages of another size")
 
 
 def _misfit(name: str, expected: str, tensor: torch.Tensor) -> PatchError:

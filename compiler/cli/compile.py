@@ -23,6 +23,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="repeatable; default: every dtype that each target supports"
     )
+    parser.add_argument(
+        "--paged",
+        action="store_true",
+        help="for GPUs also kernels for keys and values in pages, which vLLM needs; takes about twice as long",
+    )
     add_jobs(parser)
     parser.add_argument("--tiles", type=path, metavar="FILE", help="a table of GPU tiles written by surgeon tune")
     parser.add_argument("--dump", type=path, metavar="FOLDER", help="write the output of every stage to this folder")
@@ -49,6 +54,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
             dump=arguments.dump,
             progress=progress,
             tiles=read_tiles(arguments.tiles) if arguments.tiles else None,
+            paged=arguments.paged,
         )
     return _lines(package, time.perf_counter() - started, arguments.json)
 

@@ -36,7 +36,8 @@ class Backend(Generic[Spec, Made]):
     """
 
     specialize: Callable[
-        [Topology, Sequence[LayerSchedule], Target, Sequence[str] | None, Tiles | None, LastReaders], tuple[Spec, ...]
+        [Topology, Sequence[LayerSchedule], Target, Sequence[str] | None, Tiles | None, LastReaders, bool],
+        tuple[Spec, ...],
     ]
     wanted_tables: Callable[[tuple[Spec, ...]], dict[str, tuple[LayerSchedule, TableShape]]]
     render: Callable[[tuple[Spec, ...], Mapping[str, SegmentTable], str], tuple[Made, ...]]

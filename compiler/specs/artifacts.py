@@ -7,7 +7,7 @@ from typing import cast
 
 from surgeon.compiler.specs.kernel_spec import CpuSpec, GpuSpec
 from surgeon.compiler.specs.tiles import Tile
-from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES, Interface
+from surgeon.runtime.package.interface import Interface, interfaces_of
 from surgeon.runtime.package.manifest import KernelEntry, Tool, from_plain
 from surgeon.runtime.package.segment_table import SegmentTable
 from surgeon.runtime.package.target import Target
@@ -55,7 +55,7 @@ class GpuSource:
     @property
     def interface(self) -> Interface:
         """The interface that the kernel is launched by."""
-        interface = (ROUTED_INTERFACES if self.specs[0].is_routed else INTERFACES)[self.phase, bool(self.table)]
+        interface = interfaces_of(self.specs[0].is_routed)[self.phase, bool(self.table)]
         return interface.persistent if self.tile.persistent else interface
 
     @property

@@ -30,6 +30,7 @@ def specialize_cpu(
     dtypes: Sequence[str] | None,
     _tiles: Tiles | None,
     last_readers: LastReaders,
+    _paged: bool = False,
 ) -> tuple[CpuSpec, ...]:
     """Specifies the kernels that a CPU library needs, in the order of their first layers.
 
@@ -49,11 +50,14 @@ def specialize_gpu(
     dtypes: Sequence[str] | None = None,
     tiles: Tiles | None = None,
     _last_readers: LastReaders | None = None,
+    paged: bool = False,
 ) -> tuple[GpuSpec, ...]:
     """Specifies the kernels that a GPU needs, with their tiles; `tiles` take precedence over the built-in ones.
 
+    With `paged` there are also kernels for keys and values in pages.
+
     Raises:
-        TargetError: the target does not support a dtype, the head size or the block size.
+        TargetError: the target does not support a dtype, the head size or the block size, or pages with routed heads.
     """
     specs = _specs(topology, layers, target, dtypes)
     if topology.block_size & (topology.block_size - 1):
@@ -68,13 +72,28 @@ def specialize_gpu(
     decode = None
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
-    _check_routes(specs, target, decode is not None)
-    return tuple(GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
+    _check_routes(specs, target, decode is not None, paged)
+    in_pages = own.paged_prefill_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head) if paged else None
+    return tuple(
+        GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode, paged_prefill=in_pages)
+        for spec in specs
+    )
 
 
-def _check_routes(specs: Sequence[KernelSpec], target: Target, in_tables: bool) -> None:
-    """Refuses routed heads that choose more blocks than a program can sort, or of KV heads that fit into no table."""
+def _check_routes(specs: Sequence[KernelSpec], target: Target, in_tables: bool, paged: bool) -> None:
+    """Refuses routed heads with more blocks than a program can sort, of KV heads that fit into no table, or in pages.
+
+    Raises:
+        TargetError: there are such heads.
+    """
     routes = [head.route for spec in specs for head in spec.schedule.heads]
+    if paged and any(routes):
+        raise TargetError(
+            "route",
+            f"no heads that choose blocks in kernels for pages, for {target}",
+            f"{max(routes)} blocks",
+            "compile without paged kernels, or without routes",
+        )
     if max(routes) > MAX_ROUTE:
         raise TargetError(
             "route",

@@ -117,6 +117,15 @@ class TargetTiles:
             keys = min(keys, queries)
         return dataclasses.replace(tile, queries=queries, keys=keys, warps=warps, heads=heads)
 
+    def paged_prefill_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int = 1) -> Tile:
+        """The tile of a prefill kernel for keys in pages of one or several blocks: its keys lie within a block.
+
+        Raises:
+            TargetError: no tile for this head size or block size fits the target.
+        """
+        tile = self.prefill_tile(head_dim, block_size, heads_per_kv_head)
+        return dataclasses.replace(tile, keys=min(tile.keys, block_size), loads=LOADS[0], persistent=False)
+
     def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
         """The tile of a kernel for one query per sequence: its rows are the query heads of a KV head.
 

@@ -13,7 +13,7 @@ from surgeon.compiler.specs.tiles import TargetTiles
 from surgeon.compiler.topology.topology import Topology
 from surgeon.compiler.tune.exact import sampled_error
 from surgeon.runtime.errors import PackageError, TargetError
-from surgeon.runtime.kernels.gpu.kernels import target_of
+from surgeon.runtime.kernels.gpu.targets import target_of
 from surgeon.runtime.loading import load
 from surgeon.runtime.package.target import Target
 

@@ -52,6 +52,17 @@ class DeviceKernels:
         kernels = self._loaded.get(_CPU)
         return kernels if isinstance(kernels, CpuKernels) else None
 
+    def gpu(self, device: torch.device) -> GpuKernels:
+        """The kernels on a GPU, for calls that run on no other device.
+
+        Raises:
+            PackageError, TargetError: as `on`, or the device is not a GPU.
+        """
+        kernels = self.on(device)
+        if not isinstance(kernels, GpuKernels):
+            raise TargetError(str(self._files.folder), "tensors on a GPU", str(device), "move them to one")
+        return kernels
+
     def on(self, device: torch.device) -> CpuKernels | GpuKernels:
         """The kernels on the device of a tensor.
 

@@ -18,12 +18,13 @@ from surgeon.runtime.operands import (
     check,
     check_packed,
     check_paged,
+    check_pages,
     check_rotary,
     check_write,
 )
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.schedule import NODE
-from surgeon.runtime.packed_batch import PackedBatch
+from surgeon.runtime.packed_batch import DeviceBatch, PackedBatch
 
 _LOG = logging.getLogger("surgeon")
 _PART = ":kv_heads="
@@ -153,6 +154,30 @@ class LayerKernels:
         """
         check_write(k, v, slots, pages, self._shape)
         self.devices.cpu.write_pages(k, v, slots, pages)
+
+    def run_pages(
+        self,
+        layer: int,
+        batch: DeviceBatch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of one layer on a GPU over a batch's queries, of any number a sequence, into `out`.
+
+        q and out are `[tokens, Hq, D]`, out contiguous; tokens of no sequence are neither read nor written. k and v are
+        `[pages, Hkv, page_tokens, D]` with any aligned strides. Nothing waits for the device: a graph can capture calls
+        with one query a sequence. Positions are not checked.
+
+        Raises:
+            PatchError: shapes, dtypes or devices do not fit the package, or addresses or strides the kernels.
+            TargetError: the package has no kernels for pages on the device.
+        """
+        self.check_layer(layer)
+        check_pages(batch, q, k, v, out, self._shape, self._manifest.block_size)
+        self.devices.gpu(q.device).attend_pages(layer, batch, q, k, v, scale, out, self.kv_heads.start)
 
     def run_rotary(self, layer: int, operands: Operands, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Attention of one layer on the CPU over whole sequences, whose q and k the kernel rotates; else like `run`.

@@ -3,7 +3,7 @@
 The compiler builds every kernel to this contract, and the launcher runs no other kernels.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -62,6 +62,7 @@ def _pointers(*names: str) -> tuple[Argument, ...]:
 POINTEES = (
     dict.fromkeys(("lse", "partial", "partial_lse", "key_centre", "key_scale"), "fp32")
     | dict.fromkeys(("cache_leftpad", "position"), "i64")
+    | dict.fromkeys(("query_start", "lengths", "dense_from", "block_table"), "i32")
     | dict.fromkeys(("table_rows", "table_plans", "table_segments", "routes", "chosen", "tasks_taken"), "i32")
     | dict.fromkeys(("nodes",), "i8")
 )
@@ -127,6 +128,42 @@ COMBINE = Interface(
     grid=("query_heads", "batch", "one"),
 )
 
+# Keys and values in pages, and the queries of all sequences one behind the other. The device describes a batch, so that
+# a captured graph follows it. `lengths` and `dense_from` are those of `DeviceBatch`; a page has 2**page_shift tokens.
+
+PAGE_STRIDES = (
+    *(Argument(f"q_{axis}_stride", "i64") for axis in ("token", "head")),
+    *(Argument(f"{name}_{axis}_stride", "i64") for name in ("k", "v") for axis in ("page", "head", "token")),
+)
+
+_ALIGNED_PAGE_STRIDES = tuple(stride.name for stride in PAGE_STRIDES)
+_IN_PAGES = (
+    *_pointers("query_start", "lengths", "dense_from", "block_table"),
+    *PAGE_STRIDES,
+    Argument("block_table_stride", "i32"),
+    Argument("page_shift", "i32"),
+    _FIRST_KV_HEAD,
+)
+
+PAGED_PREFILL = Interface(
+    arguments=(*_pointers("q", "k", "v", "out"), *_IN_PAGES, Argument("num_kv_heads", "i32"), _SCALE),
+    grid=PREFILL.grid,
+    aligned=("q", "k", "v", "out", *_ALIGNED_PAGE_STRIDES),
+)
+
+PAGED_PREFILL_BY_TABLE = Interface(PAGED_PREFILL.arguments + _TABLE, PAGED_PREFILL.grid, PAGED_PREFILL.aligned)
+
+PAGED_DECODE = Interface(
+    arguments=(*_pointers("q", "k", "v", "partial", "partial_lse"), *_IN_PAGES, _SCALE, *_TABLE),
+    grid=DECODE.grid,
+    aligned=("q", "k", "v", *_ALIGNED_PAGE_STRIDES),
+)
+
+PAGED_COMBINE = Interface(
+    arguments=(*_pointers("partial", "partial_lse", "out", "query_start"), Argument("num_splits", "i32")),
+    grid=COMBINE.grid,
+)
+
 # Routed heads: what their chosen blocks give is in partial and partial_lse, from where attention goes on.
 
 _PARTIAL = _pointers("partial", "partial_lse")
@@ -189,6 +226,14 @@ INTERFACES = {
 }
 """The interfaces by phase, of a source and of its manifest entries, and by whether they read a segment table."""
 
+PAGED_INTERFACES = {
+    ("paged_prefill", False): PAGED_PREFILL,
+    ("paged_prefill", True): PAGED_PREFILL_BY_TABLE,
+    ("paged_decode", True): PAGED_DECODE,
+    ("paged_combine", False): PAGED_COMBINE,
+}
+"""The same for kernels of keys and values in pages, which a package has if it is asked for; routed layers have none."""
+
 ROUTED_INTERFACES = {
     ("prefill", False): ROUTED_PREFILL,
     ("prefill", True): ROUTED_PREFILL_BY_TABLE,
@@ -209,6 +254,17 @@ ROUTER_PHASES = tuple(dict.fromkeys(phase for phase, _ in ROUTED_INTERFACES if p
 SHARED_PHASES = ("combine",)
 """The phases whose kernels serve layers with and without routed heads alike."""
 
+PAGED = "paged_"
+"""The beginning of the names of kernels for keys and values in pages, and of their phases."""
+
+PREFILL_PHASES = ("prefill", "paged_prefill")
+"""The phases whose kernels are for one schedule each, where they hold it as code."""
+
+
+def interfaces_of(routed: bool) -> Mapping[tuple[str, bool], Interface]:
+    """The interfaces of layers with or without routed heads, by phase and by whether a segment table is read."""
+    return ROUTED_INTERFACES if routed else {**INTERFACES, **PAGED_INTERFACES}
+
 
 def check_interface(entry: KernelEntry, where: str, routed: Collection[int] = ()) -> None:
     """Refuses a kernel of a package that is not built to the interface of its phase; `routed` are the routed layers.
@@ -220,7 +276,7 @@ def check_interface(entry: KernelEntry, where: str, routed: Collection[int] = ()
     is_routed = not set(routed).isdisjoint(entry.layers)
     if is_routed and entry.phase not in SHARED_PHASES and not set(routed).issuperset(entry.layers):
         raise _fault(f"{where}.layers", "all with routed heads, or none", short_repr(entry.layers))
-    interfaces = ROUTED_INTERFACES if is_routed else INTERFACES
+    interfaces = interfaces_of(is_routed)
     by_table = {table: interface for (phase, table), interface in interfaces.items() if phase == entry.phase}
     if not by_table:
         phases = dict.fromkeys(phase for phase, _ in interfaces)

@@ -17,7 +17,7 @@ from surgeon.compiler.system.atomic_files import naming
 from surgeon.compiler.system.versions import TRITON
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.installation import required
-from surgeon.runtime.package.interface import ALIGNMENT, POINTEES
+from surgeon.runtime.package.interface import ALIGNMENT, POINTEES, PREFILL_PHASES
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch, Tool
 from surgeon.runtime.package.target import Target
 
@@ -106,7 +106,9 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         table=source.table,
     )
     by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
-    entries = tuple(by_schedule) if source.phase == "prefill" else (entry,)  # one per schedule that shares the code
+    entries = (
+        tuple(by_schedule) if source.phase in PREFILL_PHASES else (entry,)
+    )  # one per schedule that shares the code
     return Binary(
         path,
         compiled.asm[extension],

@@ -11,7 +11,7 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import log2, padded
-from surgeon.runtime.package.interface import COMBINE, DECODE, ROUTED_DECODE
+from surgeon.runtime.package.interface import COMBINE, PAGED_COMBINE, interfaces_of
 from surgeon.runtime.package.schedule import UNBOUNDED
 from surgeon.runtime.package.segment_table import SegmentTable
 
@@ -48,44 +48,52 @@ def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, Ta
     return {f"{spec.name}.{TABLE.name}": (spec.schedule, TABLE) for spec in specs if spec.decode is not None}
 
 
-def render_decode(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
+def render_decode(
+    specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable], paged: bool = False
+) -> tuple[GpuSource, ...]:
     """Renders `decode.py` and `combine.py` for one target, or nothing if a KV head has too many query heads.
 
-    Layers with routed heads have `routed_decode.py` instead of `decode.py`. `tables` are those of `wanted_tables`.
+    Layers with routed heads have `routed_decode.py` instead of `decode.py`; `paged` kernels are `paged_decode.py` and
+    `paged_combine.py`. `tables` are those of `wanted_tables`.
     """
     first = specs[0]
     if first.decode is None:
         return ()
+    name = "paged_combine" if paged else "combine"
     combine = render_template(
         "gpu/combine.py.jinja",
+        name=name,
+        paged=paged,
         shape=first.shape,
         tile=CombineTile(_SPLITS_AT_ONCE, padded(first.head_dim)),
-        arguments=COMBINE.arguments,
+        arguments=(PAGED_COMBINE if paged else COMBINE).arguments,
         ln_2=repr(math.log(2)),
     )
     kinds = [tuple(spec for spec in specs if spec.is_routed == routed) for routed in (False, True)]
     return (
-        *(_decode(kind, first.decode, tables) for kind in kinds if kind),
+        *(_decode(kind, first.decode, tables, paged) for kind in kinds if kind),
         GpuSource(
             first.target,
             tuple(specs),
-            _files("combine", first.target.folder, combine),
-            "combine",
+            _files(name, first.target.folder, combine),
+            name,
             Tile(1, 1, warps=4, stages=1),
         ),
     )
 
 
-def _decode(specs: tuple[GpuSpec, ...], tile: Tile, tables: Mapping[str, SegmentTable]) -> GpuSource:
+def _decode(specs: tuple[GpuSpec, ...], tile: Tile, tables: Mapping[str, SegmentTable], paged: bool) -> GpuSource:
     """Renders the kernel for layers that all have routed heads or all have none."""
     first = specs[0]
     shape, num_rows = first.shape, first.schedule.num_rows
-    name = "routed_decode" if first.is_routed else "decode"
+    phase = "paged_decode" if paged else "decode"
+    name = "routed_decode" if first.is_routed else phase
     read = {name: tables[name] for name in wanted_tables(specs)}
     text = render_template(
         "gpu/decode.py.jinja",
         name=name,
         routed=first.is_routed,
+        paged=paged,
         shape=shape,
         tile=DecodeTile(
             rows=tile.queries,
@@ -96,11 +104,11 @@ def _decode(specs: tuple[GpuSpec, ...], tile: Tile, tables: Mapping[str, Segment
             segments=padded(max(table.max_segments for table in read.values())),
         ),
         num_rows=None if num_rows == UNBOUNDED else num_rows,
-        arguments=(ROUTED_DECODE if first.is_routed else DECODE).arguments,
+        arguments=interfaces_of(first.is_routed)[phase, True].arguments,
         log2_e=repr(math.log2(math.e)),
     )
     files = _files(name, first.target.folder, text)
-    return GpuSource(first.target, specs, files, "decode", tile, (), TABLE.name, read)
+    return GpuSource(first.target, specs, files, phase, tile, (), TABLE.name, read)
 
 
 def _files(name: str, folder: str, text: str) -> tuple[SourceFile, ...]:

@@ -14,7 +14,7 @@ from surgeon.compiler.specs.kernel_spec import GpuSpec
 from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.system.powers import padded
 from surgeon.runtime.errors import TargetError
-from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES
+from surgeon.runtime.package.interface import interfaces_of
 from surgeon.runtime.package.schedule import UNBOUNDED, HeadSchedule
 from surgeon.runtime.package.segment_table import SegmentTable
 
@@ -38,12 +38,14 @@ def wanted_tables(specs: Sequence[GpuSpec]) -> dict[str, tuple[LayerSchedule, Ta
     return {f"{spec.name}.{shape.name}": (spec.schedule, shape) for spec in wanted}
 
 
-def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) -> tuple[GpuSource, ...]:
+def render_prefill(
+    specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable], paged: bool = False
+) -> tuple[GpuSource, ...]:
     """Renders one target's layer schedules; each file is `<target>/<name>.py` and its function is called `<name>`.
 
     A schedule is code in a kernel named after its spec, or, if it has many pieces, in several for consecutive heads.
     If it has too many pieces for that, it is a table, and one kernel, `attention_by_table`, serves all such layers, or
-    `routed_attention_by_table` those with routed heads.
+    `routed_attention_by_table` those with routed heads. The names of `paged` kernels begin with `paged_`.
     `tables` are those of `wanted_tables`.
 
     Raises:
@@ -61,11 +63,11 @@ def render_prefill(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable])
             by_table[name] = spec, table
             continue
         for heads in _kernel_heads(spec, cut, leaves):
-            sources.append(_by_code(spec, cut, heads, table))
+            sources.append(_by_code(spec, cut, heads, table, paged))
     for routed in (False, True):
         kind = {name: found for name, found in by_table.items() if found[0].is_routed == routed}
         if kind:
-            sources.append(_by_table(kind, cut, shape))
+            sources.append(_by_table(kind, cut, shape, paged))
     return tuple(sources)
 
 
@@ -96,13 +98,13 @@ def _table_leaves(table: SegmentTable) -> list[int]:
     return [segment_trees.num_leaves(table, pattern) for pattern in range(len(table.rows))]
 
 
-def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | None) -> GpuSource:
+def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | None, paged: bool) -> GpuSource:
     """Renders the kernel for some heads of a layer, with their schedule as decision trees."""
     schedule = spec.schedule
     name = spec.name if len(heads) == len(schedule.heads) else f"{spec.name}_head_{heads.start:02d}"
     if table is not None:
         patterns = heads if cut.heads == 1 else range(len(table.rows))
-        return _source((spec,), cut, name, heads, segment_trees.segment_trees(table, patterns))
+        return _source((spec,), cut, name, heads, segment_trees.segment_trees(table, patterns), paged)
     keys = row_trees.schedule_trees(schedule, heads)
     if keys.num_entries > _MAX_KEY_LIST:
         raise TargetError(
@@ -111,16 +113,18 @@ def _by_code(spec: GpuSpec, cut: Tiling, heads: range, table: SegmentTable | Non
             str(keys.num_entries),
             "lower the number of distinct cuts in a layer",
         )
-    return _source((spec,), cut, name, heads, keys)
+    return _source((spec,), cut, name, heads, keys, paged)
 
 
-def _by_table(found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, shape: TableShape) -> GpuSource:
+def _by_table(
+    found: Mapping[str, tuple[GpuSpec, SegmentTable]], cut: Tiling, shape: TableShape, paged: bool
+) -> GpuSource:
     """Renders the kernel for all layers whose schedules are tables."""
     specs = [spec for spec, _ in found.values()]
     heads = range(len(specs[0].schedule.heads))
     tables = {name: table for name, (_, table) in found.items()}
     name = "routed_attention_by_table" if specs[0].is_routed else "attention_by_table"
-    return _source(specs, cut, name, heads, None, shape.name, tables)
+    return _source(specs, cut, name, heads, None, paged, shape.name, tables)
 
 
 def head_groups(layer: LayerSchedule, leaves: Sequence[int], max_leaves: int) -> tuple[range, ...]:
@@ -146,13 +150,15 @@ def _source(
     name: str,
     heads: range,
     trees: ScheduleTrees | SegmentTrees | None,
+    paged: bool,
     table: str = "",
     tables: Mapping[str, SegmentTable] | None = None,
 ) -> GpuSource:
     spec, shape = specs[0], specs[0].shape
     num_rows = spec.schedule.num_rows
     whole = len(heads) == shape.num_heads
-    interface = (ROUTED_INTERFACES if spec.is_routed else INTERFACES)["prefill", bool(table)]
+    phase, name = ("paged_prefill", f"paged_{name}") if paged else ("prefill", name)
+    interface = interfaces_of(spec.is_routed)[phase, bool(table)]
     template = "prefill_rows" if isinstance(trees, ScheduleTrees) else "prefill_segments"
     text = render_template(
         f"gpu/{template}.py.jinja",
@@ -163,6 +169,8 @@ def _source(
         tiling=cut,
         loads=spec.prefill.loads,
         persistent=spec.prefill.persistent,
+        paged=paged,
+        least_queries=1 if spec.decode is None else 2,
         trees=trees,
         max_segments=padded(max(read.max_segments for read in tables.values())) if tables else None,
         num_rows=None if num_rows == UNBOUNDED else num_rows,
@@ -175,7 +183,7 @@ def _source(
         target=spec.target,
         specs=tuple(specs),
         files=(SourceFile(f"{spec.target.folder}/{name}.py", text),),
-        phase="prefill",
+        phase=phase,
         tile=spec.prefill,
         heads=() if whole else (heads.start, heads.stop),
         table=table,

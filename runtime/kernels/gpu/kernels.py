@@ -2,62 +2,29 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
-from surgeon.runtime.errors import PackageError, PatchError, TargetError, TopologyError, short_repr
+from surgeon.runtime.errors import PatchError, TopologyError
 from surgeon.runtime.kernels.gpu.driver import Driver, Function
 from surgeon.runtime.kernels.gpu.kernel import Kernel
+from surgeon.runtime.kernels.gpu.load import DTYPES, check_entry, load_kernel, no_pages
 from surgeon.runtime.kernels.gpu.open_driver import open_driver
 from surgeon.runtime.kernels.gpu.routing import PARTS, LayerRoutes, attend_chosen, load_routes, router_kernels
 from surgeon.runtime.kernels.gpu.segment_tables import LoadedTable, load_tables
+from surgeon.runtime.kernels.gpu.targets import choose_target, target_of
 from surgeon.runtime.operands import Operands
-from surgeon.runtime.package.interface import ALIGNMENT, STRIDES, check_interface
-from surgeon.runtime.package.manifest import KernelEntry, Manifest
+from surgeon.runtime.package.interface import ALIGNMENT, PAGE_STRIDES, PAGED, STRIDES
+from surgeon.runtime.package.manifest import KernelEntry
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.target import Target
+from surgeon.runtime.packed_batch import DeviceBatch
 
 _LOG = logging.getLogger("surgeon")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_AGAIN = "compile the package with this version of surgeon"
-_MAX_THREADS = 1024
-_MAX_SCRATCH_BYTES = 4096
 _MAX_SPLITS = 128
 _PROGRAMS_A_PROCESSOR = 2  # in a decoding kernel, so that one loads while another computes
 _STRIDES = tuple(stride.name for stride in STRIDES)
-
-
-def target_of(device: torch.device) -> Target:
-    """The target that code for a device is compiled for."""
-    if torch.version.hip:
-        # The name may carry features that do not matter here: gfx90a:sramecc+:xnack-.
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", f"{major}{minor}")
-
-
-def choose_target(manifest: Manifest, own: Target, where: str) -> Target:
-    """The packaged target to run on a device: its own, or for compute capability 8.x the nearest lower 8.x.
-
-    Code for compute capability 9.0 or later, or for HIP, runs only on the target that it was compiled for.
-
-    Raises:
-        TargetError: the package has no such target; the message names those that it has.
-    """
-    there = [Target.parse(name) for name in manifest.targets]
-    if own in there:
-        return own
-    if own.backend == "cuda" and own.arch.startswith("8"):
-        lower = [target for target in there if target.backend == "cuda" and "80" <= target.arch < own.arch]
-        if lower:
-            return max(lower)
-    raise TargetError(
-        where,
-        f"kernels for {own}, this device's target",
-        "only " + ", ".join(manifest.targets) if manifest.targets else "none",
-        f"compile the package again with --target {own}",
-    )
+_PAGE_STRIDES = tuple(stride.name for stride in PAGE_STRIDES)
 
 
 class GpuKernels:
@@ -83,14 +50,14 @@ class GpuKernels:
         entries = [entry for entry in manifest.kernels if entry.target == str(target)]
         for index, entry in enumerate(manifest.kernels):
             if entry.target == str(target):
-                _check(entry, manifest, f"{files.folder}: kernels[{index}]")
+                check_entry(entry, manifest, f"{files.folder}: kernels[{index}]")
         functions: dict[KernelEntry, Function] = {}  # several entries may share their code
         for entry in entries:
-            kernel = _load(entry, files, device, processors, driver, functions)
+            kernel = load_kernel(entry, files, device, processors, driver, functions)
             for layer in entry.layers:
-                self._kernels.setdefault((entry.phase, layer, _DTYPES[entry.dtype]), []).append(kernel)
+                self._kernels.setdefault((entry.phase, layer, DTYPES[entry.dtype]), []).append(kernel)
         self.dtypes: tuple[torch.dtype, ...] = tuple(
-            dtype for dtype in _DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
+            dtype for dtype in DTYPES.values() if ("prefill", manifest.layers[0], dtype) in self._kernels
         )
         self._tables: dict[tuple[str, int], LoadedTable] = load_tables(files, entries, device)
         self._routes: dict[int, LayerRoutes] = load_routes(files, device) if entries else {}
@@ -164,14 +131,8 @@ class GpuKernels:
             values |= self._table("prefill", layer)
             if self._max_keys is not None:
                 out.fill_(torch.nan)
-            first_head = first_kv_head * heads // kv_heads
-            for kernel in self._kernels["prefill", layer, q.dtype]:
-                own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
-                if not own:
-                    continue
-                lengths["query_heads"] = len(own) // kernel.program_heads
-                lengths["row_tiles"] = row_tiles(q_length, kernel.tile_rows, self._block_size, operands.dense_tail)
-                kernel.launch(lengths, stream, values, q)
+            prefill = self._kernels["prefill", layer, q.dtype]
+            self._prefill(prefill, lengths, stream, values, q, q_length, operands.dense_tail)
             return out
         splits = self._splits(batch * kv_heads, k_length)
         places = splits + (PARTS if routes is not None else 0)
@@ -189,6 +150,90 @@ class GpuKernels:
         for kernel in (*decode, *combine):
             kernel.launch(lengths, stream, values, q)
         return out
+
+    def attend_pages(
+        self,
+        layer: int,
+        batch: DeviceBatch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        first_kv_head: int = 0,
+    ) -> None:
+        """Queues a layer's kernels for a batch on the current stream; see `LayerKernels.run_pages`.
+
+        Grids follow from shapes and the batch's maxima alone. Positions are not checked, as in `attend`.
+
+        Raises:
+            TargetError: the package has no kernels for pages, or the driver refuses the launch.
+            PatchError: a tensor's address or strides do not suit the kernels.
+        """
+        prefill, decode, combine = (
+            self._kernels.get((f"{PAGED}{phase}", layer, q.dtype), ()) for phase in ("prefill", "decode", "combine")
+        )
+        if not prefill:
+            raise no_pages("attention", f"none for {q.dtype}")
+        if q.numel() == 0:
+            return
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+            if not _fits(tensor):
+                raise _misfit(name, tensor, "pass tensors and pages that are aligned")
+        (sequences, heads), kv_heads = (len(batch.lengths), q.shape[1]), k.shape[1]
+        values: dict[str, int | float] = {
+            "q": q.data_ptr(),
+            "k": k.data_ptr(),
+            "v": v.data_ptr(),
+            "out": out.data_ptr(),
+            "query_start": batch.query_start.data_ptr(),
+            "lengths": batch.lengths.data_ptr(),
+            "dense_from": batch.dense_from.data_ptr(),
+            "block_table": batch.block_table.data_ptr(),
+            "block_table_stride": batch.block_table.stride(0),
+            "page_shift": batch.page_tokens.bit_length() - 1,
+            "first_kv_head": first_kv_head,
+            "num_kv_heads": kv_heads,
+            "scale": scale,
+            "global_scratch": 0,
+            "profile_scratch": 0,
+        }
+        values |= zip(_PAGE_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
+        lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": sequences, "one": 1}
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        if self._max_keys is not None:
+            out.fill_(torch.nan)
+        if decode:  # of the sequences that have one query
+            splits = max(1, min(self._programs // (sequences * kv_heads), _MAX_SPLITS))  # at every length the same
+            partial = q.new_empty((sequences, heads, splits, q.shape[2]), dtype=torch.float32)
+            partial_lse = q.new_empty((sequences, heads, splits), dtype=torch.float32)
+            values |= {"partial": partial.data_ptr(), "partial_lse": partial_lse.data_ptr(), "num_splits": splits}
+            values |= self._table("paged_decode", layer)
+            for kernel in (*decode, *combine):
+                kernel.launch({**lengths, "splits": splits}, stream, values, q)
+        if not decode or batch.most_queries > 1:
+            values |= self._table("paged_prefill", layer)
+            self._prefill(prefill, lengths, stream, values, q, batch.most_queries, dense_tail=1)
+
+    def _prefill(
+        self,
+        kernels: Sequence[Kernel],
+        lengths: Mapping[str, int],
+        stream: int,
+        values: Mapping[str, int | float],
+        q: torch.Tensor,
+        queries: int,
+        dense_tail: int,
+    ) -> None:
+        """Launches a layer's prefill kernels for the heads that the tensors hold, with `queries` a sequence at most."""
+        heads = lengths["query_heads"]
+        first_head = int(values["first_kv_head"]) * heads // lengths["key_value_heads"]
+        for kernel in kernels:
+            own = range(max(first_head, kernel.heads.start), min(first_head + heads, kernel.heads.stop))
+            if own:
+                tiles = row_tiles(queries, kernel.tile_rows, self._block_size, dense_tail)
+                grid = {**lengths, "query_heads": len(own) // kernel.program_heads, "row_tiles": tiles}
+                kernel.launch(grid, stream, values, q)
 
     def _table(self, phase: str, layer: int) -> Mapping[str, int]:
         """The table's arguments for a kernel that reads one, none for any other."""
@@ -218,18 +263,10 @@ class GpuKernels:
 
     def _fitting(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it if its address or strides do not meet the kernels' preconditions."""
-        strides = _strides(tensor)
-        numbers = (tensor.data_ptr(), *strides)
-        if tensor.stride(3) == 1 and not any(number % ALIGNMENT for number in numbers):
+        if _fits(tensor):
             return tensor
         if self._strict:
-            raise PatchError(
-                f"attention: {name}",
-                f"an address that is a multiple of {ALIGNMENT}, strides that are multiples of {ALIGNMENT} elements, "
-                "and stride 1 last",
-                f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
-                "pass a contiguous copy, or load the package without strict",
-            )
+            raise _misfit(name, tensor, "pass a contiguous copy, or load the package without strict")
         if name not in self._warned:
             self._warned.add(name)
             _LOG.warning("attention: %s is copied at every call: its address or strides do not fit the kernels", name)
@@ -247,79 +284,6 @@ def open_gpu(files: PackageFiles, device: torch.device, strict: bool) -> GpuKern
     assert device.index is not None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return GpuKernels(files, target, device.index, processors, strict, open_driver(target.backend))
-
-
-def _check(entry: KernelEntry, manifest: Manifest, where: str) -> None:
-    """Refuses a kernel that the launcher cannot launch: a wrong argument would be read as an address."""
-    check_interface(entry, where, manifest.routed)
-    launch = entry.launch
-    if launch is None or not (
-        0 < launch.threads <= _MAX_THREADS
-        and launch.tile_rows > 0
-        and launch.shared_bytes >= 0
-        and 0 <= launch.scratch_bytes <= _MAX_SCRATCH_BYTES
-    ):
-        raise PackageError(f"{where}.launch", "numbers of threads, rows and bytes in range", short_repr(launch), _AGAIN)
-    if entry.dtype not in _DTYPES:
-        raise PackageError(f"{where}.dtype", f"one of {', '.join(_DTYPES)}", short_repr(entry.dtype), _AGAIN)
-    group = manifest.model.num_attention_heads // manifest.model.num_key_value_heads
-    shares = launch.program_heads
-    if shares != 1 and (shares < 1 or group % shares or entry.heads or entry.phase != "prefill"):
-        expected = f"1, or in a prefill kernel of all heads a number that divides {group}"
-        raise PackageError(f"{where}.launch.program_heads", expected, short_repr(shares), _AGAIN)
-    if entry.heads and entry.phase != "prefill":
-        raise PackageError(f"{where}.heads", f"none for the phase {entry.phase}", short_repr(entry.heads), _AGAIN)
-    name = _function_name(entry, not set(manifest.routed).isdisjoint(entry.layers))
-    if entry.symbol != name or not entry.file.startswith(f"{Target.parse(entry.target).folder}/{name}.{entry.dtype}."):
-        found = f"{entry.symbol} in {entry.file}"
-        raise PackageError(f"{where}.symbol", f"{name}, in its file for {entry.dtype}", short_repr(found), _AGAIN)
-
-
-def _function_name(entry: KernelEntry, routed: bool) -> str:
-    """The name of the function that the compiler makes for an entry of the manifest, of layers that may be routed."""
-    if entry.phase == "decode" or entry.table.startswith("prefill"):
-        name = "decode" if entry.phase == "decode" else "attention_by_table"
-        return f"routed_{name}" if routed else name
-    if entry.phase != "prefill":
-        return entry.phase
-    return f"{entry.schedule}_head_{entry.heads[0]:02d}" if entry.heads else entry.schedule
-
-
-def _load(
-    entry: KernelEntry,
-    files: PackageFiles,
-    device: int,
-    processors: int,
-    driver: Driver,
-    functions: dict[KernelEntry, Function],
-) -> Kernel:
-    launch = entry.launch
-    assert launch is not None
-    code = replace(entry, layers=(), schedule="")
-    if code not in functions:
-        functions[code] = driver.load(
-            files.files[entry.file],
-            f"{files.folder}/{entry.file}",
-            entry.symbol,
-            [argument.type for argument in entry.arguments],
-            device,
-            launch.threads,
-            launch.shared_bytes,
-        )
-    first, end = entry.heads or (0, files.manifest.model.num_attention_heads)
-    names = tuple(argument.name for argument in entry.arguments)
-    function = functions[code]
-    at_once = max(1, processors * function.programs_a_processor()) if launch.persistent else None
-    return Kernel(
-        function,
-        names,
-        launch.grid,
-        launch.tile_rows,
-        launch.scratch_bytes,
-        launch.program_heads,
-        range(first, end),
-        at_once,
-    )
 
 
 def row_tiles(q_length: int, tile_rows: int, block_size: int, dense_tail: int) -> int:
@@ -340,8 +304,24 @@ def _partial(q: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _strides(tensor: torch.Tensor) -> Sequence[int]:
-    """The strides in elements, with 0 for an axis of length 1, whose stride is arbitrary."""
-    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False)]
+    """The strides in elements but for the last, with 0 for an axis of length 1, whose stride is arbitrary."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False)]
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    """True if a tensor's address and strides meet the kernels' preconditions."""
+    numbers = (tensor.data_ptr(), *_strides(tensor))
+    return tensor.stride(-1) == 1 and not any(number % ALIGNMENT for number in numbers)
+
+
+def _misfit(name: str, tensor: torch.Tensor, remedy: str) -> PatchError:
+    return PatchError(
+        f"attention: {name}",
+        f"an address that is a multiple of {ALIGNMENT}, strides that are multiples of {ALIGNMENT} elements, "
+        "and stride 1 last",
+        f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
+        remedy,
+    )
 
 
 def _positions(tensor: torch.Tensor | None, like: torch.Tensor, default: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.segment_table import FILE, SegmentTable, read_table
 from surgeon.runtime.package.tensors import Matrices
 
-_BY_ROW = ("decode", "choose")
+_BY_ROW = ("decode", "choose", "paged_decode")
 """The phases whose kernels read the decode table."""
 _SHAPE = re.compile(r"prefill_[1-9]\d{0,3}x(?P<blocks>[1-9]\d{0,3})(x[1-9]\d{0,1})?")
 

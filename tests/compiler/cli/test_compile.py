@@ -79,7 +79,7 @@ def test_compile_hands_its_options_on(topology_file: Path, compiler: Compiler) -
     out = topology_file.parent / "kernels"
     targets = ["--target", "cuda:90", "--target", "cpu", "--target", "cuda:90"]
     dtypes = ["--dtype", "fp16", "--dtype", "bf16"]
-    others = ["--jobs", "3", "--dump", str(out / "dump"), "--tiles", str(TILES)]
+    others = ["--jobs", "3", "--dump", str(out / "dump"), "--tiles", str(TILES), "--paged"]
     assert cli.main_compile([str(topology_file), "--out", str(out), *targets, *dtypes, *others]) == 0
     (call,) = compiler.calls
     assert call.pop("topology").num_blocks == 2
@@ -91,6 +91,7 @@ def test_compile_hands_its_options_on(topology_file: Path, compiler: Compiler) -
         "dump": out / "dump",
         "progress": None,
         "tiles": read_tiles(TILES),
+        "paged": True,
     }
 
 
@@ -98,6 +99,7 @@ def test_compile_leaves_defaults_to_the_compiler(topology_file: Path, compiler: 
     assert cli.main(["compile", str(topology_file), "--out", str(topology_file.parent / "kernels")]) == 0
     (call,) = compiler.calls
     assert (call["targets"], call["dtypes"], call["jobs"], call["dump"]) == (("cpu",), None, None, None)
+    assert call["paged"] is False
 
 
 def test_compile_json(topology_file: Path, compiler: Compiler, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,13 @@ import pytest
 
 from surgeon.runtime.errors import PackageError
 from surgeon.runtime.package.interface import (
-    INTERFACES,
+    PAGED_INTERFACES,
     POINTEES,
     ROUTED_INTERFACES,
     SCRATCH,
     Interface,
     check_interface,
+    interfaces_of,
 )
 from surgeon.runtime.package.manifest import Argument, KernelEntry, Launch
 
@@ -22,14 +23,14 @@ CASES = pytest.mark.parametrize(
     [
         (*case, routed, persistent)
         for routed in (False, True)
-        for case in (ROUTED_INTERFACES if routed else INTERFACES)
+        for case in interfaces_of(routed)
         for persistent in ((False, True) if case[0] == "prefill" else (False,))
     ],
 )
 
 
 def interface_of(phase: str, by_table: bool, routed: bool = False, persistent: bool = False) -> Interface:
-    interface = (ROUTED_INTERFACES if routed else INTERFACES)[phase, by_table]
+    interface = interfaces_of(routed)[phase, by_table]
     return interface.persistent if persistent else interface
 
 
@@ -71,7 +72,12 @@ def changed(**fields: Any) -> Callable[[KernelEntry], KernelEntry]:
 @pytest.mark.parametrize(
     ("phase", "by_table", "change", "message"),
     [
-        ("prefill", False, changed(phase="any"), r"phase: expected one of prefill, decode, combine, got 'any'"),
+        (
+            "prefill",
+            False,
+            changed(phase="any"),
+            r"phase: expected one of prefill, decode, combine, paged.*, got 'any'",
+        ),
         ("decode", True, changed(table=""), r"table: expected a table for the phase decode, got ''"),
         ("combine", False, changed(table="x"), r"table: expected no table for the phase combine, got 'x'"),
         ("prefill", False, changed(arguments=()), r"arguments\[0\]: expected q pointer, got none"),
@@ -118,7 +124,7 @@ def test_an_interface_agrees_with_itself(phase: str, by_table: bool, routed: boo
     [
         (entry_of("prefill", False), [0], r"arguments\[22\]: expected partial pointer, got 'global_scratch pointer'"),
         (entry_of("prefill", False, True), [1], r"arguments\[22\]: expected global_scratch pointer, got 'partial po"),
-        (entry_of("choose", True, True), [1], r"phase: expected one of prefill, decode, combine, got 'choose'"),
+        (entry_of("choose", True, True), [1], r"phase: expected one of prefill, decode, combine, .*, got 'choose'"),
         (
             changed(layers=(0, 1))(entry_of("decode", True)),
             [0],
@@ -143,5 +149,6 @@ def test_layers_of_both_kinds_share_what_combines_splits() -> None:
 
 
 def test_every_pointee_is_an_argument() -> None:
-    names = {argument.name for interface in ROUTED_INTERFACES.values() for argument in interface.persistent.arguments}
+    interfaces = [*ROUTED_INTERFACES.values(), *PAGED_INTERFACES.values()]
+    names = {argument.name for interface in interfaces for argument in interface.persistent.arguments}
     assert set(POINTEES) <= names

@@ -18,7 +18,7 @@ from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.specs.tiles import Tile
 from surgeon.runtime.errors import BuildError, TargetError
-from surgeon.runtime.package.interface import INTERFACES, ROUTED_INTERFACES
+from surgeon.runtime.package.interface import INTERFACES, PAGED_INTERFACES, ROUTED_INTERFACES
 from surgeon.runtime.package.manifest import Argument
 from surgeon.runtime.package.target import Target
 from topologies import build, window_head
@@ -30,6 +30,12 @@ ABI = {
     "attention_by_table": [8] * 7 + [8] * 9 + [4] * 6 + [8] * 3 + [4] + [8] * 2,
     "decode": [8] * 7 + [8] * 9 + [4] * 3 + [8] * 3 + [4] + [8] * 2,
     "combine": [8] * 4 + [4] * 2 + [8] * 2,
+}
+PAGED_ABI = {
+    "paged_attention_000": [8] * 8 + [8] * 8 + [4] * 5 + [8] * 2,
+    "paged_attention_by_table": [8] * 8 + [8] * 8 + [4] * 5 + [8] * 3 + [4] + [8] * 2,
+    "paged_decode": [8] * 9 + [8] * 8 + [4] * 4 + [8] * 3 + [4] + [8] * 2,
+    "paged_combine": [8] * 4 + [4] + [8] * 2,
 }
 ROUTED_ABI = {
     "write_nodes": [8] * 7 + [8] * 3 + [4] * 3 + [8] * 2,
@@ -47,13 +53,13 @@ TASKS = [8] + [4] * 3
 
 
 def kernels(
-    target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False, persistent: bool = False
+    target: str, monkeypatch: pytest.MonkeyPatch, routed: bool = False, persistent: bool = False, paged: bool = False
 ) -> dict[str, GpuSource]:
     """A kernel of every interface, by its symbol."""
     use_tile(Tile(64, 64, 4, 2, persistent=persistent), monkeypatch)
     heads = [window_head(1, 1, route=3 * routed), window_head(1, 2)]
     topology = build([heads], num_kv_heads=1, head_dim=64, block_size=64, num_blocks=8)
-    specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), ["bf16"])
+    specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), ["bf16"], paged=paged)
     by_code = gpu_sources(specs)
     monkeypatch.setattr("surgeon.compiler.kernels.gpu.prefill.MAX_LEAVES", 0)
     return {Path(source.files[0].path).stem: source for source in (*by_code, *gpu_sources(specs))}
@@ -74,6 +80,18 @@ def test_the_parameters_in_a_cubin(
         if persistent and source.phase == "prefill":
             expected = expected[:-2] + TASKS + expected[-2:]
         assert [size for _, size in declared] == expected, symbol
+        assert declared == laid_out(binary.kernels[0].arguments)
+
+
+def test_the_parameters_of_kernels_for_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        symbol: source for symbol, source in kernels("cuda:90", monkeypatch, paged=True).items() if "paged" in symbol
+    }
+    assert {(source.phase, bool(source.table)) for source in found.values()} == set(PAGED_INTERFACES)
+    for symbol, source in found.items():
+        binary = build_triton(source, "bf16")
+        declared = parameters(binary, tmp_path)
+        assert [size for _, size in declared] == PAGED_ABI[symbol], symbol
         assert declared == laid_out(binary.kernels[0].arguments)
 
 

@@ -13,7 +13,7 @@ from gpu_standin import OnGpu, Standin, on_gpu
 from surgeon.compiler import compile_package
 from surgeon.runtime import load
 from surgeon.runtime.errors import PackageError, PatchError, TargetError
-from surgeon.runtime.kernels.gpu.kernels import choose_target, target_of
+from surgeon.runtime.kernels.gpu.targets import choose_target, target_of
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.target import Target

@@ -17,7 +17,7 @@ from models import padded, sparse_topology, tiny_llama
 from surgeon.compiler import Topology, compile_package
 from surgeon.compiler.specs.tiles import loads_of, tiles_of
 from surgeon.runtime import Package, load, patch
-from surgeon.runtime.kernels.gpu.kernels import target_of
+from surgeon.runtime.kernels.gpu.targets import target_of
 
 pytest.importorskip("triton")
 pytestmark = [
