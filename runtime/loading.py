@@ -43,17 +43,33 @@ def load(
             from one compile.
         TargetError: the package holds no kernels for this machine or this device.
     """
+    package = open_package(folder, strict, cpu_variant, sha256, hub_cache)
+    if device is None:
+        device = "cuda" if "cpu" not in package.manifest.targets and torch.cuda.is_available() else "cpu"
+    package.prepare(device)
+    return package
+
+
+def open_package(
+    folder: str | os.PathLike[str],
+    strict: bool = False,
+    cpu_variant: str | None = None,
+    sha256: str | None = None,
+    hub_cache: bool = False,
+) -> "Package":
+    """Verifies a package like `load`, and leaves its kernels to be loaded for each device on first use.
+
+    Raises:
+        PackageError: the package is damaged, untrustworthy, or not the one that `sha256` names; or its parts are not
+            from one compile.
+    """
     files = read_package(folder, hub_cache)
     if sha256 is not None and sha256.lower() != files.id:
         raise PackageError(
             str(files.folder), f"the package {short_repr(sha256, 70)}", files.id, "use the package that was meant"
         )
     _ = files.schedules  # so that another topology's are refused before any kernel is loaded
-    if device is None:
-        device = "cuda" if "cpu" not in files.manifest.targets and torch.cuda.is_available() else "cpu"
-    package = Package(files, LayerKernels(files, strict, cpu_variant))
-    package.prepare(device)
-    return package
+    return Package(files, LayerKernels(files, strict, cpu_variant))
 
 
 def loaded(package: object) -> "Package":

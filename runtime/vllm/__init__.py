@@ -1,4 +1,4 @@
-"""vLLM's plugin: the same package of kernels under vLLM's engine, on the CPU. Importing it imports no vLLM."""
+"""vLLM's plugin: the same package of kernels under vLLM's engine. Importing it imports no vLLM."""
 
 
 def register() -> None:

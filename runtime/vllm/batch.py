@@ -15,3 +15,11 @@ def dense_tails(lengths: torch.Tensor, prompt_lengths: torch.Tensor, asking: int
     if not asking:
         return torch.full(lengths.shape, PATTERN_ALONE, dtype=torch.int64)
     return asking + lengths.long() - prompt_lengths.long()
+
+
+def dense_from(prompt_lengths: torch.Tensor, asking: int) -> torch.Tensor:
+    """The token after which each sequence's rows of blocks read everything, int32 `[sequences]`; see `DeviceBatch`.
+
+    It is the same in every step of a sequence. `asking` is at least 1; the rest is as for `dense_tails`.
+    """
+    return (prompt_lengths.long() - asking).to(torch.int32)

@@ -10,9 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from surgeon.runtime.errors import PatchError, short_repr
+from surgeon.runtime.kernels.gpu.load import no_pages, paged_dtypes
+from surgeon.runtime.kernels.gpu.targets import choose_target
 from surgeon.runtime.loading import Package
 from surgeon.runtime.package.manifest import Manifest
+from surgeon.runtime.package.target import Target
 from surgeon.runtime.transformers.compatibility import check_config
 from surgeon.runtime.transformers.layers import FULL, layer_type
 
@@ -42,22 +47,26 @@ def check_version(version: str) -> None:
         )
 
 
-def check_server(config: Any, package: Package, device: str) -> None:
-    """Checks that a server of this VllmConfig, on a device of this type, can run on the package's kernels.
+def check_server(config: Any, package: Package, own: Target) -> None:
+    """Checks that a server of this VllmConfig, on a device of this target, can run on the package's kernels.
 
     Raises:
         PatchError: it cannot; the message describes the first fault.
         TargetError: the package has no kernels for the device.
     """
-    if device != "cpu":
-        raise PatchError(
-            "vLLM's device", "cpu: the plugin has no part for GPUs yet", device, "serve on a CPU, or without a package"
-        )
     shape = package.manifest.model
     hf_config = config.model_config.hf_config
     check_config(hf_config, shape)
     covered_layers(hf_config, package.manifest)
-    _check_kernels(config, package)
+    if own.backend != "cpu" and package.manifest.routed:
+        raise PatchError(
+            "surgeon_package",
+            "a package without routed heads: the plugin does not run these on GPUs yet",
+            f"routed heads in layer {package.manifest.routed[0]}",
+            "serve on a CPU, or compile a topology without routes",
+        )
+    _check_kernels(config, package, own)
+    _check_pages(config.cache_config, package.manifest.block_size, own)
     _check_lengths(config.model_config, package.manifest)
     _check_parallel(config.parallel_config, shape.num_key_value_heads)
     _check_features(config)
@@ -81,9 +90,24 @@ def covered_layers(hf_config: Any, manifest: Manifest) -> tuple[int, ...]:
     return covered
 
 
-def _check_kernels(config: Any, package: Package) -> None:
-    model, cache, block = config.model_config, config.cache_config, package.manifest.block_size
-    dtypes = package.dtypes_on("cpu")
+def _kernel_dtypes(package: Package, own: Target) -> tuple[torch.dtype, ...]:
+    """The dtypes of the kernels that a server on such a device would run on.
+
+    Raises:
+        TargetError: the package has none.
+    """
+    if own.backend == "cpu":
+        return package.dtypes_on("cpu")
+    target = choose_target(package.manifest, own, "surgeon_package")
+    dtypes = paged_dtypes(package.manifest, target)
+    if not dtypes:
+        raise no_pages("surgeon_package", f"none for {target}")
+    return dtypes
+
+
+def _check_kernels(config: Any, package: Package, own: Target) -> None:
+    model, cache = config.model_config, config.cache_config
+    dtypes = _kernel_dtypes(package, own)
     if model.dtype not in dtypes:
         raise PatchError(
             "vLLM's dtype",
@@ -98,11 +122,19 @@ def _check_kernels(config: Any, package: Package) -> None:
             short_repr(cache.cache_dtype),
             "leave out --kv-cache-dtype",
         )
-    if cache.block_size % block:
+
+
+def _check_pages(cache: Any, block: int, own: Target) -> None:
+    size = cache.block_size
+    if own.backend != "cpu" and not cache.user_specified_block_size:
+        return  # the plugin chooses
+    wants_power = own.backend != "cpu" and size & (size - 1)
+    if size % block or wants_power:
+        power = " and a power of two" if own.backend != "cpu" else ""
         raise PatchError(
             "vLLM's pages",
-            f"a multiple of {block} tokens, the package's block",
-            f"{cache.block_size} tokens",
+            f"a multiple of {block} tokens, the package's block{power}",
+            f"{size} tokens",
             f"serve with --block-size {max(64, block)}",
         )
 

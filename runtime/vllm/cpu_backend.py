@@ -3,17 +3,13 @@
 Source: `vllm.v1.attention.backends.cpu_attn`.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -27,15 +23,13 @@ from surgeon.runtime.errors import PatchError
 from surgeon.runtime.loading import Package
 from surgeon.runtime.packed_batch import PackedBatch
 from surgeon.runtime.vllm.batch import dense_tails
-from surgeon.runtime.vllm.compatibility import covered_layers
 from surgeon.runtime.vllm.freeing import PatternSpec, by_need
 from surgeon.runtime.vllm.hooks import replace
+from surgeon.runtime.vllm.layers import check_sharing, covered_by, report
 from surgeon.runtime.vllm.pages.layout import PageLayout
 from surgeon.runtime.vllm.pages.nodes import PageNodes
 from surgeon.runtime.vllm.prompts import noting_prompts, prompt_lengths
-from surgeon.runtime.vllm.serving import Serving, serving
-
-_LOG = init_logger("vllm.surgeon")
+from surgeon.runtime.vllm.serving import serving
 
 replace(GPUModelRunner, "_build_attention_metadata", noting_prompts)
 replace(Attention, "get_kv_cache_spec", by_need)
@@ -90,38 +84,20 @@ class SurgeonCPUBuilder(CPUAttentionMetadataBuilder):
         if found is None:
             return
         self.asking = found.options.asking
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        covered = covered_layers(vllm_config.model_config.hf_config, found.package.manifest)
-        ours = {name: layer for name, layer in layers.items() if extract_layer_index(name) in covered}
-        every = get_layers_from_vllm_config(vllm_config, Attention)
-        if ours:
-            _check_sharing(every, ours)
-            self._bind(found, ours, every, kv_cache_spec)
-        if get_tensor_model_parallel_rank() == 0:
-            _LOG.info_once(_report(found, sorted(map(extract_layer_index, every)), covered))
-
-    def _bind(
-        self, found: Serving, layers: dict[str, Attention], every: Mapping[str, Attention], kv_cache_spec: Any
-    ) -> None:
-        manifest = found.package.manifest
-        heads = manifest.model.num_key_value_heads // get_tensor_model_parallel_world_size()
-        rank = get_tensor_model_parallel_rank()
-        package = found.package.part(range(rank * heads, (rank + 1) * heads))
-        self.pages = PageLayout(kv_cache_spec.block_size, heads, manifest.block_size)
-        if kv_cache_spec.block_size % manifest.block_size or kv_cache_spec.num_kv_heads != heads:
-            raise PatchError(
-                "vLLM's pages",
-                f"{heads} KV heads and a multiple of {manifest.block_size} tokens",
-                f"{kv_cache_spec.num_kv_heads} KV heads and {kv_cache_spec.block_size} tokens",
-                "serve with another --block-size",
-            )
-        nodes = _nodes_of(every)
-        for name, layer in layers.items():
-            _check_layer(name, layer, manifest.model.head_dim)
-            index = extract_layer_index(name)
-            layer.impl.site = Site(package, index, self.pages, nodes if index in manifest.routed else None)
-        if isinstance(kv_cache_spec, PatternSpec):
-            self.liveness = Liveness(torch.tensor([kv_cache_spec.readers]))
+        covered = covered_by(found, vllm_config, layer_names, kv_cache_spec, SurgeonCPUImpl)
+        if covered is not None:
+            every = get_layers_from_vllm_config(vllm_config, Attention)
+            check_sharing(every, covered.layers)
+            heads, manifest = len(covered.package.kv_heads), found.package.manifest
+            self.pages = PageLayout(kv_cache_spec.block_size, heads, manifest.block_size)
+            nodes = _nodes_of(every)
+            for name, layer in covered.layers.items():
+                index = covered.indices[name]
+                own_nodes = nodes if index in manifest.routed else None
+                layer.impl.site = Site(covered.package, index, self.pages, own_nodes)
+            if isinstance(kv_cache_spec, PatternSpec):
+                self.liveness = Liveness(torch.tensor([kv_cache_spec.readers]))
+        report(found, vllm_config, found.package.cpu_variant)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -202,68 +178,7 @@ class SurgeonCPUImpl(CPUAttentionBackendImpl):
         return output
 
 
-def _check_layer(name: str, layer: Attention, head_dim: int) -> None:
-    """Refuses a layer, covered by the package, whose attention is not what the kernels compute.
-
-    Raises:
-        PatchError: it is another kind of attention.
-    """
-    impl = layer.impl
-    if not isinstance(impl, SurgeonCPUImpl):
-        raise PatchError(f"{name}: backend", "the plugin's", type(impl).__name__, "serve this model without a package")
-    expected: dict[str, tuple[object, object]] = {
-        "sliding_window": (layer.sliding_window, None),
-        "logits_soft_cap": (impl.logits_soft_cap or None, None),
-        "alibi_slopes": (impl.alibi_slopes, None),
-        "sinks": (impl.sinks, None),
-        "kv_sharing_target_layer_name": (layer.kv_sharing_target_layer_name, None),
-        "attn_type": (AttentionType(layer.attn_type).value, AttentionType.DECODER.value),
-        "head_size": (layer.head_size, head_dim),
-        "head_size_v": (layer.head_size_v, head_dim),
-    }
-    for what, (got, wanted) in expected.items():
-        if (got is None) != (wanted is None) or (wanted is not None and got != wanted):
-            raise PatchError(f"{name}: {what}", str(wanted), str(got), "serve this model without a package")
-
-
 def _nodes_of(layers: Mapping[str, Attention]) -> PageNodes:
     """The nodes of this worker's caches, made with its first group of layers."""
     sites = (getattr(layer.impl, "site", None) for layer in layers.values())
     return next((site.nodes for site in sites if site is not None and site.nodes is not None), None) or PageNodes()
-
-
-def _check_sharing(every: Mapping[str, Attention], ours: Container[str]) -> None:
-    """Refuses a layer that reads the cache of one of ours, whose pages have another order than vLLM's kernels expect.
-
-    Raises:
-        PatchError: there is one.
-    """
-    for name, layer in every.items():
-        if (target := layer.kv_sharing_target_layer_name) in ours:
-            raise PatchError(
-                f"{name}: kv_sharing_target_layer_name",
-                "a layer with a cache of its own",
-                f"one that reads the cache of {target}",
-                "serve this model without a package",
-            )
-
-
-def _report(found: Serving, layers: Sequence[int], covered: Sequence[int]) -> str:
-    """Says in one line which of a process's layers run on which kernels."""
-    package, options = found.package, found.options
-    ours, own = ([layer for layer in layers if (layer in covered) == is_ours] for is_ours in (True, False))
-    kernels = f"{package.cpu_variant} kernels of package {package.id[:12]}, recall {options.recall}"
-    asking = f", the last {options.dense_rows} tokens of a prompt read everything" if options.asking else ""
-    parts = [f"layers {_ranges(ours)} run on {kernels}{asking}"] if ours else []
-    parts += [f"layers {_ranges(own)} on vLLM's own"] if own else []
-    return "surgeon: " + "; ".join(parts)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    ends: list[list[int]] = []
-    for number in numbers:
-        if ends and ends[-1][1] == number - 1:
-            ends[-1][1] = number
-        else:
-            ends.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from surgeon.runtime.vllm.compatibility import is_taken
+from surgeon.runtime.errors import PatchError
+from surgeon.runtime.vllm.compatibility import covered_layers, is_taken
 from surgeon.runtime.vllm.pages.prefix_hashes import Asking, marking, with_mark
 from surgeon.runtime.vllm.serving import check_start, serving
 
+GPU_BACKEND = "surgeon.runtime.vllm.gpu_backend.SurgeonGPUBackend"
 CPU_BACKEND = "surgeon.runtime.vllm.cpu_backend.SurgeonCPUBackend"
 
 _MARK = "_surgeon_hook"
@@ -31,10 +33,16 @@ def install() -> None:
     from vllm.platforms import current_platform
 
     replace(type(current_platform), "check_and_update_config", _checking, is_class_method=True)
-    if current_platform.device_type == "cpu" and is_taken(__version__):
-        _replace_backend()
+    if not is_taken(__version__):
+        return
+    if current_platform.device_type == "cpu":
+        _replace_backend("CPU_ATTN", CPU_BACKEND)
         _mark_prefixes()
         _free_pages()
+    elif current_platform.is_cuda():
+        _replace_backend("CUSTOM", GPU_BACKEND)
+        _mark_prefixes()
+        _watch_backends()
 
 
 def replace(owner: Any, name: str, made: Callable[[Any], Any], is_class_method: bool = False) -> None:
@@ -56,10 +64,10 @@ def _checking(update: Callable[[Any], Any]) -> Callable[[Any], None]:
     return update_and_check
 
 
-def _replace_backend() -> None:
+def _replace_backend(name: str, path: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    register_backend(AttentionBackendEnum[name], path)
 
 
 def _mark_prefixes() -> None:
@@ -75,6 +83,29 @@ def _free_pages() -> None:
     from surgeon.runtime.vllm.freeing import register_spec
 
     register_spec()
+
+
+def _watch_backends() -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    replace(Attention, "get_kv_cache_spec", on_own_backend)
+
+
+def on_own_backend(get_kv_cache_spec: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's `Attention.get_kv_cache_spec`, which refuses covered layers of a model that chooses another backend."""
+
+    def spec_of(layer: Any, config: Any) -> Any:
+        found = serving(config)
+        name = layer.attn_backend.get_name()
+        if found is not None and name != "CUSTOM":
+            from vllm.model_executor.models.utils import extract_layer_index
+
+            covered = covered_layers(config.model_config.hf_config, found.package.manifest)
+            if extract_layer_index(layer.layer_name) in covered:
+                raise PatchError(f"{layer.layer_name}: backend", "CUSTOM", name, "serve this model without a package")
+        return get_kv_cache_spec(layer, config)
+
+    return spec_of
 
 
 def _noting_engine(initialize: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,12 +7,14 @@ from functools import cache
 from typing import Any
 
 from surgeon.runtime.errors import PatchError, SurgeonError, printable, short_repr
-from surgeon.runtime.loading import Package, load
+from surgeon.runtime.loading import Package, open_package
+from surgeon.runtime.package.target import Target
 from surgeon.runtime.transformers.recall import recall_of
 from surgeon.runtime.vllm.checkpoint import check_weights
 from surgeon.runtime.vllm.compatibility import check_server, check_version, covered_layers
 from surgeon.runtime.vllm.options import Options, options_of
 from surgeon.runtime.vllm.pages.needs import Group, groups_of
+from surgeon.runtime.vllm.selection import select_backend
 
 _TRACEBACK = "SURGEON_TRACEBACK"
 
@@ -46,7 +48,8 @@ def check_start(config: Any) -> None:
     """Ends the start of a server whose package cannot be used; `config` is its VllmConfig.
 
     The options are written into the config as they were understood, with the package's identity, so that every other
-    process loads the very package that was checked. An uncaught error is shown as one line.
+    process loads the very package that was checked; on a GPU, the config is made to choose the plugin's backend. An
+    uncaught error is shown as one line.
 
     Raises:
         SurgeonError: the package or an option cannot be used.
@@ -60,6 +63,8 @@ def check_start(config: Any) -> None:
         shape = found.package.manifest.model
         if shape.weights_sha256 is not None:
             check_weights(config.model_config, config.load_config, shape.weights_sha256)
+        if own_target().backend != "cpu":
+            select_backend(config, found.package.manifest.block_size)
     except SurgeonError:
         _show_in_one_line()
         raise
@@ -80,24 +85,40 @@ def serving(config: Any) -> Serving | None:
             "--additional-config", "an object", short_repr(config.additional_config), "pass the options as JSON"
         )
     from vllm import __version__
-    from vllm.platforms import current_platform
 
     check_version(__version__)
     options = replace(options, package=os.path.realpath(options.package))
     package = _loaded(options.package, options.sha256)
-    check_server(config, package, current_platform.device_type)
+    check_server(config, package, own_target())
     recall = recall_of(options.recall, package.manifest)
     return Serving(package, replace(options, recall=recall, sha256=package.id.partition(":")[0]))
 
 
+def own_target() -> Target:
+    """The target of this process's device, found without a use of the device itself: other processes are still to come.
+
+    Raises:
+        PatchError: the plugin has no part for the device.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "cpu":
+        return Target("cpu")
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is None:
+        expected = "a CPU or an NVIDIA GPU: the plugin knows no others yet"
+        raise PatchError("vLLM's device", expected, current_platform.device_name, "serve without a package")
+    return Target("cuda", f"{capability.major}{capability.minor}")
+
+
 @cache
 def _known(folder: str, sha256: str) -> Package:
-    return load(folder, strict=True, device="cpu", sha256=sha256)
+    return open_package(folder, strict=True, sha256=sha256)
 
 
 def _loaded(folder: str, sha256: str | None) -> Package:
     """The package of a folder; one whose identity is known is loaded once in a process."""
-    return load(folder, strict=True, device="cpu") if sha256 is None else _known(folder, sha256)
+    return open_package(folder, strict=True) if sha256 is None else _known(folder, sha256)
 
 
 def _show_in_one_line() -> None:

@@ -63,6 +63,17 @@ class PagedSequence:
     dense_from: int = NO_DENSE_ROWS
 
 
+def paged_sources(topology: Topology, layer: int, target: str = "cuda:90") -> tuple[GpuSource, ...]:
+    """The kernels for pages that a layer runs on, with no tables but its own."""
+    specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), paged=True)
+    spec = next(spec for spec in specs if layer in spec.layers)
+    return tuple(
+        replace(source, tables={name: read for name, read in source.tables.items() if name.startswith(f"{spec.name}.")})
+        for source in gpu_sources(specs)
+        if source.phase.startswith("paged") and any(layer in each.layers for each in source.specs)
+    )
+
+
 def make_paged_call(
     topology: Topology,
     sequences: Sequence[PagedSequence],
@@ -81,13 +92,7 @@ def make_paged_call(
     rng = np.random.default_rng(seed)
     model, block = topology.model, topology.block_size
     group = model.num_attention_heads // model.num_key_value_heads
-    specs = specialize_gpu(topology, schedule_layers(topology), Target.parse(target), paged=True)
-    spec = next(spec for spec in specs if layer in spec.layers)
-    sources = tuple(
-        replace(source, tables={name: read for name, read in source.tables.items() if name.startswith(f"{spec.name}.")})
-        for source in gpu_sources(specs)
-        if source.phase.startswith("paged") and any(layer in each.layers for each in source.specs)
-    )
+    sources = paged_sources(topology, layer, target)
     decodes = any(source.phase == "paged_decode" for source in sources)
     most = max(-(-each.length // page_tokens) for each in sequences)
     free = rng.permutation(most * len(sequences)) + 1  # page 0 is the one of those that nobody reads

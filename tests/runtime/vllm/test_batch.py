@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from surgeon.runtime.operands import PATTERN_ALONE
-from surgeon.runtime.vllm.batch import dense_tails
+from surgeon.runtime.vllm.batch import dense_from, dense_tails
 
 ASKING, BLOCK = 100, 64
 
@@ -42,3 +42,11 @@ def test_every_sequence_has_its_own() -> None:
 
 def test_under_the_pattern_nobody_asks() -> None:
     assert dense_tails(torch.tensor([500, 7]), torch.tensor([400, 6]), 0).tolist() == [PATTERN_ALONE] * 2
+
+
+@pytest.mark.parametrize("prompt", [1, 99, 100, 300])
+def test_a_gpus_batch_has_the_dense_rows_of_a_cpus(prompt: int) -> None:
+    (first,) = dense_from(torch.tensor([prompt], dtype=torch.int32), ASKING)
+    assert first.dtype is torch.int32
+    for length in (1, 64, prompt, prompt + 50):
+        assert length - int(dense_tails(torch.tensor([length]), torch.tensor([prompt]), ASKING)) == int(first)

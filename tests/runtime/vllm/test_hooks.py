@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+from models import Compiled, tiny_config
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.vllm import register
+from surgeon.runtime.vllm.hooks import on_own_backend
+from surgeon.runtime.vllm.options import Options
+from surgeon.runtime.vllm.serving import Serving
 
 
 @pytest.fixture
@@ -29,6 +33,30 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return platforms.current_platform
+
+
+def test_a_covered_layer_on_another_backend_is_refused(
+    compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = ModuleType("vllm.model_executor.models.utils")
+    utils.extract_layer_index = lambda name: int(name.rpartition(".")[2])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    found: Any = Serving(compiled["sparse"].package, Options("kernels"))
+    monkeypatch.setattr("surgeon.runtime.vllm.hooks.serving", lambda _config: found)
+    spec_of = on_own_backend(lambda layer, _config: f"spec of {layer.layer_name}")
+    model = SimpleNamespace(model_config=SimpleNamespace(hf_config=tiny_config()))
+
+    def layer(name: str, backend: str) -> Any:
+        return SimpleNamespace(layer_name=name, attn_backend=SimpleNamespace(get_name=lambda: backend))
+
+    assert spec_of(layer("layers.0", "CUSTOM"), model) == "spec of layers.0"
+    assert spec_of(layer("layers.7", "FLASH_ATTN"), model) == "spec of layers.7"
+    with pytest.raises(
+        PatchError, match=r"layers\.0: backend: expected CUSTOM, got FLASH_ATTN; serve this model without"
+    ):
+        spec_of(layer("layers.0", "FLASH_ATTN"), model)
+    found = None
+    assert spec_of(layer("layers.0", "FLASH_ATTN"), model) == "spec of layers.0"
 
 
 def config(**options: Any) -> Any:

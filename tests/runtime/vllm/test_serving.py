@@ -2,8 +2,8 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,7 +13,7 @@ from surgeon.runtime import load
 from surgeon.runtime.errors import PatchError
 from surgeon.runtime.vllm.options import Options
 from surgeon.runtime.vllm.pages.needs import unread_pages
-from surgeon.runtime.vllm.serving import Serving, _show_in_one_line
+from surgeon.runtime.vllm.serving import Serving, _show_in_one_line, own_target
 
 
 def config(pipeline: int = 1, **changes: Any) -> Any:
@@ -49,6 +49,47 @@ def test_layers_with_routed_heads_need_all_pages_for_good(tmp_path: Path) -> Non
         assert group is not None
         unread = unread_pages(group.readers, 1, row=10_000, pages=9_000)
         assert unread == ([] if not {0, 1}.isdisjoint(group.layers) else list(range(1, 9_000)))
+
+
+@pytest.mark.parametrize(
+    ("platform", "target"),
+    [
+        ({"device_type": "cpu"}, "cpu"),
+        (
+            {"device_type": "cuda", "is_cuda": lambda: True, "get_device_capability": lambda: Capability(9, 0)},
+            "cuda:90",
+        ),
+        (
+            {"device_type": "cuda", "is_cuda": lambda: True, "get_device_capability": lambda: Capability(12, 0)},
+            "cuda:120",
+        ),
+    ],
+)
+def test_the_target_of_a_servers_device(platform: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_platform(monkeypatch, **platform)
+    assert str(own_target()) == target
+
+
+@pytest.mark.parametrize("names", [("cuda", "rocm"), ("tpu", "tpu")])
+def test_other_devices_are_refused(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device_type, device_name = names
+    on_platform(monkeypatch, device_type=device_type, device_name=device_name, is_cuda=lambda: False)
+    with pytest.raises(
+        PatchError, match=f"vLLM's device: expected a CPU or an NVIDIA GPU: .*, got {device_name}; serve"
+    ):
+        own_target()
+
+
+class Capability(NamedTuple):
+    major: int
+    minor: int
+
+
+def on_platform(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(**fields)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ pytest.importorskip("vllm", reason="run make test-vllm")
 from vllm.v1.attention.backend import AttentionType
 
 from surgeon.runtime.errors import PatchError
-from surgeon.runtime.vllm.cpu_backend import SurgeonCPUImpl, _check_layer, _check_sharing, _ranges
+from surgeon.runtime.vllm.cpu_backend import SurgeonCPUImpl
+from surgeon.runtime.vllm.layers import _ranges, check_layer, check_sharing
 
 
 def layer(**changes: Any) -> Any:
@@ -32,8 +33,8 @@ def layer(**changes: Any) -> Any:
 
 
 def test_plain_causal_attention_passes() -> None:
-    _check_layer("layers.0", layer(), 32)
-    _check_layer("layers.0", layer(attn_type="decoder"), 32)
+    check_layer("layers.0", layer(), 32, SurgeonCPUImpl)
+    check_layer("layers.0", layer(attn_type="decoder"), 32, SurgeonCPUImpl)
 
 
 @pytest.mark.parametrize(
@@ -52,15 +53,15 @@ def test_plain_causal_attention_passes() -> None:
 )
 def test_other_attention_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PatchError) as refused:
-        _check_layer("layers.0", layer(**changes), 32)
+        check_layer("layers.0", layer(**changes), 32, SurgeonCPUImpl)
     assert message in str(refused.value)
 
 
 def test_a_cache_of_ours_is_read_by_nobody_else() -> None:
     layers = {"layers.0": layer(), "layers.1": layer(kv_sharing_target_layer_name="layers.0"), "layers.2": layer()}
-    _check_sharing(layers, {"layers.2"})
+    check_sharing(layers, {"layers.2"})
     with pytest.raises(PatchError, match=r"layers\.1: kv_sharing_target_layer_name: expected a layer with a cache of"):
-        _check_sharing(layers, {"layers.0", "layers.2"})
+        check_sharing(layers, {"layers.0", "layers.2"})
 
 
 def test_ranges_of_layers() -> None:
