@@ -237,6 +237,10 @@ def check_pages(
     for name, pages in (("k", k), ("v", v)):
         if pages.dim() != 4 or pages.shape != k.shape or pages.shape[1:] != expected:
             raise _misfit(name, f"[pages, {kv_heads}, {batch.page_tokens}, {head_dim}], k and v alike", pages)
+    if k.stride() != v.stride():
+        raise PatchError(
+            "attention: v", f"strides {k.stride()}, as k", str(v.stride()), "lay keys and values out alike"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
         if tensor.dtype != q.dtype or tensor.device != device:
             raise _mismatch(name, f"{q.dtype} on {device}, as q and the batch", tensor)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from surgeon.compiler.package.inspection import LayerRun, PackageReport, TopologyReport, TopologySummary
 from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.kernels.cpu.dense_rows import DenseRows
+from surgeon.runtime.package.interface import PAGED
 from surgeon.runtime.package.manifest import DIRECT_LIBRARY, KernelEntry
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -47,8 +48,10 @@ def _package_lines(report: PackageReport) -> Iterator[str]:
         by_target[kernel.target].append(kernel)
     direct = any(file.path == DIRECT_LIBRARY for file in manifest.files)
     for target, kernels in by_target.items():
-        without_python = "; plain calls go without Python" if target == "cpu" and direct else ""
-        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}{without_python}"
+        more = "; plain calls go without Python" if target == "cpu" and direct else ""
+        if any(kernel.phase.startswith(PAGED) for kernel in kernels):
+            more = "; also for keys and values in pages"
+        yield f"target     {target}: {_counted(len(kernels), 'kernel')}, {', '.join(_dtypes(kernels))}{more}"
 
 
 def _summary_lines(summary: TopologySummary) -> Iterator[str]:

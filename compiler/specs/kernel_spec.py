@@ -74,13 +74,14 @@ class GpuSpec(KernelSpec):
     """The kernels of a layer on a GPU: the device's resources, and the tile of each phase.
 
     `decode` is None if a KV head has too many query heads for a one-query kernel; the prefill kernels serve then.
-    `paged_prefill` is the prefill tile of kernels for keys and values in pages, None if there are to be none.
+    `paged_prefill` and `paged_decode` are the tiles of kernels for keys and values in pages, None without such kernels.
     """
 
     device: Device
     prefill: Tile
     decode: Tile | None
     paged_prefill: Tile | None = None
+    paged_decode: Tile | None = None
 
     @property
     def is_routed(self) -> bool:

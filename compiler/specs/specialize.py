@@ -1,6 +1,7 @@
 """Schedules ─▶ kernel specifications: one kernel per distinct layer schedule, if the target can hold it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from surgeon.compiler.schedule.liveness import Ints
 from surgeon.compiler.schedule.schedule import LayerSchedule
@@ -73,11 +74,12 @@ def specialize_gpu(
     if shape.heads_per_kv_head <= MAX_GROUP:
         decode = own.decode_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
     _check_routes(specs, target, decode is not None, paged)
-    in_pages = own.paged_prefill_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head) if paged else None
-    return tuple(
-        GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode, paged_prefill=in_pages)
-        for spec in specs
-    )
+    made = (GpuSpec(**vars(spec), device=own.device, prefill=prefill, decode=decode) for spec in specs)
+    if not paged:
+        return tuple(made)
+    in_pages = own.paged_prefill_tile(shape.head_dim, shape.block_size, shape.heads_per_kv_head)
+    paged_decode = None if decode is None else own.for_pages(decode)
+    return tuple(replace(spec, paged_prefill=in_pages, paged_decode=paged_decode) for spec in made)
 
 
 def _check_routes(specs: Sequence[KernelSpec], target: Target, in_tables: bool, paged: bool) -> None:

@@ -124,7 +124,8 @@ class TargetTiles:
             TargetError: no tile for this head size or block size fits the target.
         """
         tile = self.prefill_tile(head_dim, block_size, heads_per_kv_head)
-        return dataclasses.replace(tile, keys=min(tile.keys, block_size), loads=LOADS[0], persistent=False)
+        tile = dataclasses.replace(tile, keys=min(tile.keys, block_size), loads=LOADS[0], persistent=False)
+        return self.for_pages(tile)
 
     def decode_tile(self, head_dim: int, block_size: int, heads_per_kv_head: int) -> Tile:
         """The tile of a kernel for one query per sequence: its rows are the query heads of a KV head.
@@ -135,6 +136,16 @@ class TargetTiles:
         tile = self.listed("decode", head_dim)
         rows, keys = max(tile.queries, padded(heads_per_kv_head)), min(tile.keys, block_size)
         return dataclasses.replace(tile, queries=rows, keys=keys)
+
+    def for_pages(self, tile: Tile) -> Tile:
+        """The tile with as many tiles of keys in flight where each first needs an entry of a block table.
+
+        For CUDA, Triton divides the stages between the load of the entry and that of the keys; with 2n - 1 of them the
+        keys have the shared memory that n give without a table.
+        """
+        if self.target.backend != "cuda":
+            return tile
+        return dataclasses.replace(tile, stages=2 * tile.stages - 1)
 
     def listed(self, phase: str, head_dim: int) -> Tile:
         """The table's tile for a head size, whatever the block size.

@@ -168,8 +168,8 @@ class LayerKernels:
         """Attention of one layer on a GPU over a batch's queries, of any number a sequence, into `out`.
 
         q and out are `[tokens, Hq, D]`, out contiguous; tokens of no sequence are neither read nor written. k and v are
-        `[pages, Hkv, page_tokens, D]` with any aligned strides. Nothing waits for the device: a graph can capture calls
-        with one query a sequence. Positions are not checked.
+        `[pages, Hkv, page_tokens, D]` with the same aligned strides. Nothing waits for the device: a graph can capture
+        calls with one query a sequence. Positions are not checked.
 
         Raises:
             PatchError: shapes, dtypes or devices do not fit the package, or addresses or strides the kernels.

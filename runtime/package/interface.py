@@ -133,7 +133,7 @@ COMBINE = Interface(
 
 PAGE_STRIDES = (
     *(Argument(f"q_{axis}_stride", "i64") for axis in ("token", "head")),
-    *(Argument(f"{name}_{axis}_stride", "i64") for name in ("k", "v") for axis in ("page", "head", "token")),
+    *(Argument(name, "i64") for name in ("page_stride", "page_head_stride", "page_token_stride")),  # of k and v alike
 )
 
 _ALIGNED_PAGE_STRIDES = tuple(stride.name for stride in PAGE_STRIDES)

@@ -96,7 +96,8 @@ class KernelEntry:
     tables in tables.safetensors that it reads; it is empty if the kernel holds its blocks as code. `launch` is None for
     a CPU kernel, which is called. `preconditions` must have been checked by the caller, such as "name % 16 == 0".
     `phase` is "any", or on a GPU "prefill", which takes any number of queries, or "decode" and "combine", which
-    together take one; before these, layers with routed heads have "write_nodes", "choose" and "attend_chosen".
+    together take one; before these, layers with routed heads have "write_nodes", "choose" and "attend_chosen". Kernels
+    for keys and values in pages have "paged_" before the phase.
     `heads` are the first and the end of the query heads that it serves, empty for all.
     """
 

@@ -104,7 +104,7 @@ def make_paged_call(
         states.append((k.astype(dtype), v.astype(dtype)))
         first = each.length - 1 if each.queries == 1 and decodes else (each.length - each.queries) // TILE * TILE
         places = (each.length - first, each.length, first, 0)
-        mask = reference.token_mask(topology, layer, *places, *_dense(each))
+        mask = reference.token_mask(topology, layer, *places, *dense_rows_of(each))
         seen = mask.any(dim=1).view(model.num_key_value_heads, group, -1).any(dim=1).numpy()
         held = np.zeros_like(seen)
         for begin in range(0, each.length, block):  # whole blocks are read
@@ -147,14 +147,16 @@ def check_paged(
         q = torch.from_numpy(call.q[tokens]).transpose(0, 1)[None]
         position = each.length - each.queries
         keys, values = (torch.from_numpy(x)[None] for x in (k, v))
-        expected, _ = reference.attention(topology, layer, q, keys, values, [position], [0], call.scale, *_dense(each))
+        expected, _ = reference.attention(
+            topology, layer, q, keys, values, [position], [0], call.scale, *dense_rows_of(each)
+        )
         found = torch.from_numpy(out[tokens])
         assert found.isfinite().all(), f"sequence {index}"
         assert reference.relative_error(found, expected[0]) <= TOLERANCE[call.q.dtype.name], f"sequence {index}"
     return call, out
 
 
-def _dense(each: PagedSequence) -> tuple[int, int]:
+def dense_rows_of(each: PagedSequence) -> tuple[int, int]:
     """The `dense_rows` and `tokens_ahead` of a call of the sequence's last tokens, with the same dense rows."""
     if each.dense_from == NO_DENSE_ROWS:
         return 0, 0
@@ -177,7 +179,7 @@ def launch_paged(call: PagedCall) -> Array:
     )
     page_shift = (cache.shape[2] - 1).bit_length()
     where = (
-        *(starts, lengths, dense_from, block_table, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+        *(starts, lengths, dense_from, block_table, *q.stride()[:2], *k.stride()[:3]),
         *(block_table.stride(0), page_shift, call.first_kv_head),
     )
     most = int(np.diff(call.query_start).max())

@@ -1,6 +1,6 @@
 """Compiles GPU kernels with the tiles of tiles.json and prints the resources of each as a line of JSON.
 
-python tests/helpers/tile_resources.py    every target, head size and dtype (about an hour of one core)
+python tests/helpers/tile_resources.py    every target, head size and dtype (about two hours of one core)
 python tests/helpers/tile_resources.py --targets cuda:90 --head-dims 128 --dtypes bf16
 
 The exit status is 1 if a kernel spills registers or takes more shared memory than a program may have.
@@ -24,13 +24,17 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.artifacts import GpuSource
 from surgeon.compiler.specs.specialize import HEAD_DIMS, specialize_gpu
 from surgeon.compiler.specs.tiles import tiles_of
+from surgeon.runtime.package.interface import PREFILL_PHASES
 from surgeon.runtime.package.target import Target
 
 TARGETS = [f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)] + ["hip:gfx90a", "hip:gfx942", "hip:gfx950"]
 
 
 def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, GpuSource]]:
-    """The kernels to compile: prefill tiles in one row of blocks and in several, by code and by table, and decoding."""
+    """The kernels to compile: prefill tiles in one row of blocks and in several, by code and by table, and decoding.
+
+    Each is also made for keys and values in pages.
+    """
     for block_size, num_blocks in ((128, 12), (32, 12), (32, 400)):
         topology = topologies.random_topology(
             np.random.default_rng(1),
@@ -41,8 +45,8 @@ def sources(target: Target, head_dim: int, dtype: str) -> Iterator[tuple[str, Gp
             block_size=block_size,
             num_blocks=num_blocks,
         )
-        for source in gpu_sources(specialize_gpu(topology, schedule_layers(topology), target, [dtype])):
-            if block_size == 128 or source.phase == "prefill":
+        for source in gpu_sources(specialize_gpu(topology, schedule_layers(topology), target, [dtype], paged=True)):
+            if block_size == 128 or source.phase in PREFILL_PHASES:
                 yield f"{source.phase}, blocks of {block_size}{', by table' if source.table else ''}", source
 
 

@@ -42,5 +42,9 @@ def _render_paged(specs: Sequence[GpuSpec], tables: Mapping[str, SegmentTable]) 
 
 
 def _in_pages(specs: Sequence[GpuSpec]) -> tuple[GpuSpec, ...]:
-    """The specifications of the kernels for pages: with a prefill tile of their own."""
-    return tuple(replace(spec, prefill=spec.paged_prefill) for spec in specs if spec.paged_prefill is not None)
+    """The specifications of the kernels for pages, whose tiles are their own."""
+    return tuple(
+        replace(spec, prefill=spec.paged_prefill, decode=spec.paged_decode)
+        for spec in specs
+        if spec.paged_prefill is not None
+    )

@@ -198,7 +198,7 @@ class GpuKernels:
             "global_scratch": 0,
             "profile_scratch": 0,
         }
-        values |= zip(_PAGE_STRIDES, (*_strides(q), *_strides(k), *_strides(v)), strict=True)
+        values |= zip(_PAGE_STRIDES, (*_strides(q), *_strides(k)), strict=True)
         lengths = {"query_heads": heads, "key_value_heads": kv_heads, "batch": sequences, "one": 1}
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if self._max_keys is not None:

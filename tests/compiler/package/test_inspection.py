@@ -226,6 +226,22 @@ def test_a_package_says_if_calls_go_without_python(tmp_path: Path, direct: bool)
     assert said == ([f"{kernels}; plain calls go without Python"] if direct else [])
 
 
+def test_a_package_says_if_it_has_kernels_for_pages(tmp_path: Path) -> None:
+    topology = topologies.window_topology([1, 2], num_layers=2, num_blocks=4)
+    report = inspect(packages.write(tmp_path / "kernels", topology, ("cpu", "cuda:90")))
+    assert isinstance(report, PackageReport)
+    assert not [line for line in report_lines(report, 80, "utf-8") if "in pages" in line]
+    entries = [kernel for kernel in report.manifest.kernels if kernel.target == "cuda:90"]
+    paged = tuple(dataclasses.replace(kernel, phase=f"paged_{kernel.phase}") for kernel in entries)
+    manifest = dataclasses.replace(report.manifest, kernels=report.manifest.kernels + paged)
+    (line,) = [
+        line
+        for line in report_lines(dataclasses.replace(report, manifest=manifest), 80, "utf-8")
+        if "in pages" in line
+    ]
+    assert line == f"target     cuda:90: {2 * len(entries)} kernels, bf16, fp16; also for keys and values in pages"
+
+
 def test_what_a_person_wants_comes_first_and_the_hashes_last(tmp_path: Path) -> None:
     folder = packages.write(tmp_path / "kernels", topologies.window_topology([1, 2], num_layers=2, num_blocks=4))
     file = write(tmp_path, topologies.DENSE, topologies.head())

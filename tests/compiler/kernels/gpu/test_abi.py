@@ -32,9 +32,9 @@ ABI = {
     "combine": [8] * 4 + [4] * 2 + [8] * 2,
 }
 PAGED_ABI = {
-    "paged_attention_000": [8] * 8 + [8] * 8 + [4] * 5 + [8] * 2,
-    "paged_attention_by_table": [8] * 8 + [8] * 8 + [4] * 5 + [8] * 3 + [4] + [8] * 2,
-    "paged_decode": [8] * 9 + [8] * 8 + [4] * 4 + [8] * 3 + [4] + [8] * 2,
+    "paged_attention_000": [8] * 8 + [8] * 5 + [4] * 5 + [8] * 2,
+    "paged_attention_by_table": [8] * 8 + [8] * 5 + [4] * 5 + [8] * 3 + [4] + [8] * 2,
+    "paged_decode": [8] * 9 + [8] * 5 + [4] * 4 + [8] * 3 + [4] + [8] * 2,
     "paged_combine": [8] * 4 + [4] + [8] * 2,
 }
 ROUTED_ABI = {

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import topologies
+from compiled_code import spills
 from gpu_sources import gpu_sources
-from paged_calls import PagedSequence, check_paged, launch_paged, make_paged_call
+from paged_calls import PagedSequence, check_paged, launch_paged, make_paged_call, paged_sources
+from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.specs.specialize import specialize_gpu
 from surgeon.compiler.topology.topology import Topology
@@ -106,6 +109,33 @@ def test_a_part_of_the_kv_heads_is_the_whole_for_them(pool: Executor, num_heads:
     for own in (range(1), range(1, num_kv_heads)):
         part = pool.submit(launch_paged, call.part(own)).result()
         np.testing.assert_array_equal(part, out[:, group * own.start : group * own.stop])
+
+
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:120", "hip:gfx942"])
+def test_targets_build_without_spills(target: str, tmp_path: Path) -> None:
+    topology = mixed(128, 8, 2, head_dim=128)
+    for source in paged_sources(topology, 0, target):
+        binary = build_triton(source, "bf16")
+        (entry,) = binary.kernels
+        assert entry.phase == source.phase
+        assert entry.file.startswith(f"{target.replace(':', '-')}/paged_")
+        assert spills(binary, tmp_path) == 0
+
+
+def test_as_many_keys_are_in_flight_as_without_a_table() -> None:
+    topology = mixed(128, 8, 2, head_dim=128)
+    specs = specialize_gpu(topology, schedule_layers(topology), Target.parse("cuda:90"), paged=True)
+    shared = {}
+    for source in gpu_sources([spec for spec in specs if 0 in spec.layers]):
+        (entry,) = build_triton(source, "bf16").kernels
+        assert entry.launch is not None
+        shared[source.phase] = entry.launch.shared_bytes
+    for phase in ("prefill", "decode"):
+        assert shared[phase] <= shared[f"paged_{phase}"] < shared[phase] + 2048
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:

@@ -85,12 +85,9 @@ def common(step: DeviceBatch, given: Tensors) -> dict[str, int | float]:
         "block_table": step.block_table.data_ptr(),
         "q_token_stride": 2 * HEADS * HEAD_DIM,
         "q_head_stride": HEAD_DIM,
-        "k_page_stride": KV_HEADS * PAGE * 2 * HEAD_DIM,
-        "k_head_stride": PAGE * 2 * HEAD_DIM,
-        "k_token_stride": 2 * HEAD_DIM,
-        "v_page_stride": KV_HEADS * PAGE * 2 * HEAD_DIM,
-        "v_head_stride": PAGE * 2 * HEAD_DIM,
-        "v_token_stride": 2 * HEAD_DIM,
+        "page_stride": KV_HEADS * PAGE * 2 * HEAD_DIM,
+        "page_head_stride": PAGE * 2 * HEAD_DIM,
+        "page_token_stride": 2 * HEAD_DIM,
         "block_table_stride": 8,
         "page_shift": 8,
         "first_kv_head": 0,
@@ -165,7 +162,7 @@ def test_a_part_of_the_kv_heads_says_which(
     _, _, prefill = launches(standin)
     assert prefill["grid"][:2] == [HEADS // KV_HEADS, 1]
     found = arguments(entry_of(paged_files, backend, "paged_prefill"), prefill)
-    assert (found["first_kv_head"], found["num_kv_heads"], found["k_page_stride"]) == (1, 1, PAGE * 2 * HEAD_DIM)
+    assert (found["first_kv_head"], found["num_kv_heads"], found["page_stride"]) == (1, 1, PAGE * 2 * HEAD_DIM)
 
 
 @by_any_way
@@ -295,7 +292,7 @@ def changed(which: int, change: object) -> list[object]:
         ),
         (changed(2, torch.zeros(8, KV_HEADS, PAGE, HEAD_DIM)), r"attention: v: expected \[pages, 2, 256, 128\], k and"),
         (
-            changed(2, torch.zeros(9, KV_HEADS, PAGE, HEAD_DIM)),
+            changed(2, torch.zeros(9, KV_HEADS, PAGE, 2 * HEAD_DIM)[..., HEAD_DIM:]),
             r"attention: v: expected torch.bfloat16 on cpu, as q and",
         ),
     ],
@@ -304,6 +301,12 @@ def test_tensors_that_do_not_fit(paged_folder: Path, given: list[torch.Tensor], 
     q, k, v, out = given
     with pytest.raises(PatchError, match=message):
         load(paged_folder).kernels.run_pages(0, batch([5], [300]), q, k, v, 1.0, out)
+
+
+def test_keys_and_values_that_are_laid_out_differently(paged_folder: Path) -> None:
+    q, k, _, out = operands(5)
+    with pytest.raises(PatchError, match=r"attention: v: expected strides \(131072, 65536, 256, 1\), as k, got"):
+        load(paged_folder).kernels.run_pages(0, batch([5], [300]), q, k, k.contiguous(), 1.0, out)
 
 
 def test_pages_of_less_than_a_block(paged_folder: Path) -> None:
