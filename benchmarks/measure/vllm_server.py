@@ -21,6 +21,9 @@ from surgeon.runtime.errors import ModelError
 
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
+SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+"""vLLM's environment variables wherever it is measured: nothing fetched or reported, on the threads that OMP counts."""
+
 _USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -132,13 +135,8 @@ def served(
         port = free.getsockname()[1]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", ADDRESS, "--port", str(port), "--additional-config", json.dumps(options)]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "VLLM_CPU_KVCACHE_SPACE": str(gigabytes),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = os.environ | SETTINGS
+    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_KVCACHE_SPACE": str(gigabytes)}
     with log.open("w") as output:
         process = subprocess.Popen([*command, *flags], env=environment, stdout=output, stderr=subprocess.STDOUT)
         server, deadline = Server(str(model), port, process), time.monotonic() + START_SECONDS

