@@ -55,7 +55,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy benchmarks
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # One thread: on models this small more of them only wait for each other, and do so at full speed.
 test-vllm: $(VLLM_INSTALLED)

@@ -235,9 +235,7 @@ def test_a_package_says_if_it_has_kernels_for_pages(tmp_path: Path) -> None:
     paged = tuple(dataclasses.replace(kernel, phase=f"paged_{kernel.phase}") for kernel in entries)
     manifest = dataclasses.replace(report.manifest, kernels=report.manifest.kernels + paged)
     (line,) = [
-        line
-        for line in report_lines(dataclasses.replace(report, manifest=manifest), 80, "utf-8")
-        if "in pages" in line
+        line for line in report_lines(dataclasses.replace(report, manifest=manifest), 80, "utf-8") if "in pages" in line
     ]
     assert line == f"target     cuda:90: {2 * len(entries)} kernels, bf16, fp16; also for keys and values in pages"
 
