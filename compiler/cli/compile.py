@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paged",
         action="store_true",
-        help="for GPUs also kernels for keys and values in pages, which vLLM needs; takes about twice as long",
+        help="for GPUs also kernels for keys and values in pages, which vLLM needs",
     )
     add_jobs(parser)
     parser.add_argument("--tiles", type=path, metavar="FILE", help="a table of GPU tiles written by surgeon tune")
