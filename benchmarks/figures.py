@@ -262,6 +262,7 @@ def _everything() -> Iterator[tuple[str, str]]:
             f"{_call(row, 'ours')}, through Python {_call(row, 'python')}, SDPA {_call(row, 'sdpa')}",
         )
     yield from _beside_vllm()
+    yield from _served()
 
 
 def _beside_vllm() -> Iterator[tuple[str, str]]:
@@ -285,6 +286,30 @@ def _beside_vllm() -> Iterator[tuple[str, str]]:
                 f"{row['ours_cpu_minimum_us'] / 1e3:.2f} ms, vLLM's own {row['vllm_cpu_minimum_us'] / 1e3:.2f} ms: "
                 f"{row['times_cpu_minimum']:.2f}x",
             )
+
+
+def _served() -> Iterator[tuple[str, str]]:
+    """vLLM's servers: the first token of a prompt alone, requests at once, and the cache in use."""
+    if not (RESULTS / "serving.json").is_file():
+        return
+    rows = _read("serving")["rows"]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        dense, recalled, pattern = (row for row in rows if row["dtype"] == dtype)
+        share, length = _share(_for_answers(dense["topology"])), f"{dense['prompt']:,} tokens"
+        for what, name in (
+            (f"first token of a prompt of {length}", "first"),
+            (f"{dense['requests']} requests at once of up to {length}, which share prefixes", "requests"),
+        ):
+            clock, cpu = f"{name}_s", f"{name}_cpu_s"
+            yield (
+                f"vLLM's server of SmolLM2-135M, {what}, {share}, {dtype}",
+                f"{recalled[clock]:.1f} s, vLLM alone {dense[clock]:.1f} s: {dense[clock] / recalled[clock]:.2f}x, of "
+                f"CPU time {dense[cpu] / recalled[cpu]:.2f}x; by the pattern alone {pattern[clock]:.1f} s",
+            )
+        yield (
+            f"cache that it has in use after {length} by the pattern alone, {dtype}",
+            f"{pattern['cache_used'] / dense['cache_used']:.0%} of vLLM alone",
+        )
 
 
 def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:

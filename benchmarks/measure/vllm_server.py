@@ -92,6 +92,10 @@ class Server:
         with self._open("/metrics") as reply:
             return usage_of(reply.read().decode())
 
+    def cpu_seconds(self) -> float:
+        """The CPU time that the server's processes have taken so far, in all of their threads."""
+        return cpu_seconds_of(self.process.pid)
+
     def is_up(self) -> bool:
         """True if the server answers."""
         try:
@@ -118,6 +122,23 @@ def chunks_of(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 def usage_of(metrics: str) -> float:
     """The share of the cache's pages in use, from a server's metrics in Prometheus' text format; 0 before any."""
     return sum(map(float, _USAGE.findall(metrics)))
+
+
+def cpu_seconds_of(number: int) -> float:
+    """The CPU time of a process and of all that it has started and that still run, from `/proc`."""
+    ticks, parents = {}, {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        process = int(status.parent.name)
+        parents[process], ticks[process] = int(fields[1]), int(fields[11]) + int(fields[12])
+    found, ours = 0, {number}
+    while ours:
+        found += sum(ticks.get(process, 0) for process in ours)
+        ours = {process for process, parent in parents.items() if parent in ours}
+    return found / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,32 @@ def test_every_result_has_its_command() -> None:
     patterns = re.findall(r"`([\w*-]+\.json)`", page)
     for file in figures.RESULTS.iterdir():
         assert any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns), file.name
+
+
+def test_servers_are_shown_beside_vllm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (figures.RESULTS / "serving.json").is_file() or not list(figures._served())
+    shutil.copy(figures.RESULTS / "answers.json", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    rows = [
+        {
+            "dtype": "fp32",
+            "topology": "smollm2-135m-23-answers-8192",
+            "prompt": 8128,
+            "requests": 8,
+            "first_s": 12.0 / times,
+            "first_cpu_s": 20.0 / times,
+            "requests_s": 60.0 / times,
+            "requests_cpu_s": 100.0 / times,
+            "cache_used": 0.4 / times,
+        }
+        for times in (1, 2, 4)  # vLLM alone, and the two recalls
+    ]
+    (tmp_path / "serving.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    first, together, cache = figures._served()
+    assert "first token of a prompt of 8,128 tokens, 23% of the blocks, fp32" in first[0]
+    assert first[1] == "6.0 s, vLLM alone 12.0 s: 2.00x, of CPU time 2.00x; by the pattern alone 3.0 s"
+    assert together[1].startswith("30.0 s, vLLM alone 60.0 s: 2.00x")
+    assert cache == ("cache that it has in use after 8,128 tokens by the pattern alone, fp32", "25% of vLLM alone")
 
 
 def test_far_back_is_the_first_half_of_the_longest_prompts() -> None:

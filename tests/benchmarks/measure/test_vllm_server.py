@@ -1,11 +1,12 @@
 """The client of vLLM's server: what it reads of streams and metrics, and a server that does not start."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from measure.vllm_server import chunks_of, served, usage_of
+from measure.vllm_server import chunks_of, cpu_seconds_of, served, usage_of
 from surgeon.runtime.errors import ModelError
 
 
@@ -22,6 +23,28 @@ def test_the_share_of_the_cache_in_use() -> None:
     )
     assert usage_of(metrics) == 0.25
     assert usage_of("") == 0.0
+
+
+WORK = """
+import subprocess, sys, time
+while time.process_time() < float(sys.argv[1]):
+    pass
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2], *sys.argv[3:]]) if sys.argv[3:] else None
+print("done", flush=True)
+sys.stdin.read()
+if child:
+    child.wait()
+"""
+
+
+def test_the_cpu_time_of_processes_and_their_own() -> None:
+    command = [sys.executable, "-c", WORK, "0.3", WORK, "0.4"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert [process.stdout.readline(), process.stdout.readline()] == [b"done\n"] * 2
+        assert 0.68 <= cpu_seconds_of(process.pid) < 2
+        process.stdin.close()
 
 
 def test_a_server_that_ends_at_its_start(tmp_path: Path) -> None:
