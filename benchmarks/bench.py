@@ -63,6 +63,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "growth-threads": growth.with_threads,
         "compile-gpu": compile_gpu.llama_8b,
         "model-first-token": whole_model.time_to_first_token,
+        "model-ways": whole_model.ways_to_run,
         "model-short": whole_model.short_prompts,
         "model-decode": whole_model.decoding,
         "model-cache": whole_model.caching,

@@ -147,6 +147,32 @@ def _way_back(pilot: Pilot, column: Column) -> tuple[str, ...]:
     )
 
 
+def ways_to_run() -> str:
+    """The first token in bf16, dense and patched, eager, compiled and traced, at each length."""
+    result = _suite("model-ways")
+    rows, machine = result["rows"], result["machine"]
+    ways = {
+        "dense": "dense",
+        "dense_compiled": "dense, `torch.compile`",
+        "patched": "patched",
+        "patched_compiled": "patched, `torch.compile`",
+        "traced": "`trace`, which computes all logits",
+    }
+    compiling = ", ".join(f"{row['patched_compiled_compile_s']:.0f} s" for row in rows)
+    return (
+        table(
+            ("SmolLM2-135M, bf16, first token", *(f"{row['length']:,} tokens" for row in rows)),
+            (
+                (shown, *(f"{row[f'{way}_s']:.2f} s ({row[f'{way}_cpu_s']:.2f})" for row in rows))
+                for way, shown in ways.items()
+            ),
+        )
+        + f"\n{_processor(result)}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}, "
+        f"load average {machine['load_average']:.1f}; medians of calls made in turn, CPU seconds in brackets. "
+        f"Compiling the patched model took {compiling}.\n"
+    )
+
+
 def learning_cost() -> str:
     """The cost of learning, for each model that was measured and each way of learning."""
     costs, ways, answers = _read("learning-cost")["rows"], _read("learn")["rows"], _answers(2048)

@@ -43,6 +43,7 @@ PARTS = (
     Part(README, "learning cost", figures.learning_cost),
     Part(README, "far back", figures.far_back),
     Part(README, "ways back", figures.ways_back),
+    Part(FOLDER.parent / "runtime/README.md", "ways to run", figures.ways_to_run),
     Part(FOLDER / "README.md", "all figures", figures.all_figures),
     Part(FOLDER / "README.md", "peers", peers),
     Part(FOLDER / "README.md", "figures of GPUs", all_rows),

@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct, patched and dense: time to first token, decoding speed, and the worst case, short prompts."""
 
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from measure.peak_memory import peak_bytes
 from measure.timing import interleaved, repeats_for, seconds_of
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
-from surgeon.runtime import Package, SurgeonCache, load, patch
+from surgeon.runtime import Package, SurgeonCache, load, patch, trace
 from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.pilot import twin
 from surgeon.runtime.transformers.cache import CACHE_NAME
@@ -38,6 +40,32 @@ def time_to_first_token(variant: str | None) -> Iterator[dict[str, object]]:
         patch(alone, package, recall="pattern")
         row = _prefill_row(dense, patched, length, alone=alone)
         yield row | {"topology": name, "variant": package.cpu_variant}
+
+
+def ways_to_run(variant: str | None) -> Iterator[dict[str, object]]:
+    """The first token in bf16 of the dense and the patched model: eager, compiled as one graph, and traced.
+
+    A traced model keeps no cache and computes the logits of all tokens. Compiling is timed with a first, short prompt.
+    """
+    for length, name in ((2048, FOR_ANSWERS[0][1]), (8192, FOR_ANSWERS[2][1])):
+        dense, patched, package = _models(name, variant, "dense", torch.bfloat16)
+        traced = trace(dense, package, recall="dense")
+        compiled: dict[str, Callable[..., Any]] = {
+            "dense_compiled": torch.compile(dense, dynamic=True, fullgraph=True),
+            "patched_compiled": torch.compile(patched, dynamic=True, fullgraph=True),
+        }
+        row: dict[str, object] = {"length": length, "topology": name, "variant": package.cpu_variant}
+        for way, model in compiled.items():
+            started = time.perf_counter()
+            _prefill(model, length // 2)()
+            row[f"{way}_compile_s"] = time.perf_counter() - started
+        models: dict[str, Callable[..., Any]] = {"dense": dense, "patched": patched, **compiled}
+        calls = {way: _prefill(model, length) for way, model in models.items()}
+        calls["traced"] = torch.inference_mode()(partial(traced, _prompt(length)))
+        repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=60.0, least=3, most=15)
+        for way, timing in interleaved(calls, repeats).items():
+            row |= {f"{way}_s": timing.median, f"{way}_min_s": timing.minimum, f"{way}_cpu_s": timing.cpu}
+        yield row
 
 
 def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
@@ -108,11 +136,11 @@ def _check_equal(patched: PreTrainedModel, package: Package, length: int) -> Non
 
 
 def _models(
-    name: str, variant: str | None, recall: str = "pattern"
+    name: str, variant: str | None, recall: str = "pattern", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedModel, Package]:
     """Two models over the same files, each with a config of its own, one of them patched."""
     folder = model_folder(SMOLLM2_135M, cache_folder())
-    dense, patched = load_model(folder), load_model(folder)
+    dense, patched = load_model(folder, dtype), load_model(folder, dtype)
     out = compile_package(read_topology(TOPOLOGIES / f"{name}.json"), cache_folder() / "kernels" / name)
     package = load(out, strict=True, cpu_variant=variant)
     patch(patched, package, recall=recall)
@@ -128,18 +156,9 @@ def _prefill_row(
     alone: PreTrainedModel | None = None,
 ) -> dict[str, object]:
     """Times both models on random tokens, and a third one, that follows the pattern alone, if there is one."""
-    tokens = torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
-
-    def prefill(model: PreTrainedModel) -> Callable[[], object]:
-        @torch.inference_mode()
-        def run() -> object:
-            return model(input_ids=tokens, logits_to_keep=1)
-
-        return run
-
-    calls = {"dense": prefill(dense), "patched": prefill(patched)}
+    calls = {"dense": _prefill(dense, length), "patched": _prefill(patched, length)}
     if alone:
-        calls["alone"] = prefill(alone)
+        calls["alone"] = _prefill(alone, length)
     repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=budget, least=3, most=most)
     times = interleaved(calls, repeats)
     row: dict[str, object] = {
@@ -159,9 +178,18 @@ def _prefill_row(
     return row
 
 
+def _prompt(length: int) -> torch.Tensor:
+    return torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _prefill(model: Callable[..., Any], length: int) -> Callable[[], object]:
+    """A call that fills a new cache with random tokens, and computes the logits of the last one."""
+    return torch.inference_mode()(partial(model, input_ids=_prompt(length), logits_to_keep=1))
+
+
 def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
     """A call that takes `steps` tokens in turn after a cache of `length`, and then crops the cache again."""
-    tokens = torch.randint(1000, 40000, (1, length + steps), generator=torch.Generator().manual_seed(0))
+    tokens = _prompt(length + steps)
     with torch.inference_mode():
         cache = model(input_ids=tokens[:, :length], logits_to_keep=1, **{CACHE_NAME: cache})[CACHE_NAME]
 
