@@ -31,7 +31,7 @@ def test_a_shipped_topology_is_valid_and_of_the_models_shape(file: Path) -> None
     topology = read_topology(file)
     qwen = file.stem.startswith("qwen")
     assert topology.model == (QWEN if qwen else ModelShape("llama", 30, 9, 3, 64, WEIGHTS))
-    small = file.stem.endswith(("-15", "-routed")) or ("-answers" in file.stem and not qwen)
+    small = file.stem.endswith(("-15", "-15-converted", "-routed")) or ("-answers" in file.stem and not qwen)
     assert topology.block_size == (32 if small else 64)
     assert topology.provenance["method"]
 
