@@ -5,7 +5,6 @@ vLLM runs in an environment of its own, as a server; this is its client. Run it 
 
 import argparse
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +95,7 @@ def measured(server: Server, prompts: Sequence[Sequence[int]]) -> Run:
     server.ask(prompts[0], 2)
     alone = [server.ask(prompt, NEW_TOKENS) for prompt in prompts]
     together = server.ask_together(prompts, NEW_TOKENS)
-    return Run(alone, together, used_by(server, prompts[0]))
-
-
-def used_by(server: Server, prompt: Sequence[int]) -> float:
-    """The cache's share in use while a prompt is answered, at the last look."""
-    looks = [0.0]
-    asking = threading.Thread(target=server.ask, args=(prompt, 2 * NEW_TOKENS))
-    asking.start()
-    while asking.is_alive():
-        looks.append(server.cache_used())
-        asking.join(0.2)
-    return next((look for look in reversed(looks) if look), 0.0)
+    return Run(alone, together, server.cache_used_by(prompts[0], 2 * NEW_TOKENS))
 
 
 def table_of(runs: dict[str, Run], right: dict[str, int]) -> Table:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from demo_vllm import used_by
 from inputs.checkpoints import SMOLLM2_135M, load_tokenizer, model_folder
 from inputs.texts import real_text, windows
 from measure.timing import machine
@@ -131,7 +130,7 @@ def _asked(servers: Mapping[str, Server], prompts: Prompts, dtype: str) -> Itera
             "requests_s": whole,
             "requests_cpu_s": spent,
             "new_tokens_per_s": NEW_TOKENS * len(answers) / whole,
-            "cache_used": used_by(server, prompts.alone[0]),
+            "cache_used": server.cache_used_by(prompts.alone[0], NEW_TOKENS),
         }
 
 

@@ -175,11 +175,8 @@ def check_packed(
     Raises:
         PatchError: one does not fit; the message describes the first fault.
     """
-    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    if q.dim() != 3 or len(q) < batch.tokens or q.shape[1:] != (heads, head_dim):
-        raise _misfit("q", f"[{batch.tokens} or more, {heads}, {head_dim}]", q)
-    if out.shape != q.shape or not out.is_contiguous():
-        raise _misfit("out", f"{list(q.shape)}, contiguous", out)
+    kv_heads, head_dim = shape.num_key_value_heads, shape.head_dim
+    _check_rows(q, out, shape, batch.tokens)
     _check_on_cpu("out", out, q)
     _check_pools(q, k, v, (block_size, head_dim), batch.slots)
     if batch.block_table.shape[1] != kv_heads or batch.block_size != block_size:
@@ -227,12 +224,8 @@ def check_pages(
     Raises:
         PatchError: one does not fit; the message describes the first fault.
     """
-    heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    device = batch.lengths.device
-    if q.dim() != 3 or q.shape[1:] != (heads, head_dim):
-        raise _misfit("q", f"[tokens, {heads}, {head_dim}]", q)
-    if out.shape != q.shape or not out.is_contiguous():
-        raise _misfit("out", f"{list(q.shape)}, contiguous", out)
+    kv_heads, head_dim, device = shape.num_key_value_heads, shape.head_dim, batch.lengths.device
+    _check_rows(q, out, shape, 0)
     expected = (kv_heads, batch.page_tokens, head_dim)
     for name, pages in (("k", k), ("v", v)):
         if pages.dim() != 4 or pages.shape != k.shape or pages.shape[1:] != expected:
@@ -249,6 +242,15 @@ def check_pages(
         raise PatchError(
             "batch: page_tokens", f"a multiple of the block of {block_size} tokens", got, "use larger pages"
         )
+
+
+def _check_rows(q: torch.Tensor, out: torch.Tensor, shape: ModelShape, least: int) -> None:
+    """Refuses queries that are not at least so many rows of all heads, and results that do not take theirs."""
+    heads, head_dim = shape.num_attention_heads, shape.head_dim
+    if q.dim() != 3 or len(q) < least or q.shape[1:] != (heads, head_dim):
+        raise _misfit("q", f"[{least} or more, {heads}, {head_dim}]", q)
+    if out.shape != q.shape or not out.is_contiguous():
+        raise _misfit("out", f"{list(q.shape)}, contiguous", out)
 
 
 def check_rotary(operands: Operands, cos: torch.Tensor, sin: torch.Tensor, shape: ModelShape) -> None:

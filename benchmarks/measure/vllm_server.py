@@ -92,6 +92,16 @@ class Server:
         with self._open("/metrics") as reply:
             return usage_of(reply.read().decode())
 
+    def cache_used_by(self, prompt: Sequence[int], new_tokens: int) -> float:
+        """The share of the cache's pages in use while a prompt is answered, at the last look."""
+        looks = [0.0]
+        asking = threading.Thread(target=self.ask, args=(prompt, new_tokens))
+        asking.start()
+        while asking.is_alive():
+            looks.append(self.cache_used())
+            asking.join(0.2)
+        return next((look for look in reversed(looks) if look), 0.0)
+
     def cpu_seconds(self) -> float:
         """The CPU time that the server's processes have taken so far, in all of their threads."""
         return cpu_seconds_of(self.process.pid)

@@ -30,7 +30,8 @@ _LOGITS_ALIVE = 5.5  # tensors of a chunk's logits, their logarithms and their g
 class Counts:
     """Numbers of sequences by use, over all texts, as in `Sequences`.
 
-    `descents` counts those of all training steps, `documents` those that heads that retrieve are found in.
+    `calibrate` is 0 where windows are given. `descents` counts those of all training steps, `documents` those that heads
+    that retrieve are found in, and `keys` those that the ranges of keys are measured on.
     """
 
     calibrate: int
@@ -39,18 +40,21 @@ class Counts:
     cuts: int = 0
     descents: int = 0
     documents: int = 0
+    keys: int = 0
 
 
 def learning_stages(counts: Counts, prompt_seconds: float) -> tuple[Stage, ...]:
-    """The stages of learning windows, and cuts where there are sequences for them, each text at the measured length.
+    """The stages of learning windows, cuts and routes, where there are sequences for them, at the measured length.
 
     A sequence's dense states are computed once, with its first use at a sparse model.
     """
-    stages = [
-        ("measuring what each window costs", counts.calibrate * _CALIBRATE),
-        ("validating equal windows", counts.validate * (1 + _VALIDATE)),
-        ("validating allocated windows", counts.validate * _VALIDATE),
-    ]
+    stages: list[tuple[str, float]] = []
+    if counts.calibrate:
+        stages += [
+            ("measuring what each window costs", counts.calibrate * _CALIBRATE),
+            ("validating equal windows", counts.validate * (1 + _VALIDATE)),
+            ("validating allocated windows", counts.validate * _VALIDATE),
+        ]
     for number, fresh in enumerate(counts.refine, start=1):
         stages.append((f"refining windows, round {number}", fresh * (1 + _CHANGES)))
         stages.append((f"validating round {number}", counts.validate * _VALIDATE * _TRIES))
@@ -60,6 +64,8 @@ def learning_stages(counts: Counts, prompt_seconds: float) -> tuple[Stage, ...]:
         stages.append(("validating cuts", counts.validate * _VALIDATE * _TRIES))
     if counts.documents:
         stages.append(("finding heads that retrieve", counts.documents * _RETRIEVE))
+    if counts.keys:
+        stages.append(("measuring the ranges of keys", float(counts.keys)))
     return _timed(stages, prompt_seconds)
 
 

@@ -29,7 +29,7 @@ from surgeon.compiler.learn.ultrametric.lower import lowered
 from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology, mean_density
-from surgeon.runtime.errors import ModelError, TopologyError
+from surgeon.runtime.errors import ModelError, TopologyError, short_repr
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.package.manifest import ModelShape
 from surgeon.runtime.transformers.fingerprint import fingerprint, weights_id
@@ -88,6 +88,8 @@ class Request:
                 "no --route" if self.route is None else f"--block {self.block_size}",
                 "add these",
             )
+        if self.route not in (None, CONVERTED, LEARNED):
+            raise TopologyError("--route", f"{CONVERTED} or {LEARNED}", short_repr(self.route), "leave it out for none")
         if self.route is not None and (self.purpose == ANSWERS or not budget or self.cuts):
             raise TopologyError(
                 f"--route {self.route}",
@@ -188,7 +190,7 @@ def learn(
             figures = _figures(learned)
         retrieval, routers = None, None
         if request.route == CONVERTED:
-            routers = measure_routers(model, sequences.calibrate)
+            routers = measure_routers(model, sequences.calibrate, progress)
         if request.route == LEARNED and tokenizer is not None:
             retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
@@ -244,15 +246,15 @@ def _given(windows: Topology, shape: ModelShape, blocks: int, provenance: dict[s
 
 def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) -> Forecast:
     descending = request.method == "ultrametric"
-    if request.windows is not None:
-        sequences = dataclasses.replace(sequences, validate=sequences.validate[:1], refine=())
+    learns = request.windows is None
     counts = Counts(
-        calibrate=len(sequences.calibrate),
+        calibrate=len(sequences.calibrate) if learns else 0,
         validate=len(sequences.validate),
-        refine=tuple(len(fresh) for fresh in sequences.refine),
+        refine=tuple(len(fresh) for fresh in sequences.refine) if learns else (),
         cuts=max(map(len, sequences.cuts), default=0),
         descents=request.settings.steps * request.settings.batch if descending else 0,
         documents=len(sequences.calibrate) if request.route == LEARNED else 0,
+        keys=0 if request.route is None else len(sequences.calibrate),
     )
     prompt = sequences.validate[0]
     stages = descending_stages if descending else learning_stages

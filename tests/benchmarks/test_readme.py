@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import committed
 import figures
 import readme
+import vllm_figures
 
 PART = readme.Part(Path(), "figures", lambda: "| new |\n")
 
@@ -39,14 +41,13 @@ def test_a_page_without_marks_stays_as_it_is(text: str, tmp_path: Path, capsys: 
 def test_every_result_has_its_command() -> None:
     page = (readme.FOLDER / "README.md").read_text(encoding="utf-8")
     patterns = re.findall(r"`([\w*-]+\.json)`", page)
-    for file in figures.RESULTS.iterdir():
+    for file in committed.RESULTS.iterdir():
         assert any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns), file.name
 
 
 def test_servers_are_shown_beside_vllm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (figures.RESULTS / "serving.json").is_file() or not list(figures._served())
-    shutil.copy(figures.RESULTS / "answers.json", tmp_path)
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    shutil.copy(committed.RESULTS / "answers.json", tmp_path)
+    monkeypatch.setattr(committed, "RESULTS", tmp_path)
     rows = [
         {
             "dtype": "fp32",
@@ -62,7 +63,7 @@ def test_servers_are_shown_beside_vllm_alone(tmp_path: Path, monkeypatch: pytest
         for times in (1, 2, 4)  # vLLM alone, and the two recalls
     ]
     (tmp_path / "serving.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
-    first, together, cache = figures._served()
+    first, together, cache = vllm_figures.served()
     assert "first token of a prompt of 8,128 tokens, 23% of the blocks, fp32" in first[0]
     assert first[1] == "6.0 s, vLLM alone 12.0 s: 2.00x, of CPU time 2.00x; by the pattern alone 3.0 s"
     assert together[1].startswith("30.0 s, vLLM alone 60.0 s: 2.00x")
@@ -70,7 +71,7 @@ def test_servers_are_shown_beside_vllm_alone(tmp_path: Path, monkeypatch: pytest
 
 
 def test_far_back_is_the_first_half_of_the_longest_prompts() -> None:
-    pilot = json.loads((figures.RESULTS / f"pilot-{figures.QUARTER}.json").read_text(encoding="utf-8"))
+    pilot = json.loads((committed.RESULTS / f"pilot-{figures.QUARTER}.json").read_text(encoding="utf-8"))
     asked = [
         index
         for index, question in enumerate(pilot["questions"])
@@ -88,7 +89,7 @@ def test_the_rules_of_thumb_cover_what_was_measured() -> None:
     text = " ".join(readme.README.read_text(encoding="utf-8").split())
     (prompts,) = map(int, re.findall(r"multiply it by (\d+)\.", text))
     (least, most) = map(int, re.findall(r"in fp32, and (\d+) to (\d+) GB\.", text)[0])
-    rows = json.loads((figures.RESULTS / "learning-cost.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((committed.RESULTS / "learning-cost.json").read_text(encoding="utf-8"))["rows"]
     for row in rows:
         assert prompts / 1.2 < row["cpu_seconds"] / row["prompt_cpu_seconds"] <= prompts, row["model"]
         beyond_the_weights = row["peak_mb"] / 1e3 - row["parameters"] * 4 / 1e9

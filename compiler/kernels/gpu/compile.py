@@ -105,10 +105,9 @@ def build_triton(source: GpuSource, dtype: str) -> Binary:
         heads=source.heads,
         table=source.table,
     )
-    by_schedule = (replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
-    entries = (
-        tuple(by_schedule) if source.phase in PREFILL_PHASES else (entry,)
-    )  # one per schedule that shares the code
+    entries: tuple[KernelEntry, ...] = (entry,)
+    if source.phase in PREFILL_PHASES:  # one per schedule that shares the code
+        entries = tuple(replace(entry, layers=spec.layers, schedule=spec.name) for spec in source.specs)
     return Binary(
         path,
         compiled.asm[extension],

@@ -6,12 +6,15 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.compiler.learn.measure.decoder import observe_keys
+from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.router import Channels, LayerRouter
 
 _DEVIATIONS = 3.0  # on either side of the mean; the few keys beyond count as the farthest
 
 
-def measure_routers(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> tuple[LayerRouter, ...]:
+def measure_routers(
+    model: PreTrainedModel, sequences: Sequence[torch.Tensor], progress: Progress | None = None
+) -> tuple[LayerRouter, ...]:
     """The router of every layer, from the keys of the dense model on sequences `[1, length]`.
 
     Keys are those that attention gets, after rotary embedding.
@@ -23,7 +26,9 @@ def measure_routers(model: PreTrainedModel, sequences: Sequence[torch.Tensor]) -
         found = torch.stack([torch.ones_like(wide).sum(1), wide.sum(1), (wide**2).sum(1)]).cpu()
         sums[layer] = sums.get(layer, 0) + found
 
-    for tokens in sequences:
+    for number, tokens in enumerate(sequences):
+        if progress is not None:
+            progress("measuring the ranges of keys", number, len(sequences))
         observe_keys(model, tokens, observe)
     routers = []
     for layer in sorted(sums):

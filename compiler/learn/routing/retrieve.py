@@ -78,4 +78,4 @@ def retrieve(
     places = routed_places(retrieval_scores(gains))
     halves = [routed_places(retrieval_scores(gains[half::2])) for half in range(2)]
     agreement = len(halves[0] & halves[1]) / max(1, len(places))
-    return Retrieval(places, measure_routers(model, sequences), len(documents), agreement)
+    return Retrieval(places, measure_routers(model, sequences, progress), len(documents), agreement)

@@ -15,6 +15,7 @@ from oracles import letters
 from surgeon.compiler.learn.learn import Effort, Request, learn
 from surgeon.compiler.learn.measure.checkpoint import model_shape
 from surgeon.compiler.learn.texts.text import TokenText
+from surgeon.compiler.system.stages import StageDisplay
 from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
 from surgeon.runtime.errors import ModelError, TopologyError
 
@@ -69,7 +70,11 @@ def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> 
 
 def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     request = dataclasses.replace(REQUEST, route="convert", windows=windows())
-    found = learn(model(), texts(), request, EFFORT)
+    said: list[str] = []
+    display = StageDisplay(said.append)
+    found = learn(model(), texts(), request, EFFORT, progress=display)
+    assert said[0].startswith("1 stage, ")
+    assert "stage 1 of 1, measuring the ranges of keys" in said[1]
     assert {head for layer in found.layers for head in layer} == {
         WindowHead(1, 8, 22),
         WindowHead(1, 8),
@@ -85,6 +90,7 @@ def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     ("change", "text"),
     [
         ({"purpose": "answers"}, r"--route learned: expected --method budget and --for text, without --cuts"),
+        ({"route": "lerned"}, r"--route: expected convert or learned, got 'lerned'; leave it out for none"),
         ({"cuts": True}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"method": "ultrametric"}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --route, and --block 32, as the"),

@@ -284,7 +284,7 @@ def changed(which: int, change: object) -> list[object]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (changed(0, torch.zeros(5, HEADS + 1, HEAD_DIM)), rf"attention: q: expected \[tokens, {HEADS}, {HEAD_DIM}\]"),
+        (changed(0, torch.zeros(5, HEADS + 1, HEAD_DIM)), rf"attention: q: expected \[0 or more, {HEADS}, "),
         (changed(3, torch.zeros(6, HEADS, HEAD_DIM)), rf"attention: out: expected \[5, {HEADS}, {HEAD_DIM}\], contig"),
         (
             changed(1, torch.zeros(9, KV_HEADS, BLOCK, HEAD_DIM)),
