@@ -30,8 +30,8 @@ _LOGITS_ALIVE = 5.5  # tensors of a chunk's logits, their logarithms and their g
 class Counts:
     """Numbers of sequences by use, over all texts, as in `Sequences`.
 
-    `calibrate` is 0 where windows are given. `descents` counts those of all training steps, `documents` those that heads
-    that retrieve are found in, and `keys` those that the ranges of keys are measured on.
+    `calibrate` is 0 where windows are given. `descents` counts those of all training steps, `documents` those that
+    heads that retrieve are found in, and `keys` those that the ranges of keys are measured on.
     """
 
     calibrate: int
