@@ -21,6 +21,7 @@ from inputs.texts import held_out_texts
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime.errors import SurgeonError
+from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -29,6 +30,8 @@ TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
 MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window")
 """A larger model's, which takes ten times as long."""
+MEASURED_LONGER = (*MEASURED_LARGER, "--ask", SINGLE, "--ask", KEYS)
+"""A larger model's beyond the length that a topology was learned for."""
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32; bf16 is faster on processors with AMX"
     )
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="default: each topology's own")
     page = FOLDER.parent / "build" / "pilot.html"
     parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
     options = parser.parse_args(arguments)
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.report.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        pilots = run_pilots(options.results, names, options.dtype)
+        pilots = run_pilots(options.results, names, options.dtype, options.length)
     except SurgeonError as error:
         console.print(f"pilot: {error}", style="red", markup=False)
         return 2
@@ -62,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
-    """Compiles and pilots the topologies, and returns the pilots' files.
+def run_pilots(results: Path, names: Sequence[str], dtype: str, length: int | None = None) -> list[Path]:
+    """Compiles the topologies, pilots them at their own length or this one, and returns the pilots' files.
 
     Raises:
         ModelError: the model or a text cannot be downloaded.
@@ -78,10 +82,10 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str) -> list[Path]:
         for name in names:
             checkpoint = checkpoint_of(name)
             model = model_folder(checkpoint, cache, console.print)
-            measured = measured_of(checkpoint)
+            measured = measured_of(checkpoint, length)
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
-            out = results / f"pilot-{name}.json"
+            out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
             surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, "--out", str(out))
             pilots.append(out)
     return pilots
@@ -92,9 +96,10 @@ def checkpoint_of(name: str) -> Checkpoint:
     return QWEN_CODER_05B if name.startswith(QWEN_CODER_05B.title.lower()) else SMOLLM2_135M
 
 
-def measured_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """How much of a model is measured, as options of `surgeon pilot`."""
-    return MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
+def measured_of(checkpoint: Checkpoint, length: int | None = None) -> tuple[str, ...]:
+    """How much of a model is measured, as options of `surgeon pilot`; at another length than the topologies' less."""
+    own = MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER if length is None else MEASURED_LONGER
+    return own if length is None else (*own, "--length", str(length))
 
 
 def topology_file(name: str) -> Path:

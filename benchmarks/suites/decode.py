@@ -100,19 +100,20 @@ def overhead(variant: str | None) -> Iterator[dict[str, object]]:
 
 
 def short_call(variant: str | None) -> Iterator[dict[str, object]]:
-    """One query behind 2,048 keys, as a layer of a patched model calls it after 64 MiB of other memory.
+    """One query behind 64 and 2,048 keys, as a layer of a patched model calls it after 64 MiB of other memory.
 
-    A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. `python`
-    is what a package without the direct op would run in its place.
+    A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. Behind
+    64 keys there is next to nothing to read: that is the cost of the call itself. `python` is what a package without
+    the direct op would run in its place.
     """
-    shape, keys, large = Shape(9, 3, 64, 64), 2048, torch.zeros(64 * 2**20 // 4)
-    package = patterns.compiled(patterns.windows(shape, keys, 0.25), variant)
-    position, cache_leftpad = torch.tensor([keys - 1]), torch.tensor([0])
-    placement = torch.stack((position, cache_leftpad), dim=1)[:, None, :, None].expand(1, 1, 2, keys)
+    shape, large = Shape(9, 3, 64, 64), torch.zeros(64 * 2**20 // 4)
+    package = patterns.compiled(patterns.windows(shape, 2048, 0.25), variant)
     module = torch.nn.Module()
     bind(module, Site(package, 0, 0, package.kernels.direct(0)))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, keys in itertools.product((torch.float32, torch.bfloat16), (64, 2048)):
         q, k, v = patterns.inputs(shape, 1, keys, dtype)
+        position, cache_leftpad = torch.tensor([keys - 1]), torch.tensor([0])
+        placement = torch.stack((position, cache_leftpad), dim=1)[:, None, :, None].expand(1, 1, 2, keys)
         operands = Operands(q, k, v, position, cache_leftpad, 64**-0.5)
         calls: dict[str, Callable[[], object]] = {
             "ours": partial(layer_attention, module, q, k, v, placement, scaling=64**-0.5, use_cache=True),

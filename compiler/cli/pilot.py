@@ -6,6 +6,7 @@ from pathlib import Path
 
 from surgeon.compiler.cli.command import Command, Outcome
 from surgeon.compiler.cli.values import add_json, add_model_and_text, natural, number, path, positive, ratio
+from surgeon.runtime.evaluate.tasks.every import TASKS
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         metavar="N",
         help="rounds of retrieval tasks, at --length tokens and, if all fit, at half of them; default: 2",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"a task to ask, repeatable: {', '.join(TASKS)}; default: all of them",
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
@@ -87,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         length=arguments.length,
         sequences=arguments.sequences,
         tasks=arguments.tasks,
+        asked=tuple(arguments.ask or TASKS),
         rounds=arguments.rounds,
         window=not arguments.no_window,
         recall=arguments.recall,

@@ -27,6 +27,7 @@ from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
 from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.evaluate.tasks.every import TASKS
 from surgeon.runtime.evaluate.tasks.prompts import fitting_lengths, make_prompts
 from surgeon.runtime.installation import version
 from surgeon.runtime.loading import Package, load
@@ -45,9 +46,10 @@ class PilotRequest:
     """A package, its model and texts, and the settings of the measurement.
 
     `length` None means the topology's own, `device_map` None the device that the package is for. `sequences` are taken
-    from each text. `tasks` counts the rounds of retrieval tasks, at `length` and, if they fit, at half of it; `rounds`
-    counts timing rounds. The judged model reads with `recall`, as in `patch`. Under "dense" a model that reads by the
-    pattern is shown beside it; `window` adds one with equal windows. A threshold is None if there is none.
+    from each text. `tasks` counts the rounds of retrieval tasks, at `length` and, if they fit, at half of it; `asked`
+    names them. `rounds` counts timing rounds. The judged model reads with `recall`, as in `patch`. Under "dense" a
+    model that reads by the pattern is shown beside it; `window` adds one with equal windows. A threshold is None if
+    there is none.
     """
 
     model: str
@@ -57,6 +59,7 @@ class PilotRequest:
     length: int | None = None
     sequences: int = 4
     tasks: int = 2
+    asked: tuple[str, ...] = TASKS
     rounds: int = 5
     window: bool = True
     recall: str | None = None
@@ -91,7 +94,8 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
     texts = [read_text(path, tokenizer) for path in request.texts]
     by_text = [spread(text, length, request.sequences) for text in texts]
     sequences = [sequence for taken in by_text for sequence in taken]
-    prompts = make_prompts(tokenizer, sequences, fitting_lengths(tokenizer, length), request.tasks)
+    lengths = fitting_lengths(tokenizer, length, request.asked)
+    prompts = make_prompts(tokenizer, sequences, lengths, request.tasks, tasks=request.asked)
     density = density_at(topology, length)
     dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
     if request.device_map is None:

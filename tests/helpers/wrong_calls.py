@@ -208,6 +208,7 @@ pilot model kernels
 pilot model kernels --text text.txt --length 0
 pilot model kernels --text text.txt --sequences 0
 pilot model kernels --text text.txt --tasks -1
+pilot model kernels --text text.txt --ask riddles
 pilot model kernels --text text.txt --recall some
 pilot model kernels --text text.txt --dense-rows -1
 pilot model kernels --text text.txt --dense-rows 1.5

@@ -1,7 +1,7 @@
 """Turns plans of tasks into prompts of a length: token ids, with the facts hidden in filler text."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -9,9 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.tasks.numbers import several_keys, several_values, single_numbers, variable_tracking
+from surgeon.runtime.evaluate.tasks.every import TASKS, every_task
 from surgeon.runtime.evaluate.tasks.plan import Fact, Plan, Query
-from surgeon.runtime.evaluate.tasks.words import common_words, frequent_words
 
 _SPARE = 6  # tokens of an answer beyond those of the expected items
 
@@ -39,12 +38,6 @@ class Prompt:
     at_end: bool
 
 
-def every_task(drawn: random.Random) -> tuple[Plan, ...]:
-    """One plan of every task, single numbers at every depth."""
-    others = (several_keys, several_values, variable_tracking, common_words, frequent_words)
-    return (*single_numbers(drawn), *(plan(drawn) for plan in others))
-
-
 def make_prompts(
     tokenizer: PreTrainedTokenizerBase,
     fillers: Sequence[torch.Tensor],
@@ -52,8 +45,11 @@ def make_prompts(
     rounds: int,
     seed: int = 0,
     plans: Callable[[random.Random], Sequence[Plan]] = every_task,
+    tasks: Collection[str] = TASKS,
 ) -> tuple[Prompt, ...]:
     """Makes `rounds` times every task, or those of `plans`, for each length; the same for the same seed.
+
+    Questions of other than these `tasks` are left out, as are texts that no question is left for.
 
     Fillers are token ids `[1, tokens]` of text, taken in turn, each as long as the greatest length. A text with one
     question is asked at its end and later in turn; of a text with several, all are asked later, and at its end one of
@@ -68,14 +64,17 @@ def make_prompts(
         for turn in range(rounds):
             for index, plan in enumerate(plans(drawn)):
                 filler = fillers[next(made) % len(fillers)][0]
-                prompts += _prompts(encoder, plan, filler, length, turn + index)
+                queries = tuple(query for query in plan.queries if query.task in tasks)
+                if queries:
+                    prompts += _prompts(encoder, Plan(plan.facts, queries), filler, length, turn + index)
     return tuple(prompts)
 
 
-def fitting_lengths(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[int, ...]:
-    """The length, preceded by half of it where every task fits that."""
+def fitting_lengths(tokenizer: PreTrainedTokenizerBase, length: int, tasks: Collection[str] = TASKS) -> tuple[int, ...]:
+    """The length, preceded by half of it where all of these tasks fit that."""
+    filler = torch.zeros(1, length, dtype=torch.long, device="cpu")
     try:
-        make_prompts(tokenizer, [torch.zeros(1, length, dtype=torch.long, device="cpu")], (length // 2,), 1)
+        make_prompts(tokenizer, [filler], (length // 2,), 1, tasks=tasks)
     except ModelError:
         return (length,)
     return (length // 2, length)

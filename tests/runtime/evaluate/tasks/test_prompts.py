@@ -80,3 +80,26 @@ def test_plans_can_be_chosen() -> None:
     made = make_prompts(letters(), [filler(400)], (400,), 1, plans=single_numbers)  # too short for every task
     assert [question.query.depth for prompt in made for question in prompt.questions] == list(DEPTHS)
     assert [prompt.at_end for prompt in made] == [True, False, True, False, True]
+
+
+def test_only_the_tasks_that_are_named_are_asked(prompts: tuple[Prompt, ...]) -> None:
+    few = make_prompts(
+        letters(), [filler(LENGTH)], (LENGTH - 400, LENGTH), rounds=2, tasks=("single number", "several keys")
+    )
+    assert {each.query.task for prompt in few for each in prompt.questions} == {"single number", "several keys"}
+    for task in ("single number", "several keys"):
+        asked, found = (
+            [
+                (prompt.length, prompt.at_end, each.query)
+                for prompt in made
+                for each in prompt.questions
+                if each.query.task == task
+            ]
+            for made in (prompts, few)
+        )
+        assert asked == found, "the same questions as among all tasks"
+
+
+def test_tasks_that_are_not_asked_need_not_fit() -> None:
+    assert make_prompts(letters(), [filler(400)], (400,), 1, tasks=("single number",))
+    assert fitting_lengths(letters(), 900, ("single number",)) == (450, 900)
