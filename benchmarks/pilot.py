@@ -21,7 +21,7 @@ from inputs.texts import held_out_texts
 from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime.errors import SurgeonError
-from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
+from surgeon.runtime.evaluate.tasks.every import TASKS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -30,8 +30,6 @@ TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
 MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window")
 """A larger model's, which takes ten times as long."""
-MEASURED_LONGER = (*MEASURED_LARGER, "--ask", SINGLE, "--ask", KEYS)
-"""A larger model's beyond the length that a topology was learned for."""
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -48,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32; bf16 is faster on processors with AMX"
     )
     parser.add_argument("--length", type=int, metavar="TOKENS", help="default: each topology's own")
+    parser.add_argument("--ask", action="append", choices=TASKS, metavar="TASK", help="repeatable; default: all tasks")
     page = FOLDER.parent / "build" / "pilot.html"
     parser.add_argument("--report", type=Path, default=page, metavar="FILE", help="the page")
     options = parser.parse_args(arguments)
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.report.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        pilots = run_pilots(options.results, names, options.dtype, options.length)
+        pilots = run_pilots(options.results, names, options.dtype, options.length, options.ask or TASKS)
     except SurgeonError as error:
         console.print(f"pilot: {error}", style="red", markup=False)
         return 2
@@ -66,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_pilots(results: Path, names: Sequence[str], dtype: str, length: int | None = None) -> list[Path]:
+def run_pilots(
+    results: Path, names: Sequence[str], dtype: str, length: int | None = None, asked: Sequence[str] = TASKS
+) -> list[Path]:
     """Compiles the topologies, pilots them at their own length or this one, and returns the pilots' files.
 
     Raises:
@@ -74,6 +75,8 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str, length: int | No
     """
     cache = cache_folder()
     pilots = []
+    chosen = [argument for task in asked for argument in ("--ask", task)]
+    chosen += [] if length is None else ["--length", str(length)]
     with tempfile.TemporaryDirectory() as scratch:
         texts = [Path(scratch) / name for name in ("handbook-last-quarter.txt", "new-testament.txt")]
         for file, text in zip(texts, held_out_texts(cache, console.print), strict=True):
@@ -82,7 +85,7 @@ def run_pilots(results: Path, names: Sequence[str], dtype: str, length: int | No
         for name in names:
             checkpoint = checkpoint_of(name)
             model = model_folder(checkpoint, cache, console.print)
-            measured = measured_of(checkpoint, length)
+            measured = (*measured_of(checkpoint), *chosen)
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
@@ -96,10 +99,9 @@ def checkpoint_of(name: str) -> Checkpoint:
     return QWEN_CODER_05B if name.startswith(QWEN_CODER_05B.title.lower()) else SMOLLM2_135M
 
 
-def measured_of(checkpoint: Checkpoint, length: int | None = None) -> tuple[str, ...]:
-    """How much of a model is measured, as options of `surgeon pilot`; at another length than the topologies' less."""
-    own = MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER if length is None else MEASURED_LONGER
-    return own if length is None else (*own, "--length", str(length))
+def measured_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """How much of a model is measured, as options of `surgeon pilot`."""
+    return MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
 
 
 def topology_file(name: str) -> Path:

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from inputs import topologies as patterns
 from inputs.topologies import Shape
 from measure.timing import interleaved, repeats_for, seconds_of
+from suites.prefill import TOLERANCE
 from surgeon.runtime.operands import Operands
 from surgeon.runtime.transformers.attention import Site, bind
 from surgeon.runtime.transformers.attention import attention as layer_attention
@@ -28,24 +29,26 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
     """
     block = 64
     large = torch.randn(64 * 2**20 // 4)
-    for (heads, kv_heads, head_dim), length, density in itertools.product(
-        ((8, 8, 128), (32, 8, 128), (9, 3, 64)), (2048, 8192, 32768), (1.0, 0.25)
+    shapes, lengths, densities = ((8, 8, 128), (32, 8, 128), (9, 3, 64)), (2048, 8192, 32768), (1.0, 0.25)
+    for dtype, (heads, kv_heads, head_dim), length, density in (
+        *itertools.product((torch.float32,), shapes, lengths, densities),
+        *itertools.product((torch.bfloat16,), shapes[1:], lengths[1:], densities),
     ):
         shape = Shape(heads, kv_heads, head_dim, block)
         topology = patterns.windows(shape, length, density)
         package = patterns.compiled(topology, variant)
-        q, k, v = patterns.inputs(shape, 1, length, torch.float32)
+        q, k, v = patterns.inputs(shape, 1, length, dtype)
         mask = topology.block_mask(0, length // block)
         row_mask = mask[:, -1:]
         reference = _masked(q, k, v, torch.from_numpy(row_mask).repeat_interleave(block, dim=-1)[None])
         out = package.attention(0, q, k, v)
         error = float((out.double() - reference).norm() / reference.norm())
-        if not error < 2e-6:
+        if not error < TOLERANCE[dtype]:
             raise ArithmeticError(f"decoding is wrong: relative error {error:.1e}")
 
         seen = torch.from_numpy(np.any(row_mask[:, 0], axis=0)).repeat_interleave(block).nonzero()[:, 0]
         folded_q = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
-        copies = 1 + 128 * 2**20 // (2 * k.numel() * 4)
+        copies = 1 + 128 * 2**20 // (k.nbytes + v.nbytes)
         cache = itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
         attentions: dict[str, Attention] = {
             "ours": partial(package.attention, 0, q),
@@ -61,12 +64,13 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
         share = float(row_mask.mean())
         group = heads // kv_heads
         union = row_mask[:, 0].reshape(kv_heads, group, -1).any(axis=1).mean()
-        visible_bytes = float(union) * k.numel() * 2 * 4
+        visible_bytes = float(union) * (k.nbytes + v.nbytes)
         ours = times["ours"].median
         yield {
             "heads": f"{heads}/{kv_heads}",
             "head_dim": head_dim,
             "length": length,
+            "dtype": str(dtype).removeprefix("torch."),
             "density": density,
             "share_of_blocks": round(share, 4),
             "ours_us": ours * 1e6,

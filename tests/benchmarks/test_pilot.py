@@ -1,5 +1,6 @@
 """The committed pilots belong to the committed topologies, and those that are recommended passed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ def test_a_committed_pilot_is_of_the_topology_that_lies_here(file: Path) -> None
     found = read_pilot(file)
     assert found.weights_unchanged
     assert len(found.thresholds) >= 2
-    topology = read_topology(pilot.topology_file(file.stem.removeprefix("pilot-")))
+    name = re.sub("-at-[0-9]+$", "", file.stem.removeprefix("pilot-"))
+    topology = read_topology(pilot.topology_file(name))
     dense, patched, window = map(found.column, ("dense", "patched", "window"))
     assert dense is not None
     assert patched is not None
     assert patched.topology_sha256 == topology.sha256
-    asked = pilot.measured_of(pilot.checkpoint_of(file.stem.removeprefix("pilot-")))
+    asked = pilot.measured_of(pilot.checkpoint_of(name))
     assert len(dense.losses) == 2 * int(asked[asked.index("--sequences") + 1])
     assert (window is None) == ("--no-window" in asked)
     if window is not None:
