@@ -1,5 +1,6 @@
 """The measured figures as Markdown: every number stands in a file of `results/`."""
 
+import itertools
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -232,8 +233,9 @@ def all_figures() -> str:
     return (
         table(("measured", "Surgeon beside its peer"), _everything())
         + f"\n{processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
-        f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding, caches, short prompts and "
-        f"kernels: {processor(older)}, {older['machine']['date'][:10]}. One token's call: {processor(calls)}, "
+        f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding of the model, caches, "
+        f"short prompts and prefill kernels: {processor(older)}, {older['machine']['date'][:10]}. Decoding kernels "
+        f"and one token's call: {processor(calls)}, "
         f"{calls['machine']['date'][:10]}.\n"
         f"(**) Least CPU time of calls made in turn, {layer['machine']['threads']} thread, {processor(layer)}, "
         f"{layer['machine']['date'][:10]}.\n"
@@ -288,9 +290,15 @@ def _everything() -> Iterator[tuple[str, str]]:
     yield "prefill kernel at density 1 beside SDPA", _range([row for row in peers if row["density"] == 1], "times_sdpa")
     yield "prefill kernel's rate on its blocks, of torch's matrix product", _range(peers, "of_gemm", "")
     long = [row for row in suite("decode")["rows"] if row["length"] >= 8192]
-    for density, how in ((0.25, "at a quarter of the blocks"), (1.0, "densely")):
-        rows = [row for row in long if row["density"] == density]
-        yield f"decoding {how}, 8,192 and 32,768 keys, beside SDPA", _range(rows, "times_sdpa")
+    for dtype, (density, how) in itertools.product(
+        ("float32", "bfloat16"), ((0.25, "at a quarter of the blocks"), (1.0, "densely"))
+    ):
+        rows = [row for row in long if row["density"] == density and row["dtype"] == dtype]
+        folded = f"where SDPA's queries are a group's heads {_range(rows, 'times_folded')}"
+        yield (
+            f"decoding kernel {how}, 8,192 and 32,768 keys, {dtype}, beside SDPA",
+            f"{_range(rows, 'times_sdpa')}; {folded}",
+        )
     for row in suite("short-call")["rows"]:
         yield (
             f"one token behind {row['keys']:,} keys, a layer's call in cold caches, {row['dtype']}",
