@@ -49,6 +49,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
         ),
         "vectors.h": render_template("cpu/vectors.h.jinja"),
         "chunk.h": render_template("cpu/chunk.h.jinja"),
+        "pairs.h": render_template("cpu/pairs.h.jinja"),
         "rotary.h": render_template("cpu/rotary.h.jinja"),
         "prefill.h": render_template("cpu/prefill.h.jinja", routed=routed),
         "decode.h": render_template("cpu/decode.h.jinja", decode_chunk=_DECODE_CHUNK_ELEMENTS // specs[0].head_dim),
