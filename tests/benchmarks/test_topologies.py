@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+import learn
 from schedules import block_mask
 from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.read import read_topology
@@ -23,6 +24,8 @@ WEIGHTS = "77d8d98246181009f37a107558f8870a8d9f5f3bac29b83d59f6ad0283335862"
 QWEN = ModelShape("qwen2", 24, 14, 2, 64, "0da68f17fc0e5d92dadc098de2229698590d06786e400c8c6ada8824d5e0da8f")
 """The shape of Qwen2.5-Coder-0.5B, with the identity of its weights."""
 
+BLOCKS = {case.name: case.block for case in learn.CASES}
+
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_shipped_topology_is_valid_and_of_the_models_shape(file: Path) -> None:
@@ -31,8 +34,7 @@ def test_a_shipped_topology_is_valid_and_of_the_models_shape(file: Path) -> None
     topology = read_topology(file)
     qwen = file.stem.startswith("qwen")
     assert topology.model == (QWEN if qwen else ModelShape("llama", 30, 9, 3, 64, WEIGHTS))
-    small = file.stem.endswith(("-15", "-15-converted", "-routed")) or ("-answers" in file.stem and not qwen)
-    assert topology.block_size == (32 if small else 64)
+    assert topology.block_size == BLOCKS.get(file.stem, 64)
     assert topology.provenance["method"]
 
 
