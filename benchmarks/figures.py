@@ -29,14 +29,15 @@ from vllm_figures import beside_vllm, served
 
 QUARTER = "smollm2-135m-25-answers"
 """The topology of the densest pilot."""
+TENTH = "smollm2-135m-10-answers"
+"""The topology of the sparsest pilot."""
 TITLES = {name: checkpoint.title for name, checkpoint in CHECKPOINTS.items()}
 _PERPLEXITIES = ("dense_perplexity", "perplexity")
 
 
 def first_figures() -> str:
     """The few figures that a reader sees first, each with its condition."""
-    answers = answers_of(2048)
-    rows: list[tuple[str, ...]] = [_continuation(row) for row in (answers[0], answers[-1])]
+    rows: list[tuple[str, ...]] = [_continuation(for_answers(name)) for name in (QUARTER, TENTH)]
     pilot = pilots_of()[-1]
     dense, patched, alone = (column_of(pilot, name) for name in ("dense", "patched", "pattern"))
     hidden = f"numbers hidden in {lengths_of(pilot, 'or')} tokens and found, {visible(patched)}"
