@@ -109,6 +109,7 @@ def test_bad_input_is_one_line_and_status_2(
         ([*whole, "--length", "4096"], "the model's context"),
         ([*whole, "--length", "3"], "--length: expected 4 to 512 tokens"),
         ([*whole, "--tasks", "1"], "': expected prompts of at least "),
+        ([*whole, "--tasks", "1", "--ask", "common words"], "the task 'common words': expected prompts of at least "),
         ([*whole, "--recall", "some"], "argument --recall: invalid choice: 'some'"),
         ([*whole, "--dense-rows", "-1"], "--dense-rows: expected a whole number of at least 1, got '-1'"),
         ([*whole, "--dense-rows", "1.5"], "--dense-rows: expected a whole number of at least 1, got '1.5'"),
