@@ -50,12 +50,13 @@ peers: $(PEERS_INSTALLED)
 	-$(MAKE) $(VLLM_INSTALLED)
 	$(PEERS)/bin/python benchmarks/peers.py
 
+# A process that dies ends the run: xdist would wait for ever for the rest of its file.
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy benchmarks
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 # One thread: on models this small more of them only wait for each other, and do so at full speed.
 test-vllm: $(VLLM_INSTALLED)

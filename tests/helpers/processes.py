@@ -75,3 +75,10 @@ def _title(number: int) -> str:
         return Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def ignored_signals() -> set[int]:
+    """The signals that this process ignores, as the kernel has them: Python does not see what a library sets."""
+    fields = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines())
+    mask = int(fields["SigIgn"], 16)
+    return {number for number in range(1, 65) if mask >> number - 1 & 1}

@@ -14,6 +14,7 @@ from surgeon.compiler.kernels.gpu.abi import check_abi
 from surgeon.compiler.specs.artifacts import Binary, GpuSource
 from surgeon.compiler.specs.tiles import Device, Tile
 from surgeon.compiler.system.atomic_files import naming
+from surgeon.compiler.system.signals import signals_kept
 from surgeon.compiler.system.versions import TRITON
 from surgeon.runtime.errors import BuildError, TargetError
 from surgeon.runtime.installation import required
@@ -171,6 +172,7 @@ def _reproducible(knobs: Any, cache: str, target: Target) -> Iterator[None]:
         knobs.language.scope(),
         knobs.nvidia.scope(),
         knobs.runtime.scope(),
+        signals_kept(),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         knobs.cache.dir = cache

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from surgeon.compiler.system.cache import Cache
 from surgeon.compiler.system.compilers import end_group, still_running, time_limit
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.system.versions import versions
+from surgeon.runtime.errors import BuildError
 from surgeon.runtime.package.manifest import KernelEntry
 
 _WORKER = "worker-"  # and its number: the name of a file that says which processes to end
@@ -29,7 +31,7 @@ def build_gpu(
 
     Raises:
         TargetError: Triton is missing or cannot compile for the target.
-        BuildError: the compilation fails, or takes longer than the time limit.
+        BuildError: the compilation fails, takes longer than the time limit, or its process is killed.
     """
     # The compilers need no tables, which may be large.
     work = [(replace(source, tables={}), dtype) for source in sources for dtype in source.specs[0].dtypes]
@@ -47,7 +49,7 @@ def build_gpu(
                 pending = {pool.submit(build_triton, *work[index]): index for index in missing}
             for future in _completed(pending, what):
                 index = pending[future]
-                binaries[index] = future.result()
+                binaries[index] = _result(future, what)
                 cache.put(keys[index], binaries[index].to_bytes())
                 report(what, len(binaries), len(work))
     return tuple(binaries[index] for index in range(len(work)))
@@ -88,6 +90,18 @@ def _completed(pending: Iterable[Future[Binary]], what: str) -> Iterator[Future[
         if not done:
             raise still_running(f"triton, {what}", limit)
         yield from done
+
+
+def _result(future: Future[Binary], what: str) -> Binary:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise BuildError(
+            f"triton, {what}",
+            "a process that compiles to the end",
+            "one that was killed",
+            "see if memory ran out (dmesg tells), and compile with fewer --jobs",
+        ) from error
 
 
 @contextmanager

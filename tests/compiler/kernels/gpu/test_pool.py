@@ -29,6 +29,12 @@ sleeping.wait()
 """
 
 
+DIES = """
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 @pytest.fixture
 def hanging(tmp_path: Path) -> GpuSource:
     """A source whose compilation starts another process and waits for it."""
@@ -61,3 +67,10 @@ def test_a_compiler_that_hangs_is_ended(
         build_gpu([hanging], Cache(tmp_path / "cache"), 2)
     ended(int((tmp_path / "sleeping").read_text()))
     assert not list(tmp_path.glob("surgeon-*"))
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_what_to_do(hanging: GpuSource, tmp_path: Path) -> None:
+    (file,) = hanging.files
+    dying = replace(hanging, files=(replace(file, text=DIES),))
+    with pytest.raises(BuildError, match=r"cuda:90: expected a process .* got one that was killed; see"):
+        build_gpu([dying], Cache(tmp_path / "cache"), 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,6 +17,7 @@ import topologies
 from compiled_code import laid_out, operations, parameters, spills
 from gpu_sources import prefill_sources
 from prefill_calls import check, expected, kernel_spec, make_call, render_whole
+from processes import ignored_signals
 from surgeon.compiler.kernels.gpu.compile import build_triton
 from surgeon.compiler.kernels.gpu.row_trees import num_leaves
 from surgeon.compiler.schedule.schedule import schedule_layers
@@ -250,6 +252,12 @@ def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     crowded = Tile(queries=64, keys=32, warps=4, stages=2)
     monkeypatch.setattr(TargetTiles, "prefill_tile", lambda *_: crowded)
     assert spills(compile_kernel(mixed_heads(head_dim=256, block_size=128), "cuda:86", "bf16"), tmp_path) > 0
+
+
+def test_a_compile_leaves_signals_as_they_were() -> None:
+    """LLVM takes them: a file that grows too large would from then on kill the process."""
+    compile_kernel(mixed_heads(), "cuda:90", "bf16")
+    assert signal.SIGXFSZ in ignored_signals()
 
 
 @pytest.mark.parametrize("target", ["cuda:61", "hip:gfx803"])
