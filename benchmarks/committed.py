@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs.checkpoints import SMOLLM2_135M, Checkpoint
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, read_pilot
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,7 +31,7 @@ from surgeon.compiler.system.terminal import progress_bar
 from surgeon.runtime import Package, fingerprint, load, patch, trace
 from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.continuation import compare_continued
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 from surgeon.runtime.evaluate.tasks.numbers import single_numbers
 from surgeon.runtime.evaluate.tasks.prompts import make_prompts
 

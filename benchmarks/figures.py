@@ -23,7 +23,7 @@ from gpu_day.figures import first_rows
 from inputs.checkpoints import CHECKPOINTS, QWEN_CODER_05B, SMOLLM2_135M
 from markdown import table
 from surgeon.runtime.evaluate.continuation import CONTINUATION
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, read_pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 from vllm_figures import beside_vllm, served
 

@@ -42,7 +42,7 @@ from surgeon.runtime import load, patch, unpatch
 from surgeon.runtime.errors import SurgeonError
 from surgeon.runtime.evaluate.comparison import Comparison, compare
 from surgeon.runtime.evaluate.continuation import compare_continued
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "learn.json"

@@ -89,7 +89,8 @@ def run_pilots(
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
-            surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, "--out", str(out))
+            kept = ("--work", str(cache / "pilots"))  # interrupted it goes on, and what is dense is measured once
+            surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, *kept, "--out", str(out))
             pilots.append(out)
     return pilots
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from gpu_day.calls import milliseconds
 from gpu_day.day import Day, Tell
 from surgeon.runtime import load, patch
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 
 ROOM = 128
 

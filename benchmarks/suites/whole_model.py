@@ -16,7 +16,7 @@ from surgeon.compiler import compile_package, read_topology
 from surgeon.compiler.system.cache import cache_folder
 from surgeon.runtime import Package, SurgeonCache, load, patch, trace
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 from surgeon.runtime.transformers.cache import CACHE_NAME
 
 TOPOLOGIES = Path(__file__).parents[1] / "topologies"

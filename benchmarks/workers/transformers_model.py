@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from inputs.checkpoints import load_model
 from surgeon.runtime import load as load_package
 from surgeon.runtime import patch
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 from surgeon.runtime.transformers.cache import CACHE_NAME
 from workers.engine import OnToken
 

@@ -1,6 +1,7 @@
 """`surgeon pilot`: tries a package on its model, and writes and shows the figures."""
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TASKS,
         metavar="TASK",
         help=f"a task to ask, repeatable: {', '.join(TASKS)}; default: all of them",
+    )
+    parser.add_argument(
+        "--work",
+        type=path,
+        metavar="FOLDER",
+        help="where finished steps are kept, so that an interrupted pilot goes on, and another of the same model finds"
+        " what is dense; default: FILE.steps, removed at the end",
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
@@ -105,12 +113,15 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         max_divergence=arguments.max_divergence,
         min_speedup=arguments.min_speedup,
     )
+    work: Path = arguments.work or out.with_name(out.name + ".steps")
     quiet_unless_watched()
     # The baseline's package is in the main process's folder, which is removed long after all have loaded it.
     with joined(), stage_display() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
-        pilot = run(request, Path(scratch), progress)
+        pilot = run(request, Path(scratch), progress, work)
     if is_main_process():
         write_file(out, pilot.to_json())
+        if arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
     if arguments.json:
         return Outcome((" ".join(pilot.to_json().split("\n")),), refusal(pilot))
     lines = (*pilot_lines(pilot, stdout_encoding()), f"{out}: written in {pilot.seconds:.0f} s")

@@ -1,6 +1,6 @@
 """The time and memory that a pilot needs, forecast from the time of one dense prompt.
 
-The counts are those of what `surgeon.runtime.evaluate.pilot` reads; the tokens of answers are left out.
+The counts are those of what `surgeon.runtime.evaluate.pilot.run` reads; the tokens of answers are left out.
 """
 
 from collections.abc import Sequence

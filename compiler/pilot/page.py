@@ -17,7 +17,7 @@ from surgeon.compiler.system.jinja import render_template
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PilotError
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, read_pilot
 
 
 @dataclass(frozen=True)

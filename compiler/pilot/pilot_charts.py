@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from surgeon.compiler.pilot.svg import Figure, figure
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import FIGURES
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot
+from surgeon.runtime.evaluate.pilot.figures import FIGURES
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

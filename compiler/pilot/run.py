@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +17,7 @@ from surgeon.compiler.forecast.pilot import pilot_forecast
 from surgeon.compiler.learn.measure.before_weights import read_outline
 from surgeon.compiler.learn.measure.checkpoint import read_checkpoint
 from surgeon.compiler.learn.measure.checkpoint_files import DeviceMap
+from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore
 from surgeon.compiler.learn.texts.text import read_text, spread
 from surgeon.compiler.package.contents import packaged_topology
 from surgeon.compiler.pilot.baseline import density_at, window_baseline
@@ -24,8 +26,8 @@ from surgeon.compiler.system.stages import Forecast, expect
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
-from surgeon.runtime.evaluate.pilot_file import Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot.pilot_file import Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot.run import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.processes import Processes, processes_of
 from surgeon.runtime.evaluate.tasks.every import TASKS
 from surgeon.runtime.evaluate.tasks.prompts import fitting_lengths, make_prompts
@@ -70,10 +72,11 @@ class PilotRequest:
     min_speedup: float | None = None
 
 
-def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) -> Pilot:
+def run(request: PilotRequest, scratch: Path, progress: Progress | None = None, work: Path | None = None) -> Pilot:
     """Measures and judges the patched model against the dense one and equal windows.
 
-    `scratch` is an empty folder for the package of equal windows; all processes read that of the main process.
+    `scratch` is an empty folder for the package of equal windows; all processes read that of the main process. What is
+    read and answered is kept in the folder `work`, so that an interrupted pilot goes on; without it, nothing is kept.
 
     Raises:
         PackageError: the package cannot be read.
@@ -115,7 +118,10 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         found = density_at(baseline, length)
         candidates.append(_patched("window", dense, compiled, found, recall, request.dense_rows))
     weights = fingerprint(dense)
-    measured = run_pilot(candidates, sequences, tokenizer, prompts, request.rounds, progress)
+    store = CheckpointStore(work)
+    measured = run_pilot(
+        candidates, sequences, tokenizer, prompts, request.rounds, progress, partial(_kept_once, store)
+    )
     (beside,) = (each.against_dense for each in measured.columns if each.name == "patched" and each.against_dense)
     return Pilot(
         model=Path(request.model).absolute().name,  # the last part of a name on a hub
@@ -139,6 +145,16 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None) 
         seconds=round(time.perf_counter() - started, 1),
         surgeon=version(),
     )
+
+
+def _kept_once(
+    store: CheckpointStore, step: Mapping[str, object], measure: Callable[[], Sequence[float]]
+) -> Sequence[float]:
+    def compute() -> dict[str, torch.Tensor]:
+        return {"numbers": torch.tensor(list(measure()), dtype=torch.float64, device="cpu")}
+
+    numbers: list[float] = store.once(step, compute)["numbers"].tolist()
+    return numbers
 
 
 def _forecast(

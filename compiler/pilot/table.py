@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from surgeon.compiler.system.terminal import can_show
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import FIGURES, RelativeFigure
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot
+from surgeon.runtime.evaluate.pilot.figures import FIGURES, RelativeFigure
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot
 from surgeon.runtime.evaluate.retrieval import KEPT, task_names
 
 

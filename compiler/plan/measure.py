@@ -17,7 +17,7 @@ from surgeon.compiler.pipeline import compile_package
 from surgeon.compiler.plan.layer import one_layer
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.topology import mean_density
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 from surgeon.runtime.loading import Package, load
 from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
 from surgeon.runtime.transformers.layers import find_attention

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from surgeon.runtime.evaluate.comparison import (
 )
 from surgeon.runtime.evaluate.logits import continued_states
 from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.evaluate.steps import Once, anew
 
 CONTINUATION = 256  # tokens, or half of a short sequence
 
@@ -34,13 +36,15 @@ def compare_continued(
     step: int,
     processes: Processes | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    once: Once = anew,
 ) -> tuple[Continued, ...]:
     """Compares each model but the first, the dense one, with it on sequences `[1, length]`; weights may be shared.
 
     The last tokens of a sequence, `CONTINUATION` or half of it, are its continuation. Everything before is read in one
     call, as a prompt is; then the continuation, the text's own tokens, `step` at a time with the prompt's cache. Its
     first token is predicted by the prompt's last row. With a `step` of at most the dense rows of a model's recall,
-    all rows of the continuation read everything, as decoding does.
+    all rows of the continuation read everything, as decoding does. Each sequence is a step of `once`, which knows the
+    models.
 
     Raises:
         ModelError: as in `perplexity`.
@@ -49,19 +53,13 @@ def compare_continued(
     for model in models:
         check_inputs(model, sequences)
     shared = processes_of(dense) if processes is None else processes
-    rows: dict[int, list[float]] = {}
+    rows: dict[int, Sequence[float]] = {}
     for item in shared.own(len(sequences)):
         if progress:
             progress("prompts and continuations", item, len(sequences))
         tokens = sequences[item]
-        prompt = prompt_length(tokens.shape[1])
-        targets = tokens[0, 1:].split([prompt - 1, tokens.shape[1] - prompt])
-        states = [continued_states(model, tokens, prompt, step) for model in models]
-        rows[item] = []
-        for model, found in zip(others, states[1:], strict=True):
-            parts = zip(states[0].split(list(map(len, targets))), found.split(list(map(len, targets))), strict=True)
-            for both, wanted in zip(parts, targets, strict=True):
-                rows[item] += astuple(departure((dense, model), both, wanted))
+        described = {"step": "continuation", "tokens": tokens[0].tolist(), "read_at_a_time": step}
+        rows[item] = once(described, partial(_departures, models, tokens, step))
     table = shared.gather(rows, len(sequences), 2 * len(others) * DEPARTURE_WIDTH)
 
     def comparison(place: int) -> Comparison:
@@ -69,6 +67,20 @@ def compare_continued(
         return Comparison(tuple(departure_from(row[begin : begin + DEPARTURE_WIDTH]) for row in table))
 
     return tuple(Continued(comparison(2 * index), comparison(2 * index + 1)) for index in range(len(others)))
+
+
+def _departures(models: Sequence[PreTrainedModel], tokens: torch.Tensor, step: int) -> list[float]:
+    """The departures of each model but the first from it, on the prompt and on its continuation, one after another."""
+    dense, *others = models
+    prompt = prompt_length(tokens.shape[1])
+    targets = tokens[0, 1:].split([prompt - 1, tokens.shape[1] - prompt])
+    dense_states, *other_states = [continued_states(model, tokens, prompt, step) for model in models]
+    row: list[float] = []
+    for model, found in zip(others, other_states, strict=True):
+        parts = zip(*(states.split(list(map(len, targets))) for states in (dense_states, found)), strict=True)
+        for both, wanted in zip(parts, targets, strict=True):
+            row += astuple(departure((dense, model), both, wanted))
+    return row
 
 
 def prompt_length(length: int) -> int:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.runtime.evaluate.answers import scores
 from surgeon.runtime.evaluate.estimates import Estimate, ratio
 from surgeon.runtime.evaluate.processes import Processes
+from surgeon.runtime.evaluate.steps import Once, anew
 from surgeon.runtime.evaluate.tasks.prompts import Prompt
 
 KEPT = 0.5  # a task says something about a patched model only if the dense one scores this on average
@@ -55,12 +57,15 @@ def retrieve(
     prompts: Sequence[Prompt],
     processes: Processes,
     progress: Progress,
+    once: Sequence[Once] | None = None,
 ) -> Retrieval:
     """Asks all models, the dense one first, the questions of the tasks on which the dense one scores at least `KEPT`.
 
-    The processes share the prompts. The others are not asked what the dense model cannot answer.
+    The processes share the prompts. The others are not asked what the dense model cannot answer. Each prompt is a step
+    of each model's `once`.
     """
     dense, *others = models
+    dense_once, *others_once = once or [anew] * len(models)
     asked = [
         AskedQuestion(
             question.query.task, prompt.length, question.query.depth, "end" if prompt.at_end else "later", index
@@ -68,7 +73,9 @@ def retrieve(
         for index, prompt in enumerate(prompts)
         for question in prompt.questions
     ]
-    found = _ask(dense, tokenizer, prompts, processes, lambda done: progress("tasks: dense", done, len(prompts)))
+    found = _ask(
+        dense, tokenizer, prompts, processes, lambda done: progress("tasks: dense", done, len(prompts)), dense_once
+    )
     dropped = tuple(
         DroppedTask(task, len(own), math.fsum(own) / len(own))
         for task in task_names(asked)
@@ -79,13 +86,13 @@ def retrieve(
     rows = [tuple(found[index] for index in kept)]
     places = {index: at for at, index in enumerate(sorted({asked[index].prompt for index in kept}))}
     left = [_without(prompts[index], names) for index in places]
-    for number, model in enumerate(others):
+    for number, (model, model_once) in enumerate(zip(others, others_once, strict=True)):
         done_before = number * len(left)
 
         def told(done: int, before: int = done_before) -> None:
             progress("tasks", before + done, len(others) * len(left))
 
-        rows.append(tuple(_ask(model, tokenizer, left, processes, told)))
+        rows.append(tuple(_ask(model, tokenizer, left, processes, told, model_once)))
     return Retrieval(tuple(asked[index] for index in kept), tuple(rows), dropped)
 
 
@@ -124,6 +131,7 @@ def _ask(
     prompts: Sequence[Prompt],
     processes: Processes,
     told: Callable[[int], None],
+    once: Once,
 ) -> list[float]:
     """The score of every question of the prompts, in order."""
     if not prompts:
@@ -132,10 +140,18 @@ def _ask(
     rows = {}
     for item in processes.own(len(prompts)):
         told(item)
-        own = scores(model, tokenizer, prompts[item])
+        own = once(_described(prompts[item]), partial(scores, model, tokenizer, prompts[item]))
         rows[item] = (*own, *[0.0] * (width - len(own)))
     table = processes.gather(rows, len(prompts), width)
     return [score for row, prompt in zip(table, prompts, strict=True) for score in row[: len(prompt.questions)]]
+
+
+def _described(prompt: Prompt) -> dict[str, object]:
+    questions = []
+    for question in prompt.questions:
+        query = asdict(question.query) | {"item": question.query.item.pattern}
+        questions.append({"tokens": question.tokens.tolist(), "budget": question.budget, "query": query})
+    return {"step": "answers", "text": prompt.text.tolist(), "questions": questions, "at_end": prompt.at_end}
 
 
 def _without(prompt: Prompt, tasks: set[str]) -> Prompt:

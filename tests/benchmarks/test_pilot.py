@@ -8,7 +8,7 @@ import pytest
 import pilot
 from surgeon.compiler.topology.read import read_topology
 from surgeon.compiler.topology.topology import mean_density
-from surgeon.runtime.evaluate.pilot_file import read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
 
 
 def test_the_page_is_about_the_sparsest_topology() -> None:

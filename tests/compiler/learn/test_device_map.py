@@ -20,8 +20,8 @@ from surgeon.compiler.learn.ultrametric.descent import Settings
 from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime import fingerprint
 from surgeon.runtime.errors import ModelError
-from surgeon.runtime.evaluate.pilot import twin
-from surgeon.runtime.evaluate.pilot_file import read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
+from surgeon.runtime.evaluate.pilot.run import twin
 from surgeon.runtime.evaluate.processes import Processes
 from surgeon.runtime.transformers.offload import entry_device, weight_stores
 

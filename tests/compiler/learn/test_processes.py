@@ -11,7 +11,7 @@ from processes import torchrun
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.topology.read import read_topology
-from surgeon.runtime.evaluate.pilot_file import read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
 
 # One thread, as torchrun sets it for each process, so that results are equal to the bit.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

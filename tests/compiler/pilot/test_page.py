@@ -28,8 +28,8 @@ from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
 from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import FIGURES, AgainstDense
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold
+from surgeon.runtime.evaluate.pilot.figures import FIGURES, AgainstDense
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, PilotMachine, PilotText, Threshold
 from surgeon.runtime.evaluate.retrieval import AskedQuestion
 from topologies import build, head, random_topology, tree, window_head
 

@@ -10,7 +10,7 @@ from models import sparse_topology, tiny_config, tiny_llama
 from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.pilot.baseline import density_at
-from surgeon.runtime.evaluate.pilot_file import read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +82,38 @@ def test_a_missed_threshold_is_status_3(
         ("dense", None),
         ("patched", "pattern"),
     ]
+
+
+def test_an_interrupted_pilot_goes_on(
+    folder: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "pilot.json"
+    limits = ("--max-ppl-ratio", "50", "--no-window")
+    with monkeypatch.context() as patched:
+        patched.setattr("surgeon.runtime.evaluate.pilot.run.measure_speed", interrupt)
+        assert main(command(folder, package, out, *limits)) == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["pilot.json.steps"]
+    monkeypatch.setattr("surgeon.runtime.evaluate.continuation.continued_states", None)  # all have been read
+    assert main(command(folder, package, out, *limits)) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["pilot.json"]
+    capsys.readouterr()
+
+
+def test_a_pilots_steps_stay_in_a_folder_that_was_named(
+    folder: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ("--max-ppl-ratio", "50", "--no-window", "--work", str(tmp_path / "work"))
+    assert main(command(folder, package, tmp_path / "one.json", *kept)) == 0
+    monkeypatch.setattr("surgeon.runtime.evaluate.continuation.continued_states", None)
+    assert main(command(folder, package, tmp_path / "other.json", *kept)) == 0
+    one, other = (read_pilot(tmp_path / f"{name}.json") for name in ("one", "other"))
+    assert [each.losses for each in one.columns] == [each.losses for each in other.columns]
+    for file in (tmp_path / "work").iterdir():
+        file.write_bytes(b"damaged")
+    assert main(command(folder, package, tmp_path / "one.json", *kept)) == 2
 
 
 def test_bad_input_is_one_line_and_status_2(

@@ -2,8 +2,8 @@
 
 from surgeon.compiler.pilot.table import pilot_table, refusal, retrieval_table, verdict
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import FIGURES, AgainstDense
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, Threshold
+from surgeon.runtime.evaluate.pilot.figures import FIGURES, AgainstDense
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, PilotMachine, Threshold
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask
 
 ROWS = {

@@ -9,7 +9,7 @@ from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.comparison import Comparison, compare
 from surgeon.runtime.evaluate.continuation import compare_continued, prompt_length
 from surgeon.runtime.evaluate.logits import continued_states, hidden_states
-from surgeon.runtime.evaluate.pilot import twin
+from surgeon.runtime.evaluate.pilot.run import twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 96

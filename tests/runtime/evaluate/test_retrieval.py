@@ -1,6 +1,8 @@
 """Retrieval of several models: who copies scores 1, who forgets 0, and what dense cannot do is not asked."""
 
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -16,6 +18,7 @@ from surgeon.runtime.evaluate.retrieval import (
     retrieve,
     task_names,
 )
+from surgeon.runtime.evaluate.steps import named
 from surgeon.runtime.evaluate.tasks.prompts import make_prompts
 
 LENGTH = 1500
@@ -71,6 +74,30 @@ def test_without_a_kept_task_the_others_are_asked_nothing() -> None:
     found = retrieve([Oracle(1), other], letters(), prompts, Processes(), lambda *_: None)
     assert (found.questions, found.scores, len(found.dropped)) == ((), ((), ()), 7)
     assert other.calls == []
+
+
+def test_a_prompt_that_was_answered_before_is_not_asked_again() -> None:
+    prompts = make_prompts(letters(), [filler(LENGTH)], (LENGTH,), 1)
+    kept: dict[str, Sequence[float]] = {}
+
+    def once(step: Mapping[str, object], measure: Callable[[], Sequence[float]]) -> Sequence[float]:
+        spelled = json.dumps(step)
+        if spelled not in kept:
+            kept[spelled] = measure()
+        return kept[spelled]
+
+    def asked(models: list[Oracle]) -> Retrieval:
+        each = [named(once, model=index) for index in range(len(models))]
+        return retrieve(models, letters(), prompts, Processes(), lambda *_: None, each)
+
+    first = asked([Oracle(LENGTH), Oracle(HALF)])
+    models = [Oracle(LENGTH), Oracle(HALF)]
+    assert asked(models) == first
+    assert [model.calls for model in models] == [[], []]
+    other = Oracle(1)
+    *_, forgotten = asked([Oracle(LENGTH), Oracle(HALF), other]).scores
+    assert other.calls
+    assert set(forgotten) == {0}
 
 
 def test_errors_are_of_paired_differences_over_the_prompts() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from surgeon.runtime import SurgeonCache, fingerprint, patch
 from surgeon.runtime.errors import ModelError, PilotError
 from surgeon.runtime.evaluate.continuation import compare_continued
 from surgeon.runtime.evaluate.estimates import Estimate, middle
-from surgeon.runtime.evaluate.pilot import Candidate, run_pilot, twin
-from surgeon.runtime.evaluate.pilot_file import Column, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, PilotMachine, PilotText, judged
+from surgeon.runtime.evaluate.pilot.run import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask
+from surgeon.runtime.evaluate.steps import Once, anew
 
 LENGTH = 96
 HASH = "0" * 64
@@ -32,7 +34,7 @@ def sequences() -> list[torch.Tensor]:
     return [tokens(1, LENGTH, seed) for seed in range(3)]
 
 
-def piloted(package: Compiled, sequences: list[torch.Tensor]) -> tuple[Column, ...]:
+def piloted(package: Compiled, sequences: list[torch.Tensor], once: Once = anew) -> tuple[Column, ...]:
     """The dense model, one that reads by the pattern, and one whose 16 last rows read everything."""
     dense = tiny_llama()
     candidates = [Candidate("dense", dense, None, 1.0)]
@@ -40,7 +42,7 @@ def piloted(package: Compiled, sequences: list[torch.Tensor]) -> tuple[Column, .
         model = twin(dense)
         patch(model, package.package, recall=recall, dense_rows=16)
         candidates.append(Candidate(name, model, package.package, 0.5, recall, rows))
-    return run_pilot(candidates, sequences, letters(), (), rounds=2).columns
+    return run_pilot(candidates, sequences, letters(), (), rounds=2, once=once).columns
 
 
 def test_its_figures_are_those_of_a_direct_comparison(
@@ -79,6 +81,29 @@ def test_its_figures_are_those_of_a_direct_comparison(
         assert column.decode.value > 0
         assert column.weights_sha256 == fingerprint(model)
         assert column.peak_bytes is None or column.peak_bytes > sum(each.nbytes for each in model.parameters())
+
+
+def test_what_was_measured_is_not_read_again_and_is_of_these_models(
+    compiled: dict[str, Compiled], sequences: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Sequence[float]] = {}
+
+    def once(step: Mapping[str, object], measure: Callable[[], Sequence[float]]) -> Sequence[float]:
+        spelled = json.dumps(step, sort_keys=True)
+        if spelled not in kept:
+            kept[spelled] = measure()
+        return kept[spelled]
+
+    first = piloted(compiled["sparse"], sequences, once)
+    assert len(kept) == len(sequences)
+    with monkeypatch.context() as patched:
+        patched.setattr("surgeon.runtime.evaluate.continuation.continued_states", None)
+        again = piloted(compiled["sparse"], sequences, once)
+    assert [(each.losses, each.continuation_perplexity) for each in again] == [
+        (each.losses, each.continuation_perplexity) for each in first
+    ]
+    piloted(compiled["one cluster"], sequences, once)
+    assert len(kept) == 2 * len(sequences)
 
 
 def test_a_collapsed_topology_is_the_model_itself(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:

@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import FIGURES, LIMITS, AgainstDense
-from surgeon.runtime.evaluate.pilot_file import Column, Threshold, judged
+from surgeon.runtime.evaluate.pilot.figures import FIGURES, LIMITS, AgainstDense
+from surgeon.runtime.evaluate.pilot.pilot_file import Column, Threshold, judged
 
 VALUES = {name: float(index) for index, name in enumerate(FIGURES, start=1)}
 FOUND = AgainstDense(**{name: Estimate(value, None) for name, value in VALUES.items()}, worst_task="keys")

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgeon.runtime.errors import ModelError, PackageError
 from surgeon.runtime.evaluate.continuation import Continued, compare_continued
 from surgeon.runtime.evaluate.estimates import Estimate, middle
-from surgeon.runtime.evaluate.figures import AgainstDense
-from surgeon.runtime.evaluate.pilot_file import Column
+from surgeon.runtime.evaluate.pilot.figures import AgainstDense
+from surgeon.runtime.evaluate.pilot.pilot_file import Column
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.evaluate.retrieval import Progress, Retrieval, mean_share, of_dense, retrieve
 from surgeon.runtime.evaluate.speed import Speed, measure_speed
+from surgeon.runtime.evaluate.steps import Once, anew, named
 from surgeon.runtime.evaluate.tasks.prompts import Prompt
 from surgeon.runtime.loading import Package
 from surgeon.runtime.transformers.cache import CACHE_NAME, SurgeonCache
@@ -62,11 +63,13 @@ def run_pilot(
     prompts: Sequence[Prompt],
     rounds: int,
     progress: Progress | None = None,
+    once: Once = anew,
 ) -> PilotRun:
     """Measures all candidates, the dense model first, on the same token ids `[1, length]`, all of one length.
 
     Where torch.distributed has several processes, they share sequences and tasks. The main process measures the rest
-    alone, so that speed is that of a machine without other work, and all processes return its findings.
+    alone, so that speed is that of a machine without other work, and all processes return its findings. What is read
+    and answered is measured in steps of `once`; speed and memory are measured anew.
 
     Raises:
         ModelError: a model is in training mode, or its figures are not finite.
@@ -76,10 +79,13 @@ def run_pilot(
     processes = processes_of(dense.model)
     report = progress or _silent
     step = min([_CALL, *(each.dense_rows for each in candidates if each.dense_rows)])
-    comparisons = compare_continued(models, sequences, step, processes, report)
+    weights = fingerprint(dense.model)
+    described = [_described(candidate, weights) for candidate in candidates]
+    comparisons = compare_continued(models, sequences, step, processes, report, named(once, models=described))
     for other, found in zip(others, comparisons, strict=True):
         _check_finite(other, found)
-    retrieval = retrieve(models, tokenizer, prompts, processes, report)
+    each_once = [named(once, model=each) for each in described]
+    retrieval = retrieve(models, tokenizer, prompts, processes, report, each_once)
 
     def measured() -> tuple[Column, ...]:
         steps = min(_STEPS, sequences[0].shape[1] // 2)
@@ -94,6 +100,14 @@ def run_pilot(
         return tuple(columns)
 
     return PilotRun(processes.first(measured), retrieval)
+
+
+def _described(candidate: Candidate, weights: str) -> dict[str, object]:
+    """Everything that a model's answers depend on."""
+    package = None if candidate.package is None else candidate.package.id
+    dtype = str(candidate.model.dtype)
+    asking = {"recall": candidate.recall, "dense_rows": candidate.dense_rows}
+    return {"weights": weights, "dtype": dtype, "package": package, **asking}
 
 
 def _column(

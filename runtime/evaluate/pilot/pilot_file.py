@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from surgeon.runtime.errors import PilotError
 from surgeon.runtime.evaluate.estimates import Estimate
-from surgeon.runtime.evaluate.figures import LIMITS, AgainstDense
-from surgeon.runtime.evaluate.pilot_v1 import upgraded
+from surgeon.runtime.evaluate.pilot.figures import LIMITS, AgainstDense
+from surgeon.runtime.evaluate.pilot.pilot_v1 import upgraded
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask, mean_score
 from surgeon.runtime.package.strict_json import Fault, parse_root, read_document, read_plain
 
