@@ -99,6 +99,7 @@ def _render_router(variants: tuple[Variant | TileVariant, ...], dtypes: dict[str
             "cpu/router/route.h.jinja", nodes_at_once=_NODES_AT_ONCE, units_at_once=_UNITS_AT_ONCE
         ),
         "chosen.h": render_template("cpu/router/chosen.h.jinja"),
+        "scores.h": render_template("cpu/router/scores.h.jinja"),
         "choose.h": render_template("cpu/router/choose.h.jinja", node_shift=NODE.bit_length() - 1),
         **{
             f"router_{variant.name}.cpp": render_template(

@@ -1,0 +1,55 @@
+"""Routed heads of other shapes on a CPU: blocks of few and of many nodes, and head sizes that fill no vector."""
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import reference
+import routing
+import topologies
+from surgeon.compiler import Topology, compile_package
+from surgeon.compiler.kernels import backend
+from surgeon.compiler.kernels.cpu.variants import Variant, variants_for
+from surgeon.runtime import load
+from topologies import window_head
+
+BLOCKS = 12
+SHAPES = [(16, 80), (48, 96), (256, 32)]
+"""Tokens of a block and the head size: 2, 6 and 32 nodes, where vectors have 4 to 16 lanes."""
+
+
+def topology_of(block_size: int, head_dim: int) -> Topology:
+    heads = [window_head(0, 1, route=3), window_head(1, 2, route=2)]
+    return topologies.build(
+        [heads], num_kv_heads=1, head_dim=head_dim, block_size=block_size, num_blocks=BLOCKS, beyond="window"
+    )
+
+
+@pytest.mark.parametrize(("block_size", "head_dim"), SHAPES)
+def test_every_variant_chooses_the_oracles_blocks(
+    block_size: int, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = topology_of(block_size, head_dim)
+    # What runs besides the choice is tested elsewhere, so it need not be fast.
+    plain = [each for each in variants_for(platform.machine()) if isinstance(each, Variant)]
+    variants = tuple(replace(each, flags=(*each.flags, "-O1")) for each in plain)
+    monkeypatch.setattr(backend, "variants_for", lambda _machine: variants)
+    folder = compile_package(topology, tmp_path / "package", targets=["cpu"], dtypes=["fp32"])
+    usable = load(folder).cpu_variants
+    assert "portable" in usable
+
+    keys = BLOCKS * block_size
+    generator = torch.Generator().manual_seed(block_size)
+    k = torch.randn(1, 1, keys, head_dim, generator=generator)
+    k[:, :, 3 * block_size : 5 * block_size] = k[:, :, block_size : 3 * block_size]  # so that blocks tie
+    v = torch.nn.functional.one_hot(torch.arange(keys) // block_size, head_dim).float().expand_as(k)
+    for queries in (1, 23, 4 * block_size):
+        q = torch.randn(1, 2, queries, head_dim, generator=generator)
+        chosen = routing.chosen_blocks(topology, 0, q[0], k[0], keys - queries)
+        scheduled = reference.token_mask(topology, 0, queries, keys, keys - queries, 0)[:, :, ::block_size]
+        for variant in usable:
+            read = load(folder, strict=True, cpu_variant=variant).attention(0, q, k, v, scale=1e-3)
+            assert torch.equal(read[0].transpose(0, 1)[:, :, :BLOCKS] > 1e-30, scheduled | chosen), (variant, queries)
