@@ -38,8 +38,9 @@ def for_answers(topology: str) -> Row:
 
 
 def pilots_of(recall: str = "dense", checkpoint: Checkpoint = SMOLLM2_135M) -> list[Pilot]:
-    """A model's pilots under a recall, the densest first."""
-    found = [read_pilot(file) for file in RESULTS.glob(f"pilot-{checkpoint.title.lower()}-*.json")]
+    """A model's pilots under a recall, each at its topology's own length, the densest first."""
+    files = RESULTS.glob(f"pilot-{checkpoint.title.lower()}-*.json")
+    found = [read_pilot(file) for file in files if "-at-" not in file.stem]
     return sorted(
         (pilot for pilot in found if column_of(pilot, "patched").recall == recall),
         key=lambda pilot: -column_of(pilot, "patched").density,

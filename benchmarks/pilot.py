@@ -7,6 +7,7 @@ results/pilot-*.json. Then `surgeon report` draws the sparsest one, with the oth
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def run_pilots(
         ModelError: the model or a text cannot be downloaded.
     """
     cache = cache_folder()
+    work = cache / "pilots"  # so that an interrupted run goes on, and the dense model is asked a task once
+    kept = ("--work", str(work))
     pilots = []
     chosen = [argument for task in asked for argument in ("--ask", task)]
     chosen += [] if length is None else ["--length", str(length)]
@@ -89,9 +92,9 @@ def run_pilots(
             topology = read_topology(topology_file(name))
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
-            kept = ("--work", str(cache / "pilots"))  # interrupted it goes on, and what is dense is measured once
             surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, *kept, "--out", str(out))
             pilots.append(out)
+    shutil.rmtree(work)  # not for the next run: the code may be another
     return pilots
 
 

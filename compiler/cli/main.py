@@ -94,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         refused = re.search(r"invalid choice: (?:'|\")?(.*?)(?:'|\")? \(choose from (.*)\)", message)
-        hint = _suggestion(refused[1], re.findall(r"[\w.:-]+", refused[2])) if refused else ""
+        hint = _suggestion(refused[1], [each.strip("'\"") for each in refused[2].split(", ")]) if refused else ""
         raise _UsageError(f"{message}{hint}; see {self.prog} --help")
 
     def _check_options(self, given: list[str]) -> None:

@@ -36,8 +36,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work",
         type=path,
         metavar="FOLDER",
-        help="where finished steps are kept, so that an interrupted pilot goes on, and another of the same model finds"
-        " what is dense; default: FILE.steps, removed at the end",
+        help="folder for what was read and answered, so that the same command continues an interrupted pilot, and"
+        " others of this model do not ask the dense one again; default: FILE.steps, removed at the end",
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
@@ -76,13 +76,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Outcome:
     from surgeon.compiler.learn.texts.text_file import read_text_file
-    from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.compiler.system.atomic_files import check_file, check_folder
     from surgeon.runtime.errors import PilotError
     from surgeon.runtime.package.reader import read_package
 
     # What can be refused is refused before the work: here before torch is imported, by `run` before weights are read.
     out: Path = arguments.out
     check_file(out, PilotError)
+    if arguments.work is not None:
+        check_folder(arguments.work, PilotError)
     for file in arguments.text:
         read_text_file(file)
     read_package(arguments.package)

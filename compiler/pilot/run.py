@@ -1,5 +1,6 @@
 """Runs a pilot: measures and judges a package on its model, against the dense model and equal windows."""
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgeon.compiler.forecast.learning import seconds_of_prompt
 from surgeon.compiler.forecast.pilot import pilot_forecast
@@ -29,6 +30,7 @@ from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.pilot.pilot_file import Pilot, PilotMachine, PilotText, judged
 from surgeon.runtime.evaluate.pilot.run import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.processes import Processes, processes_of
+from surgeon.runtime.evaluate.steps import named
 from surgeon.runtime.evaluate.tasks.every import TASKS
 from surgeon.runtime.evaluate.tasks.prompts import fitting_lengths, make_prompts
 from surgeon.runtime.installation import version
@@ -118,10 +120,8 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None, 
         found = density_at(baseline, length)
         candidates.append(_patched("window", dense, compiled, found, recall, request.dense_rows))
     weights = fingerprint(dense)
-    store = CheckpointStore(work)
-    measured = run_pilot(
-        candidates, sequences, tokenizer, prompts, request.rounds, progress, partial(_kept_once, store)
-    )
+    once = named(partial(_kept_once, CheckpointStore(work)), weights=weights, **_surroundings(dense, tokenizer, device))
+    measured = run_pilot(candidates, sequences, tokenizer, prompts, request.rounds, progress, once)
     (beside,) = (each.against_dense for each in measured.columns if each.name == "patched" and each.against_dense)
     return Pilot(
         model=Path(request.model).absolute().name,  # the last part of a name on a hub
@@ -155,6 +155,26 @@ def _kept_once(
 
     numbers: list[float] = store.once(step, compute)["numbers"].tolist()
     return numbers
+
+
+def _surroundings(
+    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, object]:
+    """Everything but its weights and the text that the dense model's figures depend on."""
+    generation = dense.generation_config
+    described = (
+        dense.config.to_json_string(use_diff=False),
+        None if generation is None else generation.to_json_string(use_diff=False),
+        sorted(tokenizer.get_vocab().items()),
+    )
+    return {
+        "model": hashlib.sha256(repr(described).encode()).hexdigest(),
+        "dtype": str(dense.dtype),
+        "device": str(device),
+        "surgeon": version(),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+    }
 
 
 def _forecast(

@@ -74,6 +74,20 @@ def check_file(out: Path, error: type[SurgeonError]) -> None:
     check_writable(out, error)
 
 
+def check_folder(folder: Path, error: type[SurgeonError]) -> None:
+    """Refuses a folder that could not be made, or that nothing could be made in.
+
+    Raises:
+        error: it could not be made or written.
+    """
+    place = folder.absolute() / "file"
+    while not (place.parent.exists() or place.parent.is_symlink()):
+        place = place.parent
+    if not place.parent.is_dir():
+        raise error(str(folder), "a folder", f"{place.parent}, which is none", "name another folder")
+    check_writable(place, error)
+
+
 def write(out: Path, files: Mapping[str, bytes]) -> None:
     """Writes files, by their paths with forward slashes, to a folder beside `out` and renames it into place.
 

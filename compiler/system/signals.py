@@ -9,6 +9,8 @@ _ASKED_FOR = (
     signal.SIGHUP,
     signal.SIGINT,
     signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
     signal.SIGPIPE,
     signal.SIGTERM,
     signal.SIGXCPU,

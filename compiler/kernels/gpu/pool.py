@@ -31,7 +31,7 @@ def build_gpu(
 
     Raises:
         TargetError: Triton is missing or cannot compile for the target.
-        BuildError: the compilation fails, takes longer than the time limit, or its process is killed.
+        BuildError: the compilation fails, takes longer than the time limit, or its process ends early.
     """
     # The compilers need no tables, which may be large.
     work = [(replace(source, tables={}), dtype) for source in sources for dtype in source.specs[0].dtypes]
@@ -44,20 +44,24 @@ def build_gpu(
     report(what, len(binaries), len(work))
     if missing:
         # Triton's compiler holds the interpreter lock and keeps state in its process: hence a fresh process per job.
-        with _workers(min(jobs, len(missing))) as pool:
+        with _workers(min(jobs, len(missing)), what) as pool:
             with _no_main_module():
                 pending = {pool.submit(build_triton, *work[index]): index for index in missing}
             for future in _completed(pending, what):
                 index = pending[future]
-                binaries[index] = _result(future, what)
+                binaries[index] = future.result()
                 cache.put(keys[index], binaries[index].to_bytes())
                 report(what, len(binaries), len(work))
     return tuple(binaries[index] for index in range(len(work)))
 
 
 @contextmanager
-def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Starts processes whose temporary files lie in one folder; at a fault they end with all that they have started."""
+def _workers(number: int, what: str) -> Iterator[ProcessPoolExecutor]:
+    """Starts processes whose temporary files lie in one folder; at a fault they end with all that they have started.
+
+    Raises:
+        BuildError: one of them ended early.
+    """
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="surgeon-") as scratch,
@@ -65,10 +69,14 @@ def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
     ):
         try:
             yield pool
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for file in Path(scratch).glob(f"{_WORKER}*"):
                 end_group(int(file.name.removeprefix(_WORKER)))
+            if isinstance(error, BrokenProcessPool):
+                remedy = "see if memory ran out (dmesg tells) or the disk is full, and compile with fewer --jobs"
+                wanted = "processes that compile to the end"
+                raise BuildError(f"triton, {what}", wanted, "one that ended early", remedy) from error
             raise
 
 
@@ -90,18 +98,6 @@ def _completed(pending: Iterable[Future[Binary]], what: str) -> Iterator[Future[
         if not done:
             raise still_running(f"triton, {what}", limit)
         yield from done
-
-
-def _result(future: Future[Binary], what: str) -> Binary:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise BuildError(
-            f"triton, {what}",
-            "a process that compiles to the end",
-            "one that was killed",
-            "see if memory ran out (dmesg tells), and compile with fewer --jobs",
-        ) from error
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def run_pilot(
 
     Where torch.distributed has several processes, they share sequences and tasks. The main process measures the rest
     alone, so that speed is that of a machine without other work, and all processes return its findings. What is read
-    and answered is measured in steps of `once`; speed and memory are measured anew.
+    and answered is measured in steps of `once`, which knows the weights and all that surrounds them; speed and memory
+    are measured anew.
 
     Raises:
         ModelError: a model is in training mode, or its figures are not finite.
@@ -79,8 +80,7 @@ def run_pilot(
     processes = processes_of(dense.model)
     report = progress or _silent
     step = min([_CALL, *(each.dense_rows for each in candidates if each.dense_rows)])
-    weights = fingerprint(dense.model)
-    described = [_described(candidate, weights) for candidate in candidates]
+    described = [_described(candidate) for candidate in candidates]
     comparisons = compare_continued(models, sequences, step, processes, report, named(once, models=described))
     for other, found in zip(others, comparisons, strict=True):
         _check_finite(other, found)
@@ -102,12 +102,10 @@ def run_pilot(
     return PilotRun(processes.first(measured), retrieval)
 
 
-def _described(candidate: Candidate, weights: str) -> dict[str, object]:
-    """Everything that a model's answers depend on."""
+def _described(candidate: Candidate) -> dict[str, object]:
+    """Everything that tells a model's answers from those of another with the same weights."""
     package = None if candidate.package is None else candidate.package.id
-    dtype = str(candidate.model.dtype)
-    asking = {"recall": candidate.recall, "dense_rows": candidate.dense_rows}
-    return {"weights": weights, "dtype": dtype, "package": package, **asking}
+    return {"package": package, "recall": candidate.recall, "dense_rows": candidate.dense_rows}
 
 
 def _column(

@@ -91,7 +91,7 @@ def test_an_interrupted_pilot_goes_on(
         raise KeyboardInterrupt
 
     out = tmp_path / "pilot.json"
-    limits = ("--max-ppl-ratio", "50", "--no-window")
+    limits = ("--max-ppl-ratio", "50")
     with monkeypatch.context() as patched:
         patched.setattr("surgeon.runtime.evaluate.pilot.run.measure_speed", interrupt)
         assert main(command(folder, package, out, *limits)) == 130
@@ -142,6 +142,9 @@ def test_bad_input_is_one_line_and_status_2(
         ([*whole, "--length", "3"], "--length: expected 4 to 512 tokens"),
         ([*whole, "--tasks", "1"], "': expected prompts of at least "),
         ([*whole, "--tasks", "1", "--ask", "common words"], "the task 'common words': expected prompts of at least "),
+        ([*whole, "--work", str(tmp_path / "binary")], "binary: expected a folder, got "),
+        ([*whole, "--work", str(tmp_path / "binary" / "work")], "work: expected a folder, got "),
+        ([*whole, "--ask", "single numbers"], "did you mean single number?"),
         ([*whole, "--recall", "some"], "argument --recall: invalid choice: 'some'"),
         ([*whole, "--dense-rows", "-1"], "--dense-rows: expected a whole number of at least 1, got '-1'"),
         ([*whole, "--dense-rows", "1.5"], "--dense-rows: expected a whole number of at least 1, got '1.5'"),

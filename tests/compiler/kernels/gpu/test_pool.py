@@ -69,8 +69,8 @@ def test_a_compiler_that_hangs_is_ended(
     assert not list(tmp_path.glob("surgeon-*"))
 
 
-def test_a_process_that_is_killed_is_an_error_that_says_what_to_do(hanging: GpuSource, tmp_path: Path) -> None:
+def test_a_process_that_ends_early_is_an_error_that_says_what_to_do(hanging: GpuSource, tmp_path: Path) -> None:
     (file,) = hanging.files
     dying = replace(hanging, files=(replace(file, text=DIES),))
-    with pytest.raises(BuildError, match=r"cuda:90: expected a process .* got one that was killed; see"):
+    with pytest.raises(BuildError, match=r"cuda:90: expected processes .* got one that ended early; see"):
         build_gpu([dying], Cache(tmp_path / "cache"), 1)

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from models import Compiled, tiny_llama, tokens
 from oracles import letters
@@ -19,6 +21,7 @@ from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, PilotMachin
 from surgeon.runtime.evaluate.pilot.run import Candidate, run_pilot, twin
 from surgeon.runtime.evaluate.retrieval import AskedQuestion, DroppedTask
 from surgeon.runtime.evaluate.steps import Once, anew
+from surgeon.runtime.evaluate.tasks.prompts import Prompt, make_prompts
 
 LENGTH = 96
 HASH = "0" * 64
@@ -34,7 +37,19 @@ def sequences() -> list[torch.Tensor]:
     return [tokens(1, LENGTH, seed) for seed in range(3)]
 
 
-def piloted(package: Compiled, sequences: list[torch.Tensor], once: Once = anew) -> tuple[Column, ...]:
+def kept_in(
+    kept: dict[str, Sequence[float]], step: Mapping[str, object], measure: Callable[[], Sequence[float]]
+) -> Sequence[float]:
+    """A `Once` that keeps what was measured in a dictionary."""
+    spelled = json.dumps(step, sort_keys=True)
+    if spelled not in kept:
+        kept[spelled] = measure()
+    return kept[spelled]
+
+
+def piloted(
+    package: Compiled, sequences: list[torch.Tensor], once: Once = anew, prompts: Sequence[Prompt] = ()
+) -> tuple[Column, ...]:
     """The dense model, one that reads by the pattern, and one whose 16 last rows read everything."""
     dense = tiny_llama()
     candidates = [Candidate("dense", dense, None, 1.0)]
@@ -42,7 +57,7 @@ def piloted(package: Compiled, sequences: list[torch.Tensor], once: Once = anew)
         model = twin(dense)
         patch(model, package.package, recall=recall, dense_rows=16)
         candidates.append(Candidate(name, model, package.package, 0.5, recall, rows))
-    return run_pilot(candidates, sequences, letters(), (), rounds=2, once=once).columns
+    return run_pilot(candidates, sequences, letters(), prompts, rounds=2, once=once).columns
 
 
 def test_its_figures_are_those_of_a_direct_comparison(
@@ -87,13 +102,7 @@ def test_what_was_measured_is_not_read_again_and_is_of_these_models(
     compiled: dict[str, Compiled], sequences: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: dict[str, Sequence[float]] = {}
-
-    def once(step: Mapping[str, object], measure: Callable[[], Sequence[float]]) -> Sequence[float]:
-        spelled = json.dumps(step, sort_keys=True)
-        if spelled not in kept:
-            kept[spelled] = measure()
-        return kept[spelled]
-
+    once = partial(kept_in, kept)
     first = piloted(compiled["sparse"], sequences, once)
     assert len(kept) == len(sequences)
     with monkeypatch.context() as patched:
@@ -104,6 +113,24 @@ def test_what_was_measured_is_not_read_again_and_is_of_these_models(
     ]
     piloted(compiled["one cluster"], sequences, once)
     assert len(kept) == 2 * len(sequences)
+
+
+def test_answers_are_kept_for_each_model(
+    compiled: dict[str, Compiled], sequences: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, int] = {}
+
+    def answered(model: PreTrainedModel, _tokenizer: object, prompt: Prompt) -> tuple[float, ...]:
+        return (1 - seen.setdefault(id(model), len(seen)) / 4,) * len(prompt.questions)
+
+    kept: dict[str, Sequence[float]] = {}
+    prompts = make_prompts(letters(), [tokens(1, 1500)], (1500,), 1)
+    monkeypatch.setattr("surgeon.runtime.evaluate.retrieval.scores", answered)
+    first = piloted(compiled["sparse"], sequences, partial(kept_in, kept), prompts)
+    assert [set(column.scores) for column in first] == [{1.0}, {0.75}, {0.5}]
+    monkeypatch.setattr("surgeon.runtime.evaluate.retrieval.scores", lambda *_: pytest.fail("asked again"))
+    again = piloted(compiled["sparse"], sequences, partial(kept_in, kept), prompts)
+    assert [column.scores for column in again] == [column.scores for column in first]
 
 
 def test_a_collapsed_topology_is_the_model_itself(compiled: dict[str, Compiled], sequences: list[torch.Tensor]) -> None:
