@@ -96,8 +96,9 @@ class Threshold:
 class Pilot:
     """A whole pilot; `length` is in tokens, `weights_sha256` is the fingerprint from before anything ran.
 
-    `questions` are those of the kept tasks, which every column has a score for. `surgeon` is the version that made it,
-    None in a file from before version 0.2.
+    `questions` are those of the kept tasks, which every column has a score for. `seconds` are those of the run that
+    wrote it, without what an interrupted one had done. `surgeon` is the version that made it, None in a file from
+    before version 0.2.
     """
 
     model: str
