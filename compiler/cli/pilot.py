@@ -42,6 +42,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timing rounds; default: 5")
     parser.add_argument("--no-window", action="store_true", help="leave out the model with equal windows")
     parser.add_argument(
+        "--no-pattern", action="store_true", help="leave out the model that recall dense is shown beside"
+    )
+    parser.add_argument(
         "--recall",
         choices=("dense", "pattern"),
         help="what the rows that ask read: everything (the pattern is shown beside it) or the pattern; default: dense,"
@@ -108,6 +111,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         asked=tuple(arguments.ask or TASKS),
         rounds=arguments.rounds,
         window=not arguments.no_window,
+        pattern=not arguments.no_pattern,
         recall=arguments.recall,
         dense_rows=arguments.dense_rows,
         min_retrieval=arguments.min_retrieval,

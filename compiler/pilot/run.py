@@ -51,9 +51,9 @@ class PilotRequest:
 
     `length` None means the topology's own, `device_map` None the device that the package is for. `sequences` are taken
     from each text. `tasks` counts the rounds of retrieval tasks, at `length` and, if they fit, at half of it; `asked`
-    names them. `rounds` counts timing rounds. The judged model reads with `recall`, as in `patch`. Under "dense" a
-    model that reads by the pattern is shown beside it; `window` adds one with equal windows. A threshold is None if
-    there is none.
+    names them. `rounds` counts timing rounds. The judged model reads with `recall`, as in `patch`. Under "dense",
+    `pattern` shows a model beside it that reads by the pattern; `window` adds one with equal windows. A threshold is
+    None if there is none.
     """
 
     model: str
@@ -66,6 +66,7 @@ class PilotRequest:
     asked: tuple[str, ...] = TASKS
     rounds: int = 5
     window: bool = True
+    pattern: bool = True
     recall: str | None = None
     dense_rows: int = 128
     min_retrieval: float | None = 0.9
@@ -105,14 +106,15 @@ def run(request: PilotRequest, scratch: Path, progress: Progress | None = None, 
     dense, _ = read_checkpoint(request.model, _DTYPES[dtype], request.device_map, tokenizer)
     if request.device_map is None:
         dense.eval().to(device)
-    others = 1 + (recall == "dense") + request.window
+    beside_pattern = request.pattern and recall == "dense"
+    others = 1 + beside_pattern + request.window
     sizes = (len(sequences), sequences[0], len(prompts), request.rounds, others)
     expect(progress, partial(_forecast, dense, *sizes))
     candidates = [
         Candidate("dense", dense, None, 1.0),
         _patched("patched", dense, package, density, recall, request.dense_rows),
     ]
-    if recall == "dense":
+    if beside_pattern:
         candidates.append(_patched("pattern", dense, package, density, "pattern", request.dense_rows))
     if request.window:
         baseline = window_baseline(topology, length)

@@ -16,4 +16,4 @@ def anew(_step: Mapping[str, object], measure: Callable[[], Sequence[float]]) ->
 
 def named(once: Once, **more: object) -> Once:
     """The same for steps that depend on more than they state: on a certain model, say."""
-    return lambda step, measure: once({**step, **more}, measure)
+    return lambda step, measure: once({"step": step, "with": more}, measure)

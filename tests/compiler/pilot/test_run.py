@@ -11,6 +11,7 @@ from surgeon.compiler import compile_package
 from surgeon.compiler.cli.main import main
 from surgeon.compiler.pilot.baseline import density_at
 from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
+from surgeon.runtime.evaluate.tasks.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,15 +106,42 @@ def test_an_interrupted_pilot_goes_on(
 def test_a_pilots_steps_stay_in_a_folder_that_was_named(
     folder: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = ("--max-ppl-ratio", "50", "--no-window", "--work", str(tmp_path / "work"))
+    kept = ("--max-ppl-ratio", "50", "--no-window", "--no-pattern", "--work", str(tmp_path / "work"))
     assert main(command(folder, package, tmp_path / "one.json", *kept)) == 0
     monkeypatch.setattr("surgeon.runtime.evaluate.continuation.continued_states", None)
     assert main(command(folder, package, tmp_path / "other.json", *kept)) == 0
     one, other = (read_pilot(tmp_path / f"{name}.json") for name in ("one", "other"))
+    assert [column.name for column in one.columns] == ["dense", "patched"]
     assert [each.losses for each in one.columns] == [each.losses for each in other.columns]
     for file in (tmp_path / "work").iterdir():
         file.write_bytes(b"damaged")
     assert main(command(folder, package, tmp_path / "one.json", *kept)) == 2
+
+
+def test_each_models_answers_are_kept_by_themselves(
+    folder: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, int] = {}
+
+    def answered(model: object, _tokenizer: object, prompt: Prompt) -> tuple[float, ...]:
+        return (1 - seen.setdefault(id(model), len(seen)) / 8,) * len(prompt.questions)
+
+    monkeypatch.setattr("surgeon.runtime.evaluate.retrieval.scores", answered)
+    asked = (
+        "--length",
+        "480",
+        "--tasks",
+        "1",
+        "--ask",
+        "single number",
+        "--max-ppl-ratio",
+        "50",
+        "--min-retrieval",
+        "0",
+    )
+    assert main(command(folder, package, tmp_path / "pilot.json", *asked)) == 0
+    columns = read_pilot(tmp_path / "pilot.json").columns
+    assert [set(column.scores) for column in columns] == [{1.0}, {0.875}, {0.75}, {0.625}]
 
 
 def test_bad_input_is_one_line_and_status_2(
