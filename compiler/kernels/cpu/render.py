@@ -14,6 +14,7 @@ from surgeon.runtime.package.target import DTYPES
 
 _TYPES = dict(zip(DTYPES, ("float", "BFloat16", "Half"), strict=True))
 _CHUNK = 128  # keys
+_DENSE_QUERIES = 32  # the largest panel; more would leave threads without work at a prompt's end
 _TILE_STEP = 64  # keys: with a panel's q and outputs, what the L1 cache holds
 _TILE_CHUNK = 512  # keys
 _DECODE_CHUNK_ELEMENTS = 4096  # keys, and as many values: fits the L1 cache as floats
@@ -42,7 +43,7 @@ def render_cpu(specs: tuple[CpuSpec, ...], variants: tuple[Variant | TileVariant
             node_keys=NODE,
             tile_queries=TILE,
         ),
-        "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK),
+        "visible.h": render_template("cpu/visible.h.jinja", chunk=_CHUNK, dense_queries=_DENSE_QUERIES),
         "check.h": render_template("cpu/call/check.h.jinja"),
         "threads.h": render_template(
             "cpu/threads.h.jinja", operations_per_thread=_OPERATIONS_PER_THREAD, bytes_per_thread=_BYTES_PER_THREAD
