@@ -257,8 +257,8 @@ def _everything() -> Iterator[tuple[str, str]]:
         )
     for row in read("answers")["rows"]:
         yield (
-            f"windows learned for answers, {TITLES[row['model']]}, {share(row)}: the {CONTINUATION} tokens after "
-            f"a prompt of {row['length'] - CONTINUATION:,}, two unseen texts",
+            f"windows learned for answers, {TITLES[row['model']]}, {share(row)} of {row['block_size']} tokens: the "
+            f"{CONTINUATION} tokens after a prompt of {row['length'] - CONTINUATION:,}, two unseen texts",
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {_mean(row, 'divergence'):.4f}, "
             f"equal windows {_mean(row, 'windows_divergence'):.4f}",
         )

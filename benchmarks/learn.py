@@ -95,14 +95,15 @@ CASES = (
     Case("smollm2-135m-50-answers", 0.5, 2048, 32, 2048, ()),
     Case("smollm2-135m-25-answers", 0.25, 2048, 32, 2048, ()),
     Case("smollm2-135m-15-answers", 0.15, 2048, 32, 2048, ()),
-    Case("smollm2-135m-10-answers", 0.1, 2048, 32, 2048, ()),
+    Case("smollm2-135m-10-answers", 0.1, 2048, 16, 2048, ()),
+    Case("smollm2-135m-10-answers-blocks-of-32", 0.1, 2048, 32, 2048, ()),
     Case("smollm2-135m-6-answers", 0.06, 2048, 16, 2048, ()),
     Case("smollm2-135m-25-answers-cuts", 0.25, 2048, 32, 2048, ("--cuts",)),
     Case("smollm2-135m-24-answers-4096", 0.25, 4096, 32, 2048, ()),
     Case("smollm2-135m-23-answers-8192", 0.25, 8192, 32, 2048, ()),
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-22-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
-    Case("qwen2.5-coder-0.5b-10-answers-4096", 0.125, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
+    Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 16, 2048, (), QWEN_CODER_05B, 2),
     *(
         Case(
             f"smollm2-135m-{percent}-converted",

@@ -44,9 +44,11 @@ def test_a_quarter_of_the_blocks_passed_and_forgets_by_the_pattern_alone() -> No
     assert worst.value < 0.5
 
 
-def test_a_tenth_of_the_blocks_loses_some_of_several_keys() -> None:
-    """README says so."""
+def test_a_tenth_of_the_blocks_passed_and_finds_nearly_what_dense_finds() -> None:
     found = read_pilot(pilot.RESULTS / "pilot-smollm2-135m-10-answers.json")
-    assert [limit.figure for limit in found.thresholds if not limit.met] == [
-        "retrieval, times dense, of the task several keys"
-    ]
+    assert found.passed
+    patched = found.column("patched")
+    assert patched is not None
+    worst = patched.beside_dense("worst_retrieval")
+    assert worst is not None
+    assert worst.value >= 0.95
