@@ -101,6 +101,7 @@ CASES = (
     Case("smollm2-135m-25-answers-cuts", 0.25, 2048, 32, 2048, ("--cuts",)),
     Case("smollm2-135m-24-answers-4096", 0.25, 4096, 32, 2048, ()),
     Case("smollm2-135m-23-answers-8192", 0.25, 8192, 32, 2048, ()),
+    Case("smollm2-135m-9-answers-8192", 0.1, 8192, 16, 2048, ()),
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-22-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 16, 2048, (), QWEN_CODER_05B, 2),
