@@ -94,7 +94,7 @@ def run_pilots(
             out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
             surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, *kept, "--out", str(out))
             pilots.append(out)
-    shutil.rmtree(work)  # not for the next run: the code may be another
+    shutil.rmtree(work, ignore_errors=True)  # not for the next run: the code may be another
     return pilots
 
 
