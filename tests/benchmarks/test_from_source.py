@@ -28,7 +28,7 @@ def test_surgeon_is_that_of_the_tree(tmp_path: Path) -> None:
     script = (
         "import surgeon.compiler, surgeon.runtime, surgeon.compiler.system.jinja as templates\n"
         "print(surgeon.compiler.__file__, surgeon.runtime.__file__)\n"
-        "templates.render_template('cpu/visible.h.jinja', chunk=1)\n"
+        "templates.render_template('cpu/vectors.h.jinja')\n"
     )
     done = from_source("-c", script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
