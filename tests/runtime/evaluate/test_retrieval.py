@@ -1,11 +1,10 @@
 """Retrieval of several models: who copies scores 1, who forgets 0, and what dense cannot do is not asked."""
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
+from kept_steps import KeptSteps
 from oracles import Oracle, filler, letters
 from surgeon.runtime.evaluate.estimates import Estimate
 from surgeon.runtime.evaluate.processes import Processes
@@ -78,16 +77,10 @@ def test_without_a_kept_task_the_others_are_asked_nothing() -> None:
 
 def test_a_prompt_that_was_answered_before_is_not_asked_again() -> None:
     prompts = make_prompts(letters(), [filler(LENGTH)], (LENGTH,), 1)
-    kept: dict[str, Sequence[float]] = {}
-
-    def once(step: Mapping[str, object], measure: Callable[[], Sequence[float]]) -> Sequence[float]:
-        spelled = json.dumps(step)
-        if spelled not in kept:
-            kept[spelled] = measure()
-        return kept[spelled]
+    kept = KeptSteps()
 
     def asked(models: list[Oracle]) -> Retrieval:
-        each = [named(once, model=index) for index in range(len(models))]
+        each = [named(kept, model=index) for index in range(len(models))]
         return retrieve(models, letters(), prompts, Processes(), lambda *_: None, each)
 
     first = asked([Oracle(LENGTH), Oracle(HALF)])

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kept_steps import KeptSteps
 from models import Compiled, tiny_llama, tokens
 from oracles import letters
 from surgeon.runtime import SurgeonCache, fingerprint, patch
@@ -35,16 +35,6 @@ def _one(one_thread: None) -> None:
 @pytest.fixture(scope="module")
 def sequences() -> list[torch.Tensor]:
     return [tokens(1, LENGTH, seed) for seed in range(3)]
-
-
-def kept_in(
-    kept: dict[str, Sequence[float]], step: Mapping[str, object], measure: Callable[[], Sequence[float]]
-) -> Sequence[float]:
-    """A `Once` that keeps what was measured in a dictionary."""
-    spelled = json.dumps(step, sort_keys=True)
-    if spelled not in kept:
-        kept[spelled] = measure()
-    return kept[spelled]
 
 
 def piloted(
@@ -101,17 +91,16 @@ def test_its_figures_are_those_of_a_direct_comparison(
 def test_what_was_measured_is_not_read_again_and_is_of_these_models(
     compiled: dict[str, Compiled], sequences: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: dict[str, Sequence[float]] = {}
-    once = partial(kept_in, kept)
-    first = piloted(compiled["sparse"], sequences, once)
+    kept = KeptSteps()
+    first = piloted(compiled["sparse"], sequences, kept)
     assert len(kept) == len(sequences)
     with monkeypatch.context() as patched:
         patched.setattr("surgeon.runtime.evaluate.continuation.continued_states", None)
-        again = piloted(compiled["sparse"], sequences, once)
+        again = piloted(compiled["sparse"], sequences, kept)
     assert [(each.losses, each.continuation_perplexity) for each in again] == [
         (each.losses, each.continuation_perplexity) for each in first
     ]
-    piloted(compiled["one cluster"], sequences, once)
+    piloted(compiled["one cluster"], sequences, kept)
     assert len(kept) == 2 * len(sequences)
 
 
@@ -123,13 +112,13 @@ def test_answers_are_kept_for_each_model(
     def answered(model: PreTrainedModel, _tokenizer: object, prompt: Prompt) -> tuple[float, ...]:
         return (1 - seen.setdefault(id(model), len(seen)) / 4,) * len(prompt.questions)
 
-    kept: dict[str, Sequence[float]] = {}
+    kept = KeptSteps()
     prompts = make_prompts(letters(), [tokens(1, 1500)], (1500,), 1)
     monkeypatch.setattr("surgeon.runtime.evaluate.retrieval.scores", answered)
-    first = piloted(compiled["sparse"], sequences, partial(kept_in, kept), prompts)
+    first = piloted(compiled["sparse"], sequences, kept, prompts)
     assert [set(column.scores) for column in first] == [{1.0}, {0.75}, {0.5}]
     monkeypatch.setattr("surgeon.runtime.evaluate.retrieval.scores", lambda *_: pytest.fail("asked again"))
-    again = piloted(compiled["sparse"], sequences, partial(kept_in, kept), prompts)
+    again = piloted(compiled["sparse"], sequences, kept, prompts)
     assert [column.scores for column in again] == [column.scores for column in first]
 
 
