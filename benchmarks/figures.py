@@ -303,26 +303,28 @@ def _everything() -> Iterator[tuple[str, str]]:
     for row in suite("short-call")["rows"]:
         yield (
             f"one token behind {row['keys']:,} keys, a layer's call in cold caches, {row['dtype']}",
-            f"{_call(row, 'ours')}, through Python {_call(row, 'python')}, SDPA {_call(row, 'sdpa')}",
+            f"{_call(row, 'ours')}, through Python {_call(row, 'python')}, SDPA {_call(row, 'sdpa')}; torch alone "
+            f"makes an empty result in {_call(row, 'empty')} and reads as many bytes in {_call(row, 'read')}",
         )
     yield from beside_vllm()
     yield from served()
 
 
 def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:
-    dense, patched, alone = (column_of(pilot, name) for name in ("dense", "patched", "pattern"))
-    window = pilot.column("window")  # left out of a larger model's pilots
+    dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
+    beside = ((", equal windows", "window"), ("; by the pattern alone", "pattern"))  # a larger model's pilots lack some
+    others = [(how, column) for how, name in beside if (column := pilot.column(name))]
     for task in (SINGLE, KEYS):
-        equal = f", equal windows {_found(pilot, window, task)}" if window else ""
+        if all(question.task != task for question in pilot.questions):
+            continue
+        found = "".join(f"{how} {_found(pilot, column, task)}" for how, column in others)
         yield (
             f"{model}, {task}, hidden in {lengths_of(pilot, 'and')} tokens and found, {visible(patched)}",
-            f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}{equal}; by the pattern alone "
-            f"{_found(pilot, alone, task)}",
+            f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}{found}",
         )
-    equal = f", equal windows {_continued(window)}" if window else ""
     yield (
         f"{model}, perplexity after a prompt in that pilot, {visible(patched)}",
-        f"{_continued(patched)} dense{equal}; by the pattern alone {_continued(alone)}",
+        f"{_continued(patched)} dense" + "".join(f"{how} {_continued(column)}" for how, column in others),
     )
 
 

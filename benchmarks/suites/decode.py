@@ -106,12 +106,14 @@ def overhead(variant: str | None) -> Iterator[dict[str, object]]:
 def short_call(variant: str | None) -> Iterator[dict[str, object]]:
     """One query behind 64 and 2,048 keys, as a layer of a patched model calls it after 64 MiB of other memory.
 
-    A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. Behind
-    64 keys there is next to nothing to read: that is the cost of the call itself. `python` is what a package without
-    the direct op would run in its place.
+    A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. `python`
+    is what a package without the direct op would run in its place. The floor is what no kernel saves: `empty` makes a
+    tensor of the result's shape, `read` sums as many floats as the kernel reads bytes of keys and values, both by torch
+    and called without anything around them.
     """
     shape, large = Shape(9, 3, 64, 64), torch.zeros(64 * 2**20 // 4)
-    package = patterns.compiled(patterns.windows(shape, 2048, 0.25), variant)
+    topology = patterns.windows(shape, 2048, 0.25)
+    package = patterns.compiled(topology, variant)
     module = torch.nn.Module()
     bind(module, Site(package, 0, 0, package.kernels.direct(0)))
     for dtype, keys in itertools.product((torch.float32, torch.bfloat16), (64, 2048)):
@@ -119,14 +121,19 @@ def short_call(variant: str | None) -> Iterator[dict[str, object]]:
         position, cache_leftpad = torch.tensor([keys - 1]), torch.tensor([0])
         placement = torch.stack((position, cache_leftpad), dim=1)[:, None, :, None].expand(1, 1, 2, keys)
         operands = Operands(q, k, v, position, cache_leftpad, 64**-0.5)
+        num_blocks = keys // shape.block_size
+        seen = topology.block_mask(0, num_blocks)[:, -1].reshape(shape.kv_heads, -1, num_blocks)
+        read = torch.zeros(int(seen.any(axis=1).mean() * (k.nbytes + v.nbytes)) // 4)
         calls: dict[str, Callable[[], object]] = {
             "ours": partial(layer_attention, module, q, k, v, placement, scaling=64**-0.5, use_cache=True),
             "python": partial(package.kernels.run, 0, operands),
             "sdpa": partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
+            "empty": partial(torch.empty, (1, 1, shape.heads, shape.head_dim), dtype=dtype),
+            "read": read.sum,
         }
         with torch.inference_mode():
             times = interleaved(calls, 300, partial(large.add_, 1.0))
-        row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "keys": keys}
+        row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "keys": keys, "read_bytes": read.nbytes}
         for name, timing in times.items():
             row |= {f"{name}_us": timing.median * 1e6, f"{name}_min_us": timing.minimum * 1e6}
             row[f"{name}_cpu_us"] = timing.cpu * 1e6

@@ -34,11 +34,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks, suited_block
     from surgeon.compiler.learn.texts.text_file import read_text_file
 
     # What can be refused is refused before the work: here before torch is imported, below before weights are read.
-    blocks = measured_blocks(arguments.length, arguments.measured_length, arguments.block)
+    block = arguments.block or suited_block(arguments.density, arguments.length, arguments.measured_length)
+    blocks = measured_blocks(arguments.length, arguments.measured_length, block)
     check_reachable(blocks, 1, arguments.density)
     files = [read_text_file(file) for file in arguments.text]
 
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.system.terminal import quiet_unless_watched
     from surgeon.runtime.evaluate.processes import joined
 
-    grid = Grid(arguments.block, blocks, 1, arguments.density)
+    grid = Grid(block, blocks, 1, arguments.density)
     quiet_unless_watched()
     with joined():
         outline = read_outline(arguments.model, arguments.device_map)

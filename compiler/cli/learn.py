@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=path,
         metavar="topology.json",
-        help="with --route: take the windows of this topology instead of learning them",
+        help="with --route: take the windows of this topology, in its blocks, instead of learning them",
     )
     parser.add_argument(
         "--questions",
@@ -81,16 +81,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks
+    from surgeon.compiler.learn.patterns.reach import check_reachable, measured_blocks, suited_block
     from surgeon.compiler.learn.texts.text_file import read_text_file
     from surgeon.compiler.system.atomic_files import check_file
+    from surgeon.compiler.topology.read import read_topology
     from surgeon.runtime.errors import ModelError, TopologyError
     from surgeon.runtime.installation import required
 
     started = time.perf_counter()
     # What can be refused is refused before the work: here before torch is imported, below before weights are read.
     clusters = arguments.cuts or arguments.method == "ultrametric"
-    blocks = measured_blocks(arguments.length, arguments.measured_length, arguments.block, clusters)
+    windows = None if arguments.windows is None else read_topology(arguments.windows)
+    own = suited_block(arguments.density, arguments.length, arguments.measured_length)
+    block = arguments.block or (own if windows is None else windows.block_size)
+    blocks = measured_blocks(arguments.length, arguments.measured_length, block, clusters)
     check_reachable(blocks, 1, arguments.density)
     if arguments.cuts:
         required("scipy", ModelError, "--cuts")
@@ -109,20 +113,19 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.system.main_process import is_main_process
     from surgeon.compiler.system.stages import stage_display
     from surgeon.compiler.system.terminal import quiet_unless_watched
-    from surgeon.compiler.topology.read import read_topology
     from surgeon.runtime.evaluate.processes import joined
 
     request = Request(
         density=arguments.density,
         length=arguments.length,
-        block_size=arguments.block,
+        block_size=block,
         method=arguments.method,
         seed=arguments.seed,
         measured_length=arguments.measured_length,
         cuts=arguments.cuts,
         purpose=arguments.purpose,
         route=None if arguments.route == "none" else arguments.route,
-        windows=None if arguments.windows is None else read_topology(arguments.windows),
+        windows=windows,
         questions=arguments.questions,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
@@ -149,11 +152,11 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
 def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> Iterable[str]:
     from surgeon.compiler.topology.topology import mean_density
 
-    seen = mean_density(topology)
+    seen, size = mean_density(topology), topology.block_size
     if as_json:
         made = {"path": str(out), "topology_sha256": topology.sha256, "density": seen, "seconds": round(seconds, 3)}
         return (json.dumps(made | {"provenance": dict(topology.provenance)}),)
-    lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks, {seconds:.0f} s"]
+    lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks of {size} tokens, {seconds:.0f} s"]
     if routes := topology.provenance.get("routes"):
         lines.append(f"{routes['heads']} heads choose blocks by content")
     if figures := topology.provenance.get("validation"):

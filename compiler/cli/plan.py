@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from surgeon.compiler.cli.command import Command
-from surgeon.compiler.cli.values import add_json, density, positive
+from surgeon.compiler.cli.values import add_block, add_json, density, positive
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--density", type=density, default=0.25, help="visible share of the block pairs to plan for; default: 0.25"
     )
-    parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
+    add_block(parser)
     parser.add_argument(
         "--recall",
         choices=("dense", "pattern"),
@@ -32,9 +32,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Iterable[str]:
-    from surgeon.compiler.learn.patterns.reach import blocks_of, check_reachable
+    from surgeon.compiler.learn.patterns.reach import blocks_of, check_reachable, suited_block
 
-    blocks = blocks_of(arguments.length, arguments.block)
+    block = arguments.block or suited_block(arguments.density, arguments.length)
+    blocks = blocks_of(arguments.length, block)
     check_reachable(blocks, 1, arguments.density)
 
     import torch
@@ -46,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
     from surgeon.compiler.plan.text import plan_lines
     from surgeon.compiler.system.terminal import progress_bar, quiet_unless_watched, stdout_encoding
 
-    grid = Grid(arguments.block, blocks, 1, arguments.density)
+    grid = Grid(block, blocks, 1, arguments.density)
     quiet_unless_watched()
     planned = read_planned(arguments.model)
     with progress_bar() as progress, tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:

@@ -31,8 +31,18 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="measure sequences of this length and scale the windows to --length; default: --length",
     )
-    parser.add_argument("--block", type=positive, default=64, metavar="TOKENS", help="default: 64")
+    add_block(parser)
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
+
+
+def add_block(parser: argparse.ArgumentParser) -> None:
+    """Declares `--block`; without it, a command takes `reach.suited_block`."""
+    parser.add_argument(
+        "--block",
+        type=positive,
+        metavar="TOKENS",
+        help="default: 64, 32 or 16, the largest of which a row reads six on average",
+    )
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

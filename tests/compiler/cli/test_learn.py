@@ -58,6 +58,29 @@ def test_every_stage_has_a_line_and_what_they_need_comes_first(
     assert len(lines) == len([each for each in named if each]) <= stages + 1, "the descent of its steps may say more"
 
 
+def test_the_block_suits_the_density_unless_it_is_given(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--text", str(folder / "a.txt"), "--method", "window", "--out", str(tmp_path / "w.json")]
+    for density, length, block in (("0.8", "512", 32), ("0.3", "512", 16), ("0.9", "1024", 64)):
+        shape = ["--density", density, "--length", length]
+        assert main(["learn", str(folder / "model"), *texts, *shape]) == 0
+        assert read_topology(tmp_path / "w.json").block_size == block
+        assert f" of the blocks of {block} tokens, " in capsys.readouterr().out
+
+
+def test_windows_that_are_taken_keep_their_block(folder: Path, tmp_path: Path) -> None:
+    windows, out = tmp_path / "w.json", tmp_path / "r.json"
+    shape = ["--text", str(folder / "a.txt"), "--density", "0.7", "--length", "128"]
+    assert (
+        main(["learn", str(folder / "model"), *shape, "--method", "window", "--block", "32", "--out", str(windows)])
+        == 0
+    )
+    taken = ["--for", "text", "--route", "convert", "--windows", str(windows), "--out", str(out)]
+    assert main(["learn", str(folder / "model"), *shape, *taken]) == 0
+    assert read_topology(out).block_size == 32
+
+
 def test_equal_windows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(folder, tmp_path / "w.json", "--method", "window")) == 0
     assert "w.json: window, " in capsys.readouterr().out
