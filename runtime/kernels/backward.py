@@ -5,13 +5,17 @@ output and dL of the log-sum-exp, dV = Pᵀ dO, dS = P (dO Vᵀ − rowsum(P dO 
 Only that much is held at a time, and nothing but its inputs needs to be kept from the forward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from surgeon.runtime.kernels.choice import Choice, choose, nodes_of
 from surgeon.runtime.operands import Gradients, Operands
 from surgeon.runtime.package.schedule import HeadSchedule
+from surgeon.runtime.package.topology_facts import PackagedRouter
+
+_Choices = Mapping[int, Mapping[int, Sequence[Choice]]]  # by head and row of blocks
 
 
 def gradients(
@@ -20,11 +24,13 @@ def gradients(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     operands: Operands,
+    router: PackagedRouter | None = None,
 ) -> Gradients:
     """The gradients of q, k and v from those of the output `[B,Sq,Hq,D]` and the log-sum-exp `[B,Hq,Sq]`.
 
     They are computed in fp32, or in fp64 if q is fp64. They are zero for queries before `cache_leftpad` and for keys
-    that no query reads.
+    that no query reads. Routed heads choose by `router`, of these KV heads, the blocks that they chose in the forward
+    pass; a choice has no gradient.
     """
     q, k, v, position, cache_leftpad, scale, *_ = operands
     batch, length = q.shape[0], q.shape[2]
@@ -35,16 +41,20 @@ def gradients(
         grad_lse = torch.zeros((), dtype=accumulated, device=q.device).expand(q.shape[:3])
     given = (q, k, v, grad_out.transpose(1, 2), grad_lse)
     results = [torch.zeros(tensor.shape, dtype=accumulated, device=q.device) for tensor in (q, k, v)]
-    places: dict[tuple[int, int], list[int]] = {}
+    places: dict[tuple[int, int, int], list[int]] = {}
     for sequence, place in enumerate(zip(positions, cache_leftpads, strict=True)):
-        places.setdefault(place, []).append(sequence)
+        alone = 0 if router is None else sequence  # each chooses by itself
+        places.setdefault((*place, alone), []).append(sequence)
     shared = list(_shared_schedules(heads, len(heads) // k.shape[1]))
-    for (start, first), sequences in places.items():
+    for (start, first, alone), sequences in places.items():
         whole = len(sequences) == batch  # the usual case, which copies nothing
         parts = given if whole else tuple(tensor[sequences] for tensor in given)
         sums = results if whole else [torch.zeros_like(result[sequences]) for result in results]
         dense = operands.first_dense_row(start + length - first, block_size)
-        for tile in _tiles(shared, block_size, range(start, start + length), first, dense):
+        choices: _Choices = {}
+        if router is not None:
+            choices = _chosen(heads, block_size, start, first, dense, q[alone].detach(), k[alone].detach(), router)
+        for tile in _tiles(shared, block_size, range(start, start + length), first, dense, choices):
             _accumulate(tile, start, scale, *parts, *sums)
         if not whole:
             for result, part in zip(results, sums, strict=True):
@@ -82,8 +92,12 @@ def _tiles(
     queries: range,
     first: int,
     first_dense_row: int | None,
+    choices: _Choices,
 ) -> Iterator[_Tile]:
-    """Yields the tiles of a sequence's `queries`, whose blocks are counted from the key `first`."""
+    """Yields the tiles of a sequence's `queries`, whose blocks are counted from the key `first`.
+
+    Queries that choose together are a tile of their own.
+    """
     begin = max(queries.start, first)
     while begin < queries.stop:
         row = (begin - first) // block_size
@@ -91,9 +105,48 @@ def _tiles(
         dense = first_dense_row is not None and row >= first_dense_row
         for kv_head, heads, schedule in shared:
             runs = [(0, row + 1)] if dense else schedule.row(row)
-            keys = [slice(first + block_size * a, min(first + block_size * b, end)) for a, b in runs]
-            yield _Tile(kv_head, heads, begin, end, keys)
+            for followers, queries_of_tile, chosen in _deciding(heads, range(begin - first, end - first), row, choices):
+                keys = [
+                    slice(first + block_size * a, first + min(block_size * b, queries_of_tile.stop))
+                    for a, b in (*((block, block + 1) for block in chosen), *runs)
+                ]
+                yield _Tile(kv_head, followers, first + queries_of_tile.start, first + queries_of_tile.stop, keys)
         begin = end
+
+
+def _deciding(
+    heads: list[int], queries: range, row: int, choices: _Choices
+) -> Iterator[tuple[list[int], range, Sequence[int]]]:
+    """Yields heads of one schedule and queries of one row that read the same blocks, and those that they chose."""
+    free = [head for head in heads if row not in choices.get(head, {})]
+    if free:
+        yield free, queries, ()
+    for head in heads:
+        for choice in choices.get(head, {}).get(row, ()):
+            yield [head], choice.queries, choice.blocks
+
+
+def _chosen(
+    heads: Sequence[HeadSchedule],
+    block_size: int,
+    start: int,
+    first: int,
+    first_dense_row: int | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    router: PackagedRouter,
+) -> _Choices:
+    """The choices of a sequence's routed heads; q is `[heads, queries, head_dim]`, query 0 is the key `start`."""
+    group, padding = len(heads) // len(k), max(0, first - start)
+    end = start + q.shape[1]
+    chosen = {}
+    for kv_head, (centre, width) in enumerate(zip(*map(torch.from_numpy, router), strict=True)):
+        routed = [head for head in range(kv_head * group, (kv_head + 1) * group) if heads[head].route]
+        nodes = nodes_of(k[kv_head, first:end], centre, width) if routed else k
+        for head in routed:
+            own = q[head, padding:]
+            chosen[head] = choose(heads[head], block_size, start + padding - first, own, nodes, width, first_dense_row)
+    return chosen
 
 
 def _accumulate(

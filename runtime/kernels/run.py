@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -24,6 +25,8 @@ from surgeon.runtime.operands import (
 )
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.schedule import NODE
+from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
+from surgeon.runtime.package.topology_facts import PackagedRouter, read_router
 from surgeon.runtime.packed_batch import DeviceBatch, PackedBatch
 
 _LOG = logging.getLogger("surgeon")
@@ -212,17 +215,18 @@ class LayerKernels:
                 str(operands.q.device),
                 WITHOUT_GRADIENTS,
             )
-        if layer in self._manifest.routed:
-            raise PatchError(
-                "surgeon.attention",
-                f"a layer whose heads do not choose blocks in a backward pass, unlike layer {layer}",
-                "one with routed heads",
-                WITHOUT_GRADIENTS,
-            )
         heads = self._shape.num_attention_heads
         first = self.kv_heads.start * heads // len(self.kv_heads)
         schedules = self._files.schedules[layer].heads[first : first + heads]
-        return backward.gradients(schedules, self._manifest.block_size, grad_out, grad_lse, operands)
+        router = self._routers.get(layer)
+        if router is not None:
+            router = PackagedRouter(*(each[self.kv_heads.start : self.kv_heads.stop] for each in router))
+        return backward.gradients(schedules, self._manifest.block_size, grad_out, grad_lse, operands, router)
+
+    @cached_property
+    def _routers(self) -> dict[int, PackagedRouter]:
+        """The routers of the routed layers, for all KV heads."""
+        return read_router(self._files.files[TOPOLOGY], self._manifest, f"{self._files.folder}/{TOPOLOGY}")
 
     def check_layer(self, layer: int) -> None:
         """Refuses a layer that the package does not cover.

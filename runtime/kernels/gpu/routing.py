@@ -7,11 +7,11 @@ import torch
 
 from surgeon.runtime.errors import PackageError
 from surgeon.runtime.kernels.gpu.kernel import Kernel
-from surgeon.runtime.kernels.gpu.router import read_router
 from surgeon.runtime.package.interface import ROUTER_PHASES
 from surgeon.runtime.package.reader import PackageFiles
 from surgeon.runtime.package.schedule import MOST_SINGLES, NODE, TILE
 from surgeon.runtime.package.topology_facts import FILE as TOPOLOGY
+from surgeon.runtime.package.topology_facts import read_router
 
 PARTS = 4
 """The programs that share the chosen blocks of a head in decoding: they are few, and one would read them in turn."""

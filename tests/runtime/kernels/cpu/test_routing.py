@@ -260,15 +260,6 @@ def test_parts_of_the_kv_heads_choose_by_their_own_router(folder: Path) -> None:
         assert torch.equal(found, whole[:, :, own])
 
 
-def test_gradients_are_refused(folder: Path) -> None:
-    package = load(folder, strict=True)
-    q, k, v = (each.requires_grad_() for each in inputs(40, 40, torch.float32))
-    out = package.attention(0, q, k, v)
-    with pytest.raises(PatchError, match="layer whose heads do not choose blocks in a backward pass, unlike layer 0"):
-        out.sum().backward()
-    package.attention(2, q, k, v).sum().backward()
-
-
 def test_what_a_head_chooses_matters() -> None:
     """The topology, inputs and oracle of these tests would not pass without the choice."""
     unrouted = dataclasses.replace(TOPOLOGY, router=None)
