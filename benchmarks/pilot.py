@@ -29,7 +29,7 @@ RESULTS = FOLDER / "results"
 TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135m-25-answers")
 """The names of the topologies, the sparsest first: the page is about it."""
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
-MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window")
+MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window", "--no-pattern")
 """A larger model's, which takes ten times as long."""
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
