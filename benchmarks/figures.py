@@ -100,10 +100,7 @@ def choices() -> str:
     head = ("length", "visible", "block", "perplexity", "KL", "same next token", "first token", "found", "of five")
     short = suite("model-short")
     times = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in short["rows"])
-    return (
-        table(head, rows)
-        + f"\nFirst token of shorter prompts, by a pattern of 25%, on another machine ({processor(short)}): {times}.\n"
-    )
+    return table(head, rows) + f"\nFirst token of shorter prompts, by a pattern of 25% ({processor(short)}): {times}.\n"
 
 
 def far_back() -> str:
@@ -228,19 +225,33 @@ def learning_cost() -> str:
 
 def all_figures() -> str:
     """Every headline figure of the results."""
-    first, older, calls = suite("model-first-token"), suite("prefill-peers"), suite("short-call")
-    layer = suite("vllm-prefill")
+    first, layer = suite("model-first-token"), suite("vllm-prefill")
     machine = first["machine"]
     return (
         table(("measured", "Surgeon beside its peer"), _everything())
         + f"\n{processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
-        f"{machine['date'][:10]}; medians of calls made in turn. Windows for text, decoding of the model, caches, "
-        f"short prompts and prefill kernels: {processor(older)}, {older['machine']['date'][:10]}. Decoding kernels "
-        f"and one token's call: {processor(calls)}, "
-        f"{calls['machine']['date'][:10]}.\n"
+        f"{machine['date'][:10]}; medians of calls made in turn. {_elsewhere()}\n"
         f"(**) Least CPU time of calls made in turn, {layer['machine']['threads']} thread, {processor(layer)}, "
         f"{layer['machine']['date'][:10]}.\n"
     )
+
+
+def _elsewhere() -> str:
+    """The machines and days of figures that have their own, in words."""
+    measured = {
+        "windows for text": read("learn")["rows"][0],
+        "decoding of the model": suite("model-decode"),
+        "caches": suite("model-cache"),
+        "short prompts": suite("model-short"),
+        "prefill kernels": suite("prefill-peers"),
+        "decoding kernels": suite("decode"),
+        "one token's call": suite("short-call"),
+    }
+    places: dict[str, list[str]] = {}
+    for what, row in measured.items():
+        places.setdefault(f"{processor(row)}, {row['machine']['date'][:10]}", []).append(what)
+    words = (f"{_listed(what) if len(what) > 1 else what[0]}: {place}." for place, what in places.items())
+    return " ".join(f"{each[0].upper()}{each[1:]}" for each in words)
 
 
 def _everything() -> Iterator[tuple[str, str]]:

@@ -21,11 +21,13 @@ from surgeon.runtime.transformers.cache import CACHE_NAME
 
 TOPOLOGIES = Path(__file__).parents[1] / "topologies"
 FOR_ANSWERS = (
+    (2048, "smollm2-135m-10-answers"),
     (2048, "smollm2-135m-25-answers"),
     (4096, "smollm2-135m-24-answers-4096"),
     (8192, "smollm2-135m-23-answers-8192"),
-    (8192, "smollm2-135m-8-answers-8192"),
+    (8192, "smollm2-135m-9-answers-8192"),
 )
+QUARTERS = FOR_ANSWERS[1], FOR_ANSWERS[3]
 LEARNED = {2048: "smollm2-135m-25", 4096: "smollm2-135m-22-4096", 8192: "smollm2-135m-21-8192"}
 
 
@@ -47,7 +49,7 @@ def ways_to_run(variant: str | None) -> Iterator[dict[str, object]]:
 
     A traced model keeps no cache and computes the logits of all tokens. Compiling is timed with a first, short prompt.
     """
-    for length, name in ((2048, FOR_ANSWERS[0][1]), (8192, FOR_ANSWERS[2][1])):
+    for length, name in QUARTERS:
         dense, patched, package = _models(name, variant, "dense", torch.bfloat16)
         traced = trace(dense, package, recall="dense")
         compiled: dict[str, Callable[..., Any]] = {
