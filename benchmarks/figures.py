@@ -117,13 +117,21 @@ def far_back() -> str:
 
 
 def _another_model() -> str:
-    pilot = pilots_of(checkpoint=QWEN_CODER_05B)[0]
-    dense, patched, alone = (column_of(pilot, name) for name in ("dense", "patched", "pattern"))
-    keys, without = _found(pilot, patched, KEYS), _found(pilot, dense, KEYS)
+    quarter, *others = pilots_of(checkpoint=QWEN_CODER_05B)
+    dense, patched, alone = (column_of(quarter, name) for name in ("dense", "patched", "pattern"))
+    keys, without = _found(quarter, patched, KEYS), _found(quarter, dense, KEYS)
     return (
-        f"{QWEN_CODER_05B.title} found {_found(pilot, patched)} numbers in {lengths_of(pilot, 'and')} tokens with "
-        f"{visible(patched)} and {keys} of five keys; densely {_found(pilot, dense)} and {without}, by the pattern "
-        f"alone {_found(pilot, alone)} and {_found(pilot, alone, KEYS)}."
+        f"{QWEN_CODER_05B.title} found {_found(quarter, patched)} numbers in {lengths_of(quarter, 'and')} tokens with "
+        f"{visible(patched)} and {keys} of five keys; densely {_found(quarter, dense)} and {without}, by the pattern "
+        f"alone {_found(quarter, alone)} and {_found(quarter, alone, KEYS)}. "
+    ) + " ".join(map(_keys_found, others))
+
+
+def _keys_found(pilot: Pilot) -> str:
+    dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
+    return (
+        f"With {visible(patched)} it found {_found(pilot, patched, KEYS)} of five keys in {lengths_of(pilot, 'and')} "
+        f"tokens, densely {_found(pilot, dense, KEYS)}."
     )
 
 
@@ -229,7 +237,7 @@ def all_figures() -> str:
     machine = first["machine"]
     return (
         table(("measured", "Surgeon beside its peer"), _everything())
-        + f"\n{processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, pilots in bf16, "
+        + f"\n{processor(first)}, {machine['threads']} threads, torch {machine['torch']}, fp32, "
         f"{machine['date'][:10]}; medians of calls made in turn. {_elsewhere()}\n"
         f"(**) Least CPU time of calls made in turn, {layer['machine']['threads']} thread, {processor(layer)}, "
         f"{layer['machine']['date'][:10]}.\n"
@@ -325,16 +333,17 @@ def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:
     dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
     beside = ((", equal windows", "window"), ("; by the pattern alone", "pattern"))  # a larger model's pilots lack some
     others = [(how, column) for how, name in beside if (column := pilot.column(name))]
+    dtype = pilot.machine.dtype
     for task in (SINGLE, KEYS):
         if all(question.task != task for question in pilot.questions):
             continue
         found = "".join(f"{how} {_found(pilot, column, task)}" for how, column in others)
         yield (
-            f"{model}, {task}, hidden in {lengths_of(pilot, 'and')} tokens and found, {visible(patched)}",
+            f"{model}, {task}, hidden in {lengths_of(pilot, 'and')} tokens and found, {visible(patched)}, {dtype}",
             f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}{found}",
         )
     yield (
-        f"{model}, perplexity after a prompt in that pilot, {visible(patched)}",
+        f"{model}, perplexity after a prompt in that pilot, {visible(patched)}, {dtype}",
         f"{_continued(patched)} dense" + "".join(f"{how} {_continued(column)}" for how, column in others),
     )
 

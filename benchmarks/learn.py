@@ -105,6 +105,7 @@ CASES = (
     Case("smollm2-135m-8-answers-8192", 0.1, 8192, 32, 2048, ()),
     Case("qwen2.5-coder-0.5b-22-answers-4096", 0.25, 4096, 64, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 16, 2048, (), QWEN_CODER_05B, 2),
+    Case("qwen2.5-coder-0.5b-11-answers-8192", 0.125, 8192, 16, 2048, (), QWEN_CODER_05B, 1),
     *(
         Case(
             f"smollm2-135m-{percent}-converted",

@@ -107,9 +107,9 @@ def short_call(variant: str | None) -> Iterator[dict[str, object]]:
     """One query behind 64 and 2,048 keys, as a layer of a patched model calls it after 64 MiB of other memory.
 
     A model's weights leave nothing of a layer's code, keys and tables in the CPU's caches until its next call. `python`
-    is what a package without the direct op would run in its place. The floor is what no kernel saves: `empty` makes a
-    tensor of the result's shape, `read` sums as many floats as the kernel reads bytes of keys and values, both by torch
-    and called without anything around them.
+    is what a package without the direct op would run in its place. Beside them stands what torch alone takes for two
+    parts of the work, without anything around it: `empty` makes a tensor of the result's shape, and `read` sums as many
+    bytes of floats as the kernel reads of keys and values.
     """
     shape, large = Shape(9, 3, 64, 64), torch.zeros(64 * 2**20 // 4)
     topology = patterns.windows(shape, 2048, 0.25)
