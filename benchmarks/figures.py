@@ -21,9 +21,10 @@ from committed import (
 )
 from gpu_day.figures import first_rows
 from inputs.checkpoints import CHECKPOINTS, QWEN_CODER_05B, SMOLLM2_135M
-from markdown import table
+from markdown import listed, table
+from pilot_figures import found_by, piloted
 from surgeon.runtime.evaluate.continuation import CONTINUATION
-from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, read_pilot
+from surgeon.runtime.evaluate.pilot.pilot_file import read_pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 from vllm_figures import beside_vllm, served
 
@@ -41,8 +42,8 @@ def first_figures() -> str:
     pilot = pilots_of()[-1]
     dense, patched, alone = (column_of(pilot, name) for name in ("dense", "patched", "pattern"))
     hidden = f"numbers hidden in {lengths_of(pilot, 'or')} tokens and found, {visible(patched)}"
-    rows.append((hidden, _found(pilot, dense), _found(pilot, patched)))
-    rows.append(('the same with `recall="pattern"`', _found(pilot, dense), _found(pilot, alone)))
+    rows.append((hidden, found_by(pilot, dense), found_by(pilot, patched)))
+    rows.append(('the same with `recall="pattern"`', found_by(pilot, dense), found_by(pilot, alone)))
     first = suite("model-first-token")
     rows += [
         (
@@ -84,7 +85,7 @@ def choices() -> str:
     pilots = {file.stem.removeprefix("pilot-"): read_pilot(file) for file in RESULTS.glob("pilot-*.json")}
     speeds = {row["topology"]: row["times"] for row in suite("model-first-token")["rows"]}
     one = pilots[QUARTER]
-    asked = (_found(one, column_of(one, "dense"), task) for task in (SINGLE, KEYS))
+    asked = (found_by(one, column_of(one, "dense"), task) for task in (SINGLE, KEYS))
     rows = [("any", "100%", "–", "1.000x", "0", "100%", "1.00x", *asked)]
     for row in read("answers")["rows"]:
         if row["model"] != SMOLLM2_135M.name or row["heads_with_a_cut"]:
@@ -92,7 +93,7 @@ def choices() -> str:
         name, found, speed = row["topology"], ("–", "–"), speeds.get(row["topology"])
         if pilot := pilots.get(name):
             patched = column_of(pilot, "patched")
-            found = (_found(pilot, patched), _found(pilot, patched, KEYS))
+            found = (found_by(pilot, patched), found_by(pilot, patched, KEYS))
         same = statistics.fmean(text["same_first"] for text in row["texts"])
         shape = (f"{row['length']:,}", f"{row['density']:.0%}", str(row["block_size"]))
         quality = (f"{row['ratio']:.3f}x", f"{_mean(row, 'divergence'):.4f}", f"{same:.0%}")
@@ -101,66 +102,6 @@ def choices() -> str:
     short = suite("model-short")
     times = ", ".join(f"{row['length']:,} tokens {row['times']:.2f}x" for row in short["rows"])
     return table(head, rows) + f"\nFirst token of shorter prompts, by a pattern of 25% ({processor(short)}): {times}.\n"
-
-
-def far_back() -> str:
-    """The loss of a fixed pattern, as a sentence."""
-    pilots = pilots_of()
-    dense, tried = _far(pilots[0], column_of(pilots[0], "dense"))
-    found = [f"{_far(pilot, column_of(pilot, name))[0]:.0f}" for name in ("patched", "pattern") for pilot in pilots]
-    shares = _listed([f"{column_of(pilot, 'patched').density:.0%}" for pilot in pilots])
-    return (
-        f"Of {tried} numbers hidden in the first half of {pilots[0].length:,} tokens, SmolLM2-135M found {dense:.0f} "
-        f"when it read all blocks. With {shares} of the blocks it found {_listed(found[: len(pilots)])}, and by the "
-        f"pattern alone {_listed(found[len(pilots) :])}. {_another_model()}\n"
-    )
-
-
-def _another_model() -> str:
-    quarter, *others = pilots_of(checkpoint=QWEN_CODER_05B)
-    dense, patched, alone = (column_of(quarter, name) for name in ("dense", "patched", "pattern"))
-    keys, without = _found(quarter, patched, KEYS), _found(quarter, dense, KEYS)
-    return (
-        f"{QWEN_CODER_05B.title} found {_found(quarter, patched)} numbers in {lengths_of(quarter, 'and')} tokens with "
-        f"{visible(patched)} and {keys} of five keys; densely {_found(quarter, dense)} and {without}, by the pattern "
-        f"alone {_found(quarter, alone)} and {_found(quarter, alone, KEYS)}. "
-    ) + " ".join(map(_keys_found, others))
-
-
-def _keys_found(pilot: Pilot) -> str:
-    dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
-    return (
-        f"With {visible(patched)} it found {_found(pilot, patched, KEYS)} of five keys in {lengths_of(pilot, 'and')} "
-        f"tokens, densely {_found(pilot, dense, KEYS)}."
-    )
-
-
-def ways_back() -> str:
-    """The ways to read what is far back, at about a quarter of the blocks, one row each."""
-    (routed,) = pilots_of("pattern")
-    recalled = pilots_of()[0]
-    rows = (
-        ("every block", routed, "dense"),
-        ('`recall="dense"`, windows learned for answers', recalled, "patched"),
-        ('`recall="pattern"`, a quarter of the heads routed', routed, "patched"),
-        ('`recall="pattern"`, equal windows', routed, "window"),
-    )
-    return table(
-        ("read", "found", "of five", "perplexity", "first token", "decoding"),
-        ((what, *_way_back(pilot, column_of(pilot, name))) for what, pilot, name in rows),
-    )
-
-
-def _way_back(pilot: Pilot, column: Column) -> tuple[str, ...]:
-    dense = column_of(pilot, "dense")
-    ratio = column.against_dense.continuation_ratio if column.against_dense else None
-    return (
-        _found(pilot, column),
-        _found(pilot, column, KEYS),
-        f"{ratio.value if ratio else 1:.3f}x",
-        f"{dense.first_token.value / column.first_token.value:.2f}x",
-        f"{column.decode.value / dense.decode.value:.2f}x",
-    )
 
 
 def ways_to_run() -> str:
@@ -258,7 +199,7 @@ def _elsewhere() -> str:
     places: dict[str, list[str]] = {}
     for what, row in measured.items():
         places.setdefault(f"{processor(row)}, {row['machine']['date'][:10]}", []).append(what)
-    words = (f"{_listed(what) if len(what) > 1 else what[0]}: {place}." for place, what in places.items())
+    words = (f"{listed(what) if len(what) > 1 else what[0]}: {place}." for place, what in places.items())
     return " ".join(f"{each[0].upper()}{each[1:]}" for each in words)
 
 
@@ -289,7 +230,7 @@ def _everything() -> Iterator[tuple[str, str]]:
         )
     for checkpoint in (SMOLLM2_135M, QWEN_CODER_05B):
         for pilot in pilots_of(checkpoint=checkpoint):
-            yield from _piloted(checkpoint.title, pilot)
+            yield from piloted(checkpoint.title, pilot)
     for row in suite("model-decode")["rows"]:
         yield (
             f"SmolLM2-135M, decoding after {row['length']:,} tokens",
@@ -329,39 +270,8 @@ def _everything() -> Iterator[tuple[str, str]]:
     yield from served()
 
 
-def _piloted(model: str, pilot: Pilot) -> Iterator[tuple[str, str]]:
-    dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
-    beside = ((", equal windows", "window"), ("; by the pattern alone", "pattern"))  # a larger model's pilots lack some
-    others = [(how, column) for how, name in beside if (column := pilot.column(name))]
-    dtype = pilot.machine.dtype
-    for task in (SINGLE, KEYS):
-        if all(question.task != task for question in pilot.questions):
-            continue
-        found = "".join(f"{how} {_found(pilot, column, task)}" for how, column in others)
-        yield (
-            f"{model}, {task}, hidden in {lengths_of(pilot, 'and')} tokens and found, {visible(patched)}, {dtype}",
-            f"{_found(pilot, patched, task)}, dense {_found(pilot, dense, task)}{found}",
-        )
-    yield (
-        f"{model}, perplexity after a prompt in that pilot, {visible(patched)}, {dtype}",
-        f"{_continued(patched)} dense" + "".join(f"{how} {_continued(column)}" for how, column in others),
-    )
-
-
-def _continued(column: Column) -> str:
-    """The perplexity ratio of what follows a prompt, with its standard error."""
-    assert column.against_dense is not None
-    assert column.against_dense.continuation_ratio is not None
-    ratio = column.against_dense.continuation_ratio
-    return f"{ratio.value:.3f}x" + (f" ± {ratio.error:.3f}" if ratio.error else "")
-
-
 def _mean(row: Row, name: str) -> float:
     return statistics.fmean(text[name] for text in row["texts"])
-
-
-def _listed(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _way(row: Row) -> str:
@@ -372,26 +282,6 @@ def _way(row: Row) -> str:
     if row["topology"].endswith("-converted"):
         return "windows of another topology converted to routes"
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
-
-
-def _hits(pilot: Pilot, column: Column, far: bool, task: str = SINGLE) -> tuple[float, int]:
-    """The numbers of a task that a model finds, of how many; `far` in the first half of the longest prompts only."""
-    longest = max(each.length for each in pilot.questions)
-    found = [
-        score
-        for each, score in zip(pilot.questions, column.scores, strict=True)
-        if each.task == task and (not far or (each.length == longest and (each.depth or 0) <= 0.5))
-    ]
-    return sum(found), len(found)
-
-
-def _far(pilot: Pilot, column: Column) -> tuple[float, int]:
-    return _hits(pilot, column, far=True)
-
-
-def _found(pilot: Pilot, column: Column, task: str = SINGLE) -> str:
-    found, hidden = _hits(pilot, column, far=False, task=task)
-    return f"{found:.0f} of {hidden}"
 
 
 def _call(row: Row, name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import figures
+import pilot_figures
 from gpu_day.figures import all_rows, where_it_ran
 from workers.figures import peers
 
@@ -41,8 +42,8 @@ PARTS = (
     Part(README, "where it ran", where_it_ran),
     Part(README, "choices", figures.choices),
     Part(README, "learning cost", figures.learning_cost),
-    Part(README, "far back", figures.far_back),
-    Part(README, "ways back", figures.ways_back),
+    Part(README, "far back", pilot_figures.far_back),
+    Part(README, "ways back", pilot_figures.ways_back),
     Part(FOLDER.parent / "runtime/README.md", "ways to run", figures.ways_to_run),
     Part(FOLDER / "README.md", "all figures", figures.all_figures),
     Part(FOLDER / "README.md", "peers", peers),

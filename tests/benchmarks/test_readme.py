@@ -10,6 +10,7 @@ import pytest
 
 import committed
 import figures
+import pilot_figures
 import readme
 import vllm_figures
 
@@ -78,7 +79,7 @@ def test_far_back_is_the_first_half_of_the_longest_prompts() -> None:
         if question["task"] == "single number" and question["length"] == pilot["length"] and question["depth"] <= 0.5
     ]
     found = {column["name"]: sum(column["scores"][index] for index in asked) for column in pilot["columns"]}
-    shown = figures.far_back()
+    shown = pilot_figures.far_back()
     assert f"Of {len(asked)} numbers" in shown
     assert f"found {found['dense']:.0f} when it read all blocks" in shown
     assert f"of the blocks it found {found['patched']:.0f}" in shown
