@@ -55,8 +55,10 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
-def last_states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
-    """The last hidden states `[length, hidden_size]` of one sequence `[1, length]`.
+def last_states(
+    model: PreTrainedModel, tokens: torch.Tensor, differentiable: bool = False, start: int = 0
+) -> torch.Tensor:
+    """The last hidden states `[length, hidden_size]` of one sequence `[1, length]`, the first token at place `start`.
 
     They can be differentiated with respect to what `attend` adds, and without that to the embedded tokens if
     `differentiable`: the weights are frozen.
@@ -64,7 +66,9 @@ def last_states(model: PreTrainedModel, tokens: torch.Tensor, differentiable: bo
     embedded = model.get_input_embeddings()(tokens.to(entry_device(model)))
     if differentiable:
         embedded = embedded.detach().requires_grad_()
-    states: torch.Tensor = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+    places = torch.arange(start, start + tokens.shape[1], device=embedded.device)[None]
+    read = model.base_model(inputs_embeds=embedded, position_ids=places, use_cache=False)
+    states: torch.Tensor = read.last_hidden_state[0]
     return states
 
 

@@ -35,8 +35,8 @@ def document() -> Document:
 
 
 def loss_at(opening: torch.Tensor) -> torch.Tensor:
-    attend = gates._gated(document(), NEAR, opening, torch.zeros(opening.shape))
-    with torch.no_grad(), attending.attending(model(), attend):
+    text = gates._read_text(model(), document())
+    with torch.no_grad(), gates._gated(model(), document(), NEAR, text, opening, torch.zeros(opening.shape)):
         return gates._loss(model(), document())
 
 
