@@ -127,6 +127,19 @@ CASES = (
         2048,
         ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
     ),
+    *(
+        Case(
+            f"qwen2.5-coder-0.5b-12-routed-{length}",
+            0.125,
+            length,
+            16,
+            2048,
+            ("--for", "text", "--retrieve", "--windows", f"qwen2.5-coder-0.5b-{percent}-answers-{length}.json"),
+            QWEN_CODER_05B,
+            sequences,
+        )
+        for length, percent, sequences in ((4096, 12, 2), (8192, 11, 1))
+    ),
 )
 
 

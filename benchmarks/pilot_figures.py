@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from committed import column_of, lengths_of, pilots_of, visible
-from inputs.checkpoints import QWEN_CODER_05B
+from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint
 from markdown import listed, table
 from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
@@ -30,30 +30,42 @@ def _another_model() -> str:
         f"{QWEN_CODER_05B.title} found {found_by(quarter, patched)} numbers in {lengths_of(quarter, 'and')} tokens "
         f"with {visible(patched)} and {keys} of five keys; densely {found_by(quarter, dense)} and {without}, by "
         f"the pattern alone {found_by(quarter, alone)} and {found_by(quarter, alone, KEYS)}. "
-    ) + " ".join(map(_keys_found, others))
+    ) + " ".join(map(_also_found, others))
 
 
-def _keys_found(pilot: Pilot) -> str:
+def _also_found(pilot: Pilot) -> str:
     dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
+    found, without = (
+        f"{found_by(pilot, column)} numbers and {found_by(pilot, column, KEYS)}" for column in (patched, dense)
+    )
     return (
-        f"With {visible(patched)} it found {found_by(pilot, patched, KEYS)} of five keys in {lengths_of(pilot, 'and')} "
-        f"tokens, densely {found_by(pilot, dense, KEYS)}."
+        f"With {visible(patched)} it found {found} of five keys in {lengths_of(pilot, 'and')} tokens, "
+        f"densely {without}."
     )
 
 
 def ways_back() -> str:
-    """The ways to read what is far back, at about a quarter of the blocks, one row each."""
-    (routed,) = pilots_of("pattern")
-    recalled = pilots_of()[0]
-    rows = (
-        ("every block", routed, "dense"),
-        ('`recall="dense"`, windows learned for answers', recalled, "patched"),
-        ('`recall="pattern"`, a quarter of the heads routed', routed, "patched"),
-        ('`recall="pattern"`, equal windows', routed, "window"),
-    )
-    return table(
+    """The ways to read what is far back, one row each: a table for each model whose heads were routed."""
+    return "\n".join(map(_ways_back, (SMOLLM2_135M, QWEN_CODER_05B)))
+
+
+def _ways_back(checkpoint: Checkpoint) -> str:
+    """The ways of a model, at about the density of its routed topology, the shortest if there are several."""
+    routed = min(pilots_of("pattern", checkpoint), key=lambda pilot: pilot.length)
+    density = column_of(routed, "patched").density
+    same_length = (pilot for pilot in pilots_of("dense", checkpoint) if pilot.length == routed.length)
+    recalled = min(same_length, key=lambda pilot: abs(column_of(pilot, "patched").density - density))
+    rows = [
+        ("every block", routed, column_of(routed, "dense")),
+        ('`recall="dense"`, windows learned for answers', recalled, column_of(recalled, "patched")),
+        ('`recall="pattern"`, a quarter of the heads routed', routed, column_of(routed, "patched")),
+    ]
+    if (equal := routed.column("window")) is not None:
+        rows.append(('`recall="pattern"`, equal windows', routed, equal))
+    said = f"{checkpoint.title}, {routed.length:,} tokens, {density:.0%} of the blocks, {routed.machine.dtype}:\n\n"
+    return said + table(
         ("read", "found", "of five", "perplexity", "first token", "decoding"),
-        ((what, *_way_back(pilot, column_of(pilot, name))) for what, pilot, name in rows),
+        ((what, *_way_back(pilot, column)) for what, pilot, column in rows),
     )
 
 
