@@ -127,6 +127,14 @@ CASES = (
         2048,
         ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
     ),
+    Case(
+        "smollm2-135m-25-both",
+        0.25,
+        2048,
+        32,
+        2048,
+        ("--for", "text", "--route", "both", "--windows", "smollm2-135m-15.json"),
+    ),
     *(
         Case(
             f"qwen2.5-coder-0.5b-12-routed-{length}",

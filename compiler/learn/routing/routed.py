@@ -13,6 +13,9 @@ from surgeon.runtime.errors import TopologyError
 ROUTE_TOKENS = 608
 """Tokens that a routed head chooses, at any length: fewer lose single facts among many."""
 
+LEAST_TOKENS = 352
+"""Tokens that a head that retrieves chooses, at least, where all heads choose: measured, no worse at finding facts."""
+
 NEAR_TOKENS = 128
 """Tokens of a routed head's window."""
 
@@ -51,19 +54,28 @@ def with_routes(
 
         return _with_heads(topology, head, routers)
 
-    if mean_density(made(0.0)) > density:
-        raise TopologyError(
-            "--route learned",
-            f"a density that holds {route} chosen blocks in every fourth head, {mean_density(made(0.0)):.3f}",
-            f"{density:.3f}",
-            "raise --density, or learn for longer sequences, where the same number of blocks is a smaller share",
-        )
-    factors = np.linspace(0.0, _LONGEST, 1025)
-    low, high = 0, len(factors) - 1
-    while low < high:  # the density grows with the factor
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if mean_density(made(factors[middle])) <= density else (low, middle - 1)
-    return made(float(factors[low]))
+    return _of_density(made, density, f"{route} chosen blocks in every fourth head")
+
+
+def lengthened(topology: Topology, places: frozenset[tuple[int, int]], density: float) -> Topology:
+    """Gives the heads at these places windows that hold `LEAST_TOKENS` beyond the nearest, so that the density stays.
+
+    All other windows become shorter or longer by one factor, as do those at these places that are longer.
+
+    Raises:
+        TopologyError: these windows alone exceed the density, or heads have clusters.
+    """
+    size = topology.block_size
+    least = max(1, NEAR_TOKENS // size) + max(1, LEAST_TOKENS // size)
+
+    def made(factor: float) -> Topology:
+        def head(present: WindowHead, place: tuple[int, int]) -> WindowHead:
+            window = max(least if place in places else 1, int(present.window * factor))
+            return dataclasses.replace(present, window=min(topology.num_blocks, window))
+
+        return _with_heads(topology, head)
+
+    return _of_density(made, density, f"windows of {least} blocks in every fourth head")
 
 
 def converted(topology: Topology, routers: Sequence[LayerRouter]) -> Topology:
@@ -89,10 +101,31 @@ def routed_heads(topology: Topology) -> int:
     return sum(isinstance(head, WindowHead) and head.route > 0 for heads in topology.layers for head in heads)
 
 
+def _of_density(made: Callable[[float], Topology], density: float, least: str) -> Topology:
+    """The topology that is made with the largest factor whose density is not exceeded.
+
+    Raises:
+        TopologyError: the least of them exceeds it.
+    """
+    if mean_density(made(0.0)) > density:
+        raise TopologyError(
+            "--route",
+            f"a density that holds {least}, {mean_density(made(0.0)):.3f}",
+            f"{density:.3f}",
+            "raise --density, or learn for longer sequences, where the same number of blocks is a smaller share",
+        )
+    factors = np.linspace(0.0, _LONGEST, 1025)
+    low, high = 0, len(factors) - 1
+    while low < high:  # the density grows with the factor
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if mean_density(made(factors[middle])) <= density else (low, middle - 1)
+    return made(float(factors[low]))
+
+
 def _with_heads(
     topology: Topology,
     change: Callable[[WindowHead, tuple[int, int]], WindowHead],
-    routers: Sequence[LayerRouter],
+    routers: Sequence[LayerRouter] = (),
 ) -> Topology:
     """The topology with its windows changed, given their layer and head, and with the routers of layers with routes.
 
@@ -115,5 +148,7 @@ def _with_heads(
         for layer, heads in enumerate(topology.layers)
     )
     routed = [any(isinstance(head, WindowHead) and head.route for head in heads) for heads in layers]
+    if not any(routed):
+        return dataclasses.replace(topology, layers=layers, router=None)
     router = Router(tuple(own if has else None for own, has in zip(routers, routed, strict=True)))
-    return dataclasses.replace(topology, layers=layers, router=router if any(routed) else None)
+    return dataclasses.replace(topology, layers=layers, router=router)

@@ -68,6 +68,22 @@ def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> 
     assert again.provenance["steps"] == {"computed": 0, "found": 4}
 
 
+def test_both_converts_every_head_and_lengthens_those_that_retrieve(tmp_path: Path) -> None:
+    request = dataclasses.replace(REQUEST, route="both", windows=windows())
+    found = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
+    learned = learn(model(), texts(), dataclasses.replace(request, route="learned"), EFFORT, tmp_path, None, letters())
+    assert learned.provenance["steps"] == {"computed": 0, "found": 4}
+    assert 0.37 < mean_density(found) <= 0.4
+    for mine, theirs in zip(found.layers, learned.layers, strict=True):
+        for head, other in zip(mine, theirs, strict=True):
+            assert isinstance(head, WindowHead)
+            assert isinstance(other, WindowHead)
+            assert head.window == 128 // SIZE if head.route else head.window <= 128 // SIZE
+            assert head.route >= 352 // SIZE or not other.route
+    assert found.provenance["routes"]["documents"] == 4
+    assert found.provenance["routes"]["heads"] > 3
+
+
 def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     request = dataclasses.replace(REQUEST, route="convert", windows=windows())
     said: list[str] = []
@@ -90,7 +106,7 @@ def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     ("change", "text"),
     [
         ({"purpose": "answers"}, r"--route learned: expected --method budget and --for text, without --cuts"),
-        ({"route": "lerned"}, r"--route: expected convert or learned, got 'lerned'; leave it out for none"),
+        ({"route": "lerned"}, r"--route: expected convert, learned or both, got 'lerned'; leave it out for none"),
         ({"cuts": True}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"method": "ultrametric"}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --route, and --block 32, as the"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import topologies
-from surgeon.compiler.learn.routing.routed import converted, routed_heads, routed_places, with_routes
+from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads, routed_places, with_routes
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.router import LayerRouter
 from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
@@ -49,8 +49,34 @@ def test_a_dense_head_stays_dense() -> None:
 
 
 def test_a_density_that_the_routes_exceed_is_refused() -> None:
-    with pytest.raises(TopologyError, match=r"--route learned: expected a density that holds 19 chosen blocks"):
+    with pytest.raises(TopologyError, match=r"--route: expected a density that holds 19 chosen blocks"):
         with_routes(windows(32), PLACES, [ROUTER] * 3, 0.1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 1.4], ids=["as before", "sparser", "denser"])
+def test_heads_that_retrieve_get_windows_long_enough_and_all_pay(share: float) -> None:
+    before = windows()
+    density = share * mean_density(before)
+    after = lengthened(before, PLACES | {(0, 2)}, density)
+    assert density - 0.004 < mean_density(after) <= density
+    assert after.router is None
+    factors = []
+    for layer, heads in enumerate(after.layers):
+        for index, head in enumerate(heads):
+            old = before.layers[layer][index]
+            if not isinstance(old, WindowHead):
+                assert head == old
+            elif (layer, index) == (0, 2):
+                assert head == WindowHead(1, 4 + 11)  # 5 blocks before
+            else:
+                assert isinstance(head, WindowHead)
+                factors.append((head.window / old.window, (head.window + 1) / old.window))
+    assert max(low for low, _ in factors) < min(high for _, high in factors)  # one factor gives them all, rounded down
+
+
+def test_windows_long_enough_that_exceed_the_density_are_refused() -> None:
+    with pytest.raises(TopologyError, match=r"--route: expected a density that holds windows of 15 blocks in every"):
+        lengthened(windows(32), PLACES, 0.1)
 
 
 def test_clusters_are_refused() -> None:
