@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from inputs.checkpoints import SMOLLM2_135M, Checkpoint
+from surgeon.compiler import Topology, read_topology
 from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot, read_pilot
 
 RESULTS = Path(__file__).parent / "results"
+TOPOLOGIES = Path(__file__).parent / "topologies"
 
 Row = Mapping[str, Any]
 
@@ -52,6 +54,15 @@ def column_of(pilot: Pilot, name: str) -> Column:
     column = pilot.column(name)
     assert column is not None, f"a committed pilot has a column {name}"
     return column
+
+
+def topology_of(column: Column) -> Topology:
+    """The committed topology that a column was measured with."""
+    return next(
+        topology
+        for topology in map(read_topology, TOPOLOGIES.glob("*.json"))
+        if topology.sha256 == column.topology_sha256
+    )
 
 
 def share(row: Row) -> str:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from committed import column_of, lengths_of, pilots_of, visible
+from committed import column_of, lengths_of, pilots_of, topology_of, visible
 from inputs.checkpoints import QWEN_CODER_05B, SMOLLM2_135M, Checkpoint
 from markdown import listed, table
+from surgeon.compiler.learn.routing.routed import routed_heads
 from surgeon.runtime.evaluate.pilot.pilot_file import Column, Pilot
 from surgeon.runtime.evaluate.tasks.numbers import KEYS, SINGLE
 
@@ -50,23 +51,33 @@ def ways_back() -> str:
 
 
 def _ways_back(checkpoint: Checkpoint) -> str:
-    """The ways of a model, at about the density of its routed topology, the shortest if there are several."""
-    routed = min(pilots_of("pattern", checkpoint), key=lambda pilot: pilot.length)
-    density = column_of(routed, "patched").density
-    same_length = (pilot for pilot in pilots_of("dense", checkpoint) if pilot.length == routed.length)
+    """The ways of a model, at the shortest length of its routed topologies and about their density."""
+    every = pilots_of("pattern", checkpoint)
+    length = min(pilot.length for pilot in every)
+    routed = sorted((pilot for pilot in every if pilot.length == length), key=_routed_share)
+    first, density = routed[0], column_of(routed[0], "patched").density
+    same_length = (pilot for pilot in pilots_of("dense", checkpoint) if pilot.length == length)
     recalled = min(same_length, key=lambda pilot: abs(column_of(pilot, "patched").density - density))
     rows = [
-        ("every block", routed, column_of(routed, "dense")),
+        ("every block", first, column_of(first, "dense")),
         ('`recall="dense"`, windows learned for answers', recalled, column_of(recalled, "patched")),
-        ('`recall="pattern"`, a quarter of the heads routed', routed, column_of(routed, "patched")),
+        *(
+            (f'`recall="pattern"`, {_routed_share(pilot):.0%} of the heads routed', pilot, column_of(pilot, "patched"))
+            for pilot in routed
+        ),
     ]
-    if (equal := routed.column("window")) is not None:
-        rows.append(('`recall="pattern"`, equal windows', routed, equal))
-    said = f"{checkpoint.title}, {routed.length:,} tokens, {density:.0%} of the blocks, {routed.machine.dtype}:\n\n"
-    return said + table(
-        ("read", "found", "of five", "perplexity", "first token", "decoding"),
-        ((what, *_way_back(pilot, column)) for what, pilot, column in rows),
+    if (equal := first.column("window")) is not None:
+        rows.append(('`recall="pattern"`, equal windows', first, equal))
+    return f"{checkpoint.title}, {length:,} tokens, {density:.0%} of the blocks:\n\n" + table(
+        ("read", "dtype", "found", "of five", "perplexity", "first token", "decoding"),
+        ((what, pilot.machine.dtype, *_way_back(pilot, column)) for what, pilot, column in rows),
     )
+
+
+def _routed_share(pilot: Pilot) -> float:
+    """The share of the heads that choose blocks by content."""
+    topology = topology_of(column_of(pilot, "patched"))
+    return routed_heads(topology) / sum(map(len, topology.layers))
 
 
 def _way_back(pilot: Pilot, column: Column) -> tuple[str, ...]:
