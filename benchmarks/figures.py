@@ -224,8 +224,8 @@ def _everything() -> Iterator[tuple[str, str]]:
         )
     for row in read("learn")["rows"]:
         yield (
-            f"{_way(row)} learned for SmolLM2-135M, {row['density']:.0%} of the blocks at {row['length']:,} tokens, "
-            "two unseen texts",
+            f"{_way(row)} learned for {TITLES[row['model']]}, {row['density']:.0%} of the blocks at {row['length']:,} "
+            "tokens, two unseen texts",
             f"perplexity {row['ratio']:.3f}x dense; KL divergence {row['relative']:.2f} of that of equal windows",
         )
     for checkpoint in (SMOLLM2_135M, QWEN_CODER_05B):
@@ -277,10 +277,14 @@ def _mean(row: Row, name: str) -> float:
 def _way(row: Row) -> str:
     if row["method"] == "ultrametric":
         return "p-adic paths by descent"
-    if row["topology"].endswith("-routed"):
-        return "windows of another topology and routed heads"
-    if row["topology"].endswith("-converted"):
-        return "windows of another topology converted to routes"
+    routes = {
+        "-routed": "windows of another topology and routed heads",
+        "-converted": "windows of another topology converted to routes",
+        "-both": "windows of another topology, longer where heads retrieve, converted to routes",
+    }
+    for part, what in routes.items():
+        if part in row["topology"]:
+            return what
     return "windows and clusters" if row["heads_with_a_cut"] else "windows"
 
 
