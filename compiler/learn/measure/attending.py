@@ -31,7 +31,7 @@ _ATTRIBUTE = "_surgeon_learning"
 
 @contextmanager
 def attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
-    """Lets every attention of the model call `attend`; sequences are whole and unpadded."""
+    """Lets every attention of the model call `attend`; sequences are unpadded."""
     AttentionInterface.register(_IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
     modules = [module for _, module in find_attention(model)]

@@ -14,7 +14,7 @@ ROUTE_TOKENS = 608
 """Tokens that a routed head chooses, at any length: fewer lose single facts among many."""
 
 LEAST_TOKENS = 352
-"""Tokens that a head that retrieves chooses, at least, where all heads choose: measured, no worse at finding facts."""
+"""Tokens that a head that retrieves chooses, at least, where all heads choose: more would cost text twice as much."""
 
 NEAR_TOKENS = 128
 """Tokens of a routed head's window."""
