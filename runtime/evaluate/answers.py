@@ -23,11 +23,24 @@ def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: P
         (question,) = prompt.questions
         return (_score(model, tokenizer, question, torch.cat([text, question.tokens[None].to(device)], dim=1), None),)
     read = model(input_ids=text, use_cache=True, logits_to_keep=1).past_key_values
-    found = []
-    for question in prompt.questions:
-        own = copy.deepcopy(read)  # caches of some layers cannot be cropped back
-        found.append(_score(model, tokenizer, question, question.tokens[None].to(device), own))
-    return tuple(found)
+    return tuple(score_later(model, tokenizer, question, read) for question in prompt.questions)
+
+
+@torch.inference_mode()
+def score_later(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: Question, read: Any, by_token: bool = False
+) -> float:
+    """The score, 0 to 1, of a later turn about a text, given the cache that has read it, which is copied.
+
+    With `by_token` the question is read one token at a time, so that every row of it is a decoding step.
+    """
+    cache = copy.deepcopy(read)  # caches of some layers cannot be cropped back
+    ids = question.tokens[None].to(entry_device(model))
+    if by_token:
+        *before, ids = (ids[:, [place]] for place in range(ids.shape[1]))
+        for token in before:
+            cache = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return _score(model, tokenizer, question, ids, cache)
 
 
 def _score(

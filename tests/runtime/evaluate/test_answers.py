@@ -8,7 +8,7 @@ import torch
 
 from models import VOCABULARY, tiny_llama, tokens
 from oracles import Oracle, filler, letters
-from surgeon.runtime.evaluate.answers import scores
+from surgeon.runtime.evaluate.answers import score_later, scores
 from surgeon.runtime.evaluate.tasks.plan import Query
 from surgeon.runtime.evaluate.tasks.prompts import Prompt, Question, make_prompts
 
@@ -47,6 +47,22 @@ def test_later_turns_know_nothing_of_each_other() -> None:
     asked = [tokens(1, size, seed)[0] for seed, size in ((2, 5), (3, 9), (4, 1))]
     questions = tuple(question(each, greedy(torch.cat([text, each]), 3)) for each in asked)
     assert scores(tiny_llama(), Names(), Prompt(60, text, questions, at_end=False)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_later_turn_can_be_read_token_by_token(size: int) -> None:
+    text, asked = tokens(1, 40)[0], tokens(1, size, seed=2)[0]
+    model = tiny_llama()
+    with torch.inference_mode():
+        read = model(input_ids=text[None], use_cache=True).past_key_values
+    written = greedy(torch.cat([text, asked]), 4)
+    widths = []
+    model.register_forward_pre_hook(lambda _m, _a, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    for answer, expected in ((written, 1), ((written + 1) % VOCABULARY, 0)):
+        assert score_later(model, Names(), question(asked, answer), read, by_token=True) == expected
+        assert read.get_seq_length() == 40, "the cache is copied"
+    assert set(widths) == {1}
+    assert len(widths) == 2 * (size - 1 + 4)
 
 
 def test_decoding_ends_with_the_text_and_with_the_answer() -> None:
