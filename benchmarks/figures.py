@@ -231,6 +231,13 @@ def _everything() -> Iterator[tuple[str, str]]:
     for checkpoint in (SMOLLM2_135M, QWEN_CODER_05B):
         for pilot in pilots_of(checkpoint=checkpoint):
             yield from piloted(checkpoint.title, pilot)
+    for row in read("token-by-token")["rows"]:
+        for task, found in row["tasks"].items():
+            yield (
+                f"{TITLES[row['model']]}, {task}, hidden in {_lengths(row)} tokens and asked for token by token, routed "
+                f"heads, {share(row)}",
+                f"{found['by_token']:.0f} of {found['questions']}, in one call {found['in_one_call']:.0f}",
+            )
     for row in suite("model-decode")["rows"]:
         yield (
             f"SmolLM2-135M, decoding after {row['length']:,} tokens",
@@ -272,6 +279,10 @@ def _everything() -> Iterator[tuple[str, str]]:
 
 def _mean(row: Row, name: str) -> float:
     return statistics.fmean(text[name] for text in row["texts"])
+
+
+def _lengths(row: Row) -> str:
+    return " and ".join(f"{length:,}" for length in row["lengths"])
 
 
 def _way(row: Row) -> str:
