@@ -289,9 +289,8 @@ def _way(row: Row) -> str:
     if row["method"] == "ultrametric":
         return "p-adic paths by descent"
     routes = {
-        "-routed": "windows of another topology and routed heads",
+        "-routed": "windows of another topology, longer where heads retrieve, converted to routes",
         "-converted": "windows of another topology converted to routes",
-        "-both": "windows of another topology, longer where heads retrieve, converted to routes",
     }
     for part, what in routes.items():
         if part in row["topology"]:

@@ -127,14 +127,8 @@ CASES = (
         2048,
         ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
     ),
-    Case(
-        "smollm2-135m-25-both",
-        0.25,
-        2048,
-        32,
-        2048,
-        ("--for", "text", "--route", "both", "--windows", "smollm2-135m-15.json"),
-    ),
+    Case("qwen2.5-coder-0.5b-12-4096", 0.125, 4096, 16, 2048, ("--for", "text"), QWEN_CODER_05B, 2),
+    Case("qwen2.5-coder-0.5b-11-8192", 0.125, 8192, 16, 2048, ("--for", "text"), QWEN_CODER_05B, 1),
     *(
         Case(
             f"qwen2.5-coder-0.5b-12-routed-{length}",
@@ -142,7 +136,7 @@ CASES = (
             length,
             16,
             2048,
-            ("--for", "text", "--retrieve", "--windows", f"qwen2.5-coder-0.5b-{percent}-answers-{length}.json"),
+            ("--for", "text", "--retrieve", "--windows", f"qwen2.5-coder-0.5b-{percent}-{length}.json"),
             QWEN_CODER_05B,
             sequences,
         )

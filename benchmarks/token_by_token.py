@@ -1,7 +1,7 @@
 """Asks heads that choose blocks the same questions twice: read in one call, and token by token.
 
     python benchmarks/token_by_token.py                      # every topology with routes and a pilot
-    python benchmarks/token_by_token.py smollm2-135m-25-both
+    python benchmarks/token_by_token.py smollm2-135m-25-routed
 
 In one call the rows of a tile choose together; token by token every row chooses for itself, as in decoding. The
 questions are those of the topology's pilot that are turns of their own after the text. Rows go to

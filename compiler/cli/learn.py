@@ -37,11 +37,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--route",
-        choices=("none", "convert", "learned", "both"),
+        choices=("none", "convert", "learned"),
         default="none",
-        help='let heads choose blocks by content; for text, and for recall="pattern". learned: the quarter of the heads'
-        " that brings back most facts from afar; convert: every head, as many as its window has beyond the nearest"
-        " 128 tokens; both: so, and that quarter 352 tokens' worth at least; default: none",
+        help='let heads choose blocks by content; for text, and for recall="pattern". convert: every head, as many as'
+        " its window has beyond the nearest 128 tokens; learned: so, and the quarter of the heads that brings back most"
+        " facts from afar 352 tokens' worth at least; default: none",
     )
     parser.add_argument(
         "--retrieve", dest="route", action="store_const", const="learned", help="short for --route learned"

@@ -21,7 +21,7 @@ from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.retrieve import retrieve
-from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads, with_routes
+from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads
 from surgeon.compiler.learn.texts.questions import with_questions
 from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
@@ -38,7 +38,6 @@ ANSWERS = "answers"
 TEXT = "text"
 CONVERTED = "convert"
 LEARNED = "learned"
-BOTH = "both"
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ class Request:
     on every token, each of which follows the pattern. Only the method "budget" learns for answers, and does so by
     default. With `questions`, the texts for answers also hide facts and end with questions about them.
 
-    `route` is "learned", "convert", "both" or None. If it is learned, a quarter of the heads choose blocks by content:
-    those that retrieve, whose routes are paid for by the other heads' windows. To convert is to let every head choose
-    as many blocks as its window has beyond the nearest ones; with both, the heads that retrieve first get windows that
-    are long enough for it. All rows follow such a pattern, so it is learned for text.
+    `route` is "convert", "learned" or None. To convert is to let every head choose as many blocks by content as its
+    window has beyond the nearest ones. If it is learned, the quarter of the heads that retrieve first get windows that
+    are long enough for it, which the other heads' windows pay for. All rows follow such a pattern, so it is learned for
+    text.
     `windows` is a topology whose windows are taken, scaled to the length, instead of being learned; its blocks have the
     request's size.
     """
@@ -90,8 +89,8 @@ class Request:
                 "no --route" if self.route is None else f"--block {self.block_size}",
                 "add these",
             )
-        if self.route not in (None, CONVERTED, LEARNED, BOTH):
-            raise TopologyError("--route", "convert, learned or both", short_repr(self.route), "leave it out for none")
+        if self.route not in (None, CONVERTED, LEARNED):
+            raise TopologyError("--route", "convert or learned", short_repr(self.route), "leave it out for none")
         if self.route is not None and (self.purpose == ANSWERS or not budget or self.cuts):
             raise TopologyError(
                 f"--route {self.route}",
@@ -103,11 +102,6 @@ class Request:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
         make = Grid.for_answers if budget and self.purpose != TEXT and self.route is None else Grid
         return make(self.block_size, blocks, self.sink, self.density)
-
-    @property
-    def retrieves(self) -> bool:
-        """True if the heads that retrieve are looked for."""
-        return self.route in (LEARNED, BOTH)
 
     @property
     def measured_blocks(self) -> int:
@@ -151,7 +145,7 @@ def learn(
         TopologyError: a length is not a multiple of the block, or the density is out of reach.
     """
     check_decoder(model)
-    if (request.retrieves or request.questions) and tokenizer is None:
+    if (request.route == LEARNED or request.questions) and tokenizer is None:
         raise ModelError("learn", "the model's tokenizer, to hide facts in texts", "none", "pass tokenizer")
     blocks = blocks_of(request.length, request.block_size)
     measured = request.measured_blocks
@@ -198,7 +192,7 @@ def learn(
         retrieval, routers = None, None
         if request.route == CONVERTED:
             routers = measure_routers(model, sequences.calibrate, progress)
-        if request.retrieves and tokenizer is not None:
+        if request.route == LEARNED and tokenizer is not None:
             retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
@@ -206,10 +200,7 @@ def learn(
         topology = converted(topology, routers)
         figures["routes"] = {"heads": routed_heads(topology)}
     if retrieval is not None:
-        if request.route == LEARNED:
-            topology = with_routes(topology, retrieval.places, retrieval.routers, request.density)
-        else:
-            topology = converted(lengthened(topology, retrieval.places, request.density), retrieval.routers)
+        topology = converted(lengthened(topology, retrieval.places, request.density), retrieval.routers)
         figures["routes"] = {
             "heads": routed_heads(topology),
             "documents": retrieval.documents,
@@ -263,7 +254,7 @@ def _forecast(model: PreTrainedModel, request: Request, sequences: Sequences) ->
         refine=tuple(len(fresh) for fresh in sequences.refine) if learns else (),
         cuts=max(map(len, sequences.cuts), default=0),
         descents=request.settings.steps * request.settings.batch if descending else 0,
-        documents=len(sequences.calibrate) if request.retrieves else 0,
+        documents=len(sequences.calibrate) if request.route == LEARNED else 0,
         keys=0 if request.route is None else len(sequences.calibrate),
     )
     prompt = sequences.validate[0]

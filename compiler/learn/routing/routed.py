@@ -10,11 +10,8 @@ from surgeon.compiler.topology.router import LayerRouter, Router
 from surgeon.compiler.topology.topology import Head, SparseHead, Topology, WindowHead, mean_density
 from surgeon.runtime.errors import TopologyError
 
-ROUTE_TOKENS = 608
-"""Tokens that a routed head chooses, at any length: fewer lose single facts among many."""
-
 LEAST_TOKENS = 352
-"""Tokens that a head that retrieves chooses, at least, where all heads choose: more would cost text twice as much."""
+"""Tokens that a head that retrieves chooses, at least: more would cost text twice as much."""
 
 NEAR_TOKENS = 128
 """Tokens of a routed head's window."""
@@ -22,7 +19,7 @@ NEAR_TOKENS = 128
 _LONGEST = 4.0  # times its learned length, a window
 
 SHARE = 0.25
-"""The share of the heads that is routed: those that retrieve most."""
+"""The share of the heads that choose so many: those that retrieve most."""
 
 
 def routed_places(scores: torch.Tensor, share: float = SHARE) -> frozenset[tuple[int, int]]:
@@ -30,31 +27,6 @@ def routed_places(scores: torch.Tensor, share: float = SHARE) -> frozenset[tuple
     layers, heads = scores.shape
     best = scores.flatten().argsort(descending=True, stable=True)[: round(share * layers * heads)]
     return frozenset((int(index) // heads, int(index) % heads) for index in best)
-
-
-def with_routes(
-    topology: Topology, places: frozenset[tuple[int, int]], routers: Sequence[LayerRouter], density: float
-) -> Topology:
-    """Routes the heads at these places, and changes the other heads' windows so that the density stays.
-
-    The routed heads keep their sink; their window becomes `NEAR_TOKENS`, and they choose `ROUTE_TOKENS`, at most. The
-    other windows become shorter by one factor, or longer where the routed heads had long ones.
-
-    Raises:
-        TopologyError: the routes alone exceed the density, or heads have clusters.
-    """
-    size = topology.block_size
-    near, route = max(1, NEAR_TOKENS // size), max(1, ROUTE_TOKENS // size)
-
-    def made(factor: float) -> Topology:
-        def head(present: WindowHead, place: tuple[int, int]) -> WindowHead:
-            if place in places:
-                return WindowHead(present.sink, near, route)
-            return dataclasses.replace(present, window=max(1, min(topology.num_blocks, int(present.window * factor))))
-
-        return _with_heads(topology, head, routers)
-
-    return _of_density(made, density, f"{route} chosen blocks in every fourth head")
 
 
 def lengthened(topology: Topology, places: frozenset[tuple[int, int]], density: float) -> Topology:
@@ -75,7 +47,20 @@ def lengthened(topology: Topology, places: frozenset[tuple[int, int]], density: 
 
         return _with_heads(topology, head)
 
-    return _of_density(made, density, f"windows of {least} blocks in every fourth head")
+    least_density = mean_density(made(0.0))
+    if least_density > density:
+        raise TopologyError(
+            "--route",
+            f"a density that holds windows of {least} blocks in every fourth head, {least_density:.3f}",
+            f"{density:.3f}",
+            "raise --density, or learn for longer sequences, where the same number of blocks is a smaller share",
+        )
+    factors = np.linspace(0.0, _LONGEST, 1025)
+    low, high = 0, len(factors) - 1
+    while low < high:  # the density grows with the factor
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if mean_density(made(factors[middle])) <= density else (low, middle - 1)
+    return made(float(factors[low]))
 
 
 def converted(topology: Topology, routers: Sequence[LayerRouter]) -> Topology:
@@ -99,27 +84,6 @@ def converted(topology: Topology, routers: Sequence[LayerRouter]) -> Topology:
 def routed_heads(topology: Topology) -> int:
     """The number of heads that choose blocks."""
     return sum(isinstance(head, WindowHead) and head.route > 0 for heads in topology.layers for head in heads)
-
-
-def _of_density(made: Callable[[float], Topology], density: float, least: str) -> Topology:
-    """The topology that is made with the largest factor whose density is not exceeded.
-
-    Raises:
-        TopologyError: the least of them exceeds it.
-    """
-    if mean_density(made(0.0)) > density:
-        raise TopologyError(
-            "--route",
-            f"a density that holds {least}, {mean_density(made(0.0)):.3f}",
-            f"{density:.3f}",
-            "raise --density, or learn for longer sequences, where the same number of blocks is a smaller share",
-        )
-    factors = np.linspace(0.0, _LONGEST, 1025)
-    low, high = 0, len(factors) - 1
-    while low < high:  # the density grows with the factor
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if mean_density(made(factors[middle])) <= density else (low, middle - 1)
-    return made(float(factors[low]))
 
 
 def _with_heads(

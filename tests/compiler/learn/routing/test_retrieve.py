@@ -45,13 +45,16 @@ def windows(head_dim: int = 32, block_size: int = SIZE, num_blocks: int = LENGTH
 REQUEST = Request(0.4, LENGTH, SIZE, route="learned")
 
 
-def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> None:
+def test_heads_that_retrieve_choose_enough_and_the_others_what_their_windows_had(tmp_path: Path) -> None:
     request = dataclasses.replace(REQUEST, windows=windows())
     found = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
     heads = [head for layer in found.layers for head in layer]
-    routed = [head for head in heads if isinstance(head, WindowHead) and head.route]
-    assert len(routed) == len(heads) // 4
-    assert {(head.window, head.route) for head in routed} == {(128 // SIZE, 608 // SIZE)}
+    assert all(isinstance(head, WindowHead) for head in heads)
+    enough = [head for head in heads if isinstance(head, WindowHead) and head.route >= 352 // SIZE]
+    assert len(enough) >= len(heads) // 4
+    for head in heads:
+        assert isinstance(head, WindowHead)
+        assert head.window == 128 // SIZE if head.route else head.window <= 128 // SIZE
     assert 0.37 < mean_density(found) <= 0.4
     assert found.router is not None
     for layer, router in zip(found.layers, found.router.layers, strict=True):
@@ -59,29 +62,13 @@ def test_a_quarter_of_the_heads_is_routed_within_the_density(tmp_path: Path) -> 
     said = found.provenance
     assert said["windows_of"] == windows().sha256
     assert said["for"] == "text"
-    assert said["routes"]["heads"] == 3
+    assert said["routes"]["heads"] == sum(isinstance(head, WindowHead) and head.route > 0 for head in heads)
     assert said["routes"]["documents"] == 4
     assert 0 <= said["routes"]["agreement_of_halves"] <= 1
 
     again = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
     assert again.sha256 == found.sha256
     assert again.provenance["steps"] == {"computed": 0, "found": 4}
-
-
-def test_both_converts_every_head_and_lengthens_those_that_retrieve(tmp_path: Path) -> None:
-    request = dataclasses.replace(REQUEST, route="both", windows=windows())
-    found = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
-    learned = learn(model(), texts(), dataclasses.replace(request, route="learned"), EFFORT, tmp_path, None, letters())
-    assert learned.provenance["steps"] == {"computed": 0, "found": 4}
-    assert 0.37 < mean_density(found) <= 0.4
-    for mine, theirs in zip(found.layers, learned.layers, strict=True):
-        for head, other in zip(mine, theirs, strict=True):
-            assert isinstance(head, WindowHead)
-            assert isinstance(other, WindowHead)
-            assert head.window == 128 // SIZE if head.route else head.window <= 128 // SIZE
-            assert head.route >= 352 // SIZE or not other.route
-    assert found.provenance["routes"]["documents"] == 4
-    assert found.provenance["routes"]["heads"] > 3
 
 
 def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
@@ -106,7 +93,7 @@ def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     ("change", "text"),
     [
         ({"purpose": "answers"}, r"--route learned: expected --method budget and --for text, without --cuts"),
-        ({"route": "lerned"}, r"--route: expected convert, learned or both, got 'lerned'; leave it out for none"),
+        ({"route": "lerned"}, r"--route: expected convert or learned, got 'lerned'; leave it out for none"),
         ({"cuts": True}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"method": "ultrametric"}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --route, and --block 32, as the"),

@@ -1,4 +1,4 @@
-"""Routes in place of windows: the heads that retrieve get them, the others pay, and the density stays."""
+"""Routes in place of windows: heads that retrieve get long ones, the others pay, and the density stays."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import topologies
-from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads, routed_places, with_routes
+from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads, routed_places
 from surgeon.compiler.topology.read import parse_topology
 from surgeon.compiler.topology.router import LayerRouter
 from surgeon.compiler.topology.topology import Topology, WindowHead, mean_density
@@ -21,36 +21,6 @@ def windows(num_blocks: int = 256) -> Topology:
     heads = [topologies.window_head(1, window) for window in (90, 40, 5, 30)]
     layers = [heads, [topologies.DENSE, *heads[1:]], heads]
     return topologies.build(layers, num_blocks=num_blocks, block_size=32)
-
-
-@pytest.mark.parametrize("place", [(0, 2), (0, 0)], ids=["others shorter", "others longer"])
-def test_the_density_stays_and_the_other_windows_change(place: tuple[int, int]) -> None:
-    before = windows()
-    after = with_routes(before, frozenset({place}), [ROUTER] * 3, mean_density(before))
-    assert mean_density(before) - 0.004 < mean_density(after) <= mean_density(before)
-    assert after.layers[0][place[1]] == WindowHead(1, 4, 19)
-    others = [(layer, index) for layer in range(3) for index in range(4) if (layer, index) != place]
-    for layer, index in others:
-        old, new = before.layers[layer][index], after.layers[layer][index]
-        if isinstance(old, WindowHead):
-            assert isinstance(new, WindowHead)
-            assert new.route == 0
-            assert (1 <= new.window <= old.window) if place[1] == 2 else (old.window <= new.window)
-        else:
-            assert new == old
-    assert after.router is not None
-    assert after.router.layers == (ROUTER, None, None)
-    assert parse_topology(spelled(after)).sha256 == after.sha256
-
-
-def test_a_dense_head_stays_dense() -> None:
-    after = with_routes(windows(), PLACES, [ROUTER] * 3, 0.5)
-    assert after.layers[1] == (windows().layers[1][0], *after.layers[1][1:])
-
-
-def test_a_density_that_the_routes_exceed_is_refused() -> None:
-    with pytest.raises(TopologyError, match=r"--route: expected a density that holds 19 chosen blocks"):
-        with_routes(windows(32), PLACES, [ROUTER] * 3, 0.1)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9, 1.4], ids=["as before", "sparser", "denser"])
@@ -82,7 +52,7 @@ def test_windows_long_enough_that_exceed_the_density_are_refused() -> None:
 def test_clusters_are_refused() -> None:
     clustered = topologies.one_cluster_topology(num_blocks=9)
     with pytest.raises(TopologyError, match=r"layers\[0\]\.heads\[0\]: expected a head without clusters"):
-        with_routes(clustered, frozenset(), [ROUTER], 1.0)
+        lengthened(clustered, frozenset(), 1.0)
 
 
 def test_conversion_keeps_the_number_of_blocks_that_every_row_reads() -> None:
