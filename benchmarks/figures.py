@@ -234,8 +234,8 @@ def _everything() -> Iterator[tuple[str, str]]:
     for row in read("token-by-token")["rows"]:
         for task, found in row["tasks"].items():
             yield (
-                f"{TITLES[row['model']]}, {task}, hidden in {_lengths(row)} tokens and asked for token by token, routed "
-                f"heads, {share(row)}",
+                f"{TITLES[row['model']]}, {task}, hidden in {_lengths(row)} tokens and asked for token by token, routed"
+                f" heads, {share(row)}",
                 f"{found['by_token']:.0f} of {found['questions']}, in one call {found['in_one_call']:.0f}",
             )
     for row in suite("model-decode")["rows"]:
