@@ -119,13 +119,16 @@ CASES = (
         )
         for percent, block in ((25, 64), (15, 32))
     ),
-    Case(
-        "smollm2-135m-25-routed",
-        0.25,
-        2048,
-        32,
-        2048,
-        ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
+    *(
+        Case(
+            f"smollm2-135m-25-routed{suffix}",
+            0.25,
+            length,
+            32,
+            2048,
+            ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
+        )
+        for suffix, length in (("", 2048), ("-4096", 4096), ("-8192", 8192))
     ),
     Case("qwen2.5-coder-0.5b-12-4096", 0.125, 4096, 16, 2048, ("--for", "text"), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-11-8192", 0.125, 8192, 16, 2048, ("--for", "text"), QWEN_CODER_05B, 1),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import committed
 import token_by_token
 from oracles import Oracle, filler, letters
+from surgeon.compiler.topology.read import read_topology
 from surgeon.runtime.evaluate.tasks.prompts import make_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,3 +47,10 @@ def test_a_topology_has_one_row(tmp_path: Path) -> None:
         {"topology": "a", "found": 2},
         {"topology": "b", "found": 3},
     ]
+
+
+@pytest.mark.parametrize("row", committed.read("token-by-token")["rows"], ids=lambda row: str(row["topology"]))
+def test_a_committed_row_is_of_the_topology_that_lies_here_and_loses_little_by_tokens(row: dict[str, Any]) -> None:
+    assert row["topology_sha256"] == read_topology(committed.TOPOLOGIES / f"{row['topology']}.json").sha256
+    for found in row["tasks"].values():
+        assert found["by_token"] >= found["in_one_call"] - 0.1 * found["questions"]
