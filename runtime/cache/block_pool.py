@@ -11,7 +11,7 @@ import torch
 from surgeon.runtime.operands import Nodes
 from surgeon.runtime.package.schedule import NODE
 
-_SPARE = 8  # one spare slot for this many in use
+_SPARE = 32  # one spare slot for this many in use; once these are taken, the pool is copied
 _CPU = torch.device("cpu")
 
 
