@@ -53,7 +53,14 @@ def sparse_divergence(
     `dense` holds the dense model's last hidden states; `visible` holds bool `[heads, blocks, blocks]` for each layer.
     Only the last `scored` tokens count; all do if it is 0.
     """
-    with torch.inference_mode(), attending(model, _under(visible)):
+    return attended_divergence(model, tokens, dense, _under(visible), scored)
+
+
+def attended_divergence(
+    model: PreTrainedModel, tokens: torch.Tensor, dense: torch.Tensor, attend: Attend, scored: int = 0
+) -> float:
+    """The same under any attention."""
+    with torch.inference_mode(), attending(model, attend):
         counted = last_states(model, tokens)[-scored:]
         return _divergence(model, dense[-scored:], counted)[0] / len(counted)
 

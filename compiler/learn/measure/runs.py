@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from surgeon.compiler.learn.measure.attending import Attend
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
 from surgeon.compiler.learn.measure.decoder import (
     Observation,
     Observer,
+    attended_divergence,
     dense_states,
     observe_dense,
     observe_sparse,
@@ -100,8 +102,21 @@ class Runs:
             found = sparse_divergence(self._model, tokens, dense, masks, self._grid.scored)
             return {"divergence": torch.tensor(found, dtype=torch.float64)}
 
-        each = self._measure("validate", pattern, sequences, f"validating {what}", compute)
-        return sum(float(found["divergence"]) for found in each) / len(sequences)
+        each = self._measure("validate", sequences, f"validating {what}", compute, **pattern.plain())
+        return _mean_divergence(each)
+
+    def validate_attention(
+        self, attend: Attend, identity: Mapping[str, object], sequences: Sequence[torch.Tensor], what: str
+    ) -> float:
+        """The same under any attention; `identity` is all that makes it what it is, as JSON values."""
+
+        def compute(tokens: torch.Tensor, dense: torch.Tensor) -> Tensors:
+            found = attended_divergence(self._model, tokens, dense, attend, self._grid.scored)
+            return {"divergence": torch.tensor(found, dtype=torch.float64)}
+
+        return _mean_divergence(
+            self._measure("validate attention", sequences, f"validating {what}", compute, **identity)
+        )
 
     def changes(self, pattern: Pattern, sequences: Sequence[torch.Tensor], what: str) -> Table:
         """The linear change of the divergence, in nats, for each other window: `[layers, heads, blocks]`."""
@@ -173,22 +188,21 @@ class Runs:
                 quantities, partial(observe_sparse, self._model, tokens, dense, masks, scored=self._grid.scored)
             )
 
-        return _total(self._measure(step, pattern, sequences, what, compute, **key))
+        return _total(self._measure(step, sequences, what, compute, **key, **pattern.plain()))
 
     def _measure(
         self,
         step: str,
-        pattern: Pattern,
         sequences: Sequence[torch.Tensor],
         what: str,
         compute: Callable[[torch.Tensor, torch.Tensor], Tensors],
         **key: object,
     ) -> list[Tensors]:
-        """Measures a step under a pattern; `compute` gets a sequence and its last hidden states in the dense model."""
+        """Measures a step at a sparse model; `compute` gets a sequence and its last hidden states in the dense model."""
 
         def find(tokens: torch.Tensor) -> Tensors:
             dense = self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]
-            return self._once(step, tokens, partial(compute, tokens, dense), **key, **pattern.plain())
+            return self._once(step, tokens, partial(compute, tokens, dense), **key)
 
         return self._each(what, sequences, find)
 
@@ -222,6 +236,10 @@ def _by_layer(quantities: Quantities, run: Callable[[Observer], object]) -> Tens
 
     run(observe)
     return {name: torch.stack([found[layer] for layer in sorted(found)]) for name, found in rows.items()}
+
+
+def _mean_divergence(each: Sequence[Tensors]) -> float:
+    return sum(float(found["divergence"]) for found in each) / len(each)
 
 
 def _total(each: Sequence[Tensors]) -> dict[str, Table]:
