@@ -40,8 +40,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "convert", "learned"),
         default="none",
         help='let heads choose blocks by content; for text, and for recall="pattern". convert: every head, as many as'
-        " its window has beyond the nearest 128 tokens; learned: so, and the quarter of the heads that brings back most"
-        " facts from afar 352 tokens' worth at least; default: none",
+        " its window has beyond the nearest 64 or 128 tokens, if validation text is then followed better; learned: in"
+        " any case, and the quarter of the heads that brings back most facts from afar 352 tokens' worth at least;"
+        " default: none",
     )
     parser.add_argument(
         "--retrieve", dest="route", action="store_const", const="learned", help="short for --route learned"
@@ -50,7 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=path,
         metavar="topology.json",
-        help="with --route: take the windows of this topology, in its blocks, instead of learning them",
+        help="take the windows of this topology, in its blocks and scaled to the length, instead of learning them",
     )
     parser.add_argument(
         "--questions",
@@ -158,7 +159,11 @@ def _lines(topology: "Topology", out: Path, seconds: float, as_json: bool) -> It
         return (json.dumps(made | {"provenance": dict(topology.provenance)}),)
     lines = [f"{out}: {topology.provenance['method']}, {seen:.1%} of the blocks of {size} tokens, {seconds:.0f} s"]
     if routes := topology.provenance.get("routes"):
-        lines.append(f"{routes['heads']} heads choose blocks by content")
+        found = routes["validation"]
+        lines.append(
+            f"{routes['heads']} heads choose blocks by content; KL divergence from the dense model on validation text:"
+            f" {found[routes['way']]:.4f} nats a token, with windows alone {found['windows']:.4f}"
+        )
     if figures := topology.provenance.get("validation"):
         lines.append(
             f"KL divergence from the dense model on validation text{_counted(topology)}: {figures['divergence']:.4f}"

@@ -21,6 +21,8 @@ _VALIDATE = 1.6
 _CHANGES = 4.5
 _DESCEND = 10.5
 _RETRIEVE = 5.0  # 6.3 with SmolLM2, 3.7 with Qwen
+_ROUTES = 3  # windows alone, and two ways to route
+_VALIDATE_ROUTES = 2.0
 _TRIES = 5 / 3  # patterns that are validated in a round of refinement, between one and three
 _BASE_BYTES = 0.7e9  # Python, torch and the texts
 _LOGITS_ALIVE = 5.5  # tensors of a chunk's logits, their logarithms and their gradients
@@ -66,6 +68,8 @@ def learning_stages(counts: Counts, prompt_seconds: float) -> tuple[Stage, ...]:
         stages.append(("finding heads that retrieve", counts.documents * _RETRIEVE))
     if counts.keys:
         stages.append(("measuring the ranges of keys", float(counts.keys)))
+        dense = 0 if counts.calibrate else 1  # its states are known where windows were learned
+        stages.append(("validating routes", counts.validate * (dense + _ROUTES * _VALIDATE_ROUTES)))
     return _timed(stages, prompt_seconds)
 
 

@@ -19,9 +19,8 @@ from surgeon.compiler.learn.patterns.pattern import Grid, Pattern
 from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
-from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.retrieve import retrieve
-from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads
+from surgeon.compiler.learn.routing.ways import routed
 from surgeon.compiler.learn.texts.questions import with_questions
 from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
 from surgeon.compiler.learn.ultrametric.descent import Settings, Trained, train_digits
@@ -54,11 +53,11 @@ class Request:
     default. With `questions`, the texts for answers also hide facts and end with questions about them.
 
     `route` is "convert", "learned" or None. To convert is to let every head choose as many blocks by content as its
-    window has beyond the nearest ones. If it is learned, the quarter of the heads that retrieve first get windows that
-    are long enough for it, which the other heads' windows pay for. All rows follow such a pattern, so it is learned for
-    text.
+    window has beyond the nearest ones, if the validation text is then followed better. If it is learned, the quarter of
+    the heads that retrieve first get windows that are long enough for it, which the other heads' windows pay for. All
+    rows follow such a pattern, so it is learned for text.
     `windows` is a topology whose windows are taken, scaled to the length, instead of being learned; its blocks have the
-    request's size.
+    request's size. Without a route, they stay for what they were learned for.
     """
 
     density: float
@@ -82,12 +81,23 @@ class Request:
             TopologyError: the method does not learn for the purpose.
         """
         budget = self.method == "budget"
-        if self.windows is not None and (self.route is None or self.windows.block_size != self.block_size):
+        if self.windows is not None and self.windows.block_size != self.block_size:
             raise TopologyError(
                 "--windows",
-                f"--route, and --block {self.windows.block_size}, as the topology has it",
-                "no --route" if self.route is None else f"--block {self.block_size}",
-                "add these",
+                f"--block {self.windows.block_size}, as the topology has it",
+                f"--block {self.block_size}",
+                "leave --block out",
+            )
+        if self.windows is not None and (not budget or self.cuts or self.questions):
+            raise TopologyError(
+                "--windows", "--method budget, without --cuts and --questions", "another of these", "leave that out"
+            )
+        if self.windows is not None and self.route is None and self.purpose not in (None, self._windows_purpose):
+            raise TopologyError(
+                "--windows",
+                f"--for {self._windows_purpose}, as its windows",
+                f"--for {self.purpose}",
+                "leave --for out",
             )
         if self.route not in (None, CONVERTED, LEARNED):
             raise TopologyError("--route", "convert or learned", short_repr(self.route), "leave it out for none")
@@ -100,8 +110,14 @@ class Request:
             )
         if self.purpose == ANSWERS and not budget:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
-        make = Grid.for_answers if budget and self.purpose != TEXT and self.route is None else Grid
+        text = TEXT in (self.purpose, self._windows_purpose) or self.route is not None or not budget
+        make = Grid if text else Grid.for_answers
         return make(self.block_size, blocks, self.sink, self.density)
+
+    @property
+    def _windows_purpose(self) -> str | None:
+        """What the given windows were learned for; None without any, or if they do not say."""
+        return None if self.windows is None else self.windows.provenance.get("for")
 
     @property
     def measured_blocks(self) -> int:
@@ -174,7 +190,8 @@ def learn(
     identity: dict[str, object] = {"weights": weights}
     with frozen(model):
         runs = Runs(model, grid, store, identity, progress)
-        expect(progress, partial(_forecast, model, request, sequences))
+        if request.windows is None or request.route is not None:
+            expect(progress, partial(_forecast, model, request, sequences))
         if request.method == "ultrametric":
             fresh = [*sequences.calibrate, *(tokens for each in sequences.refine for tokens in each)]
             trained = train_digits(model, fresh, grid, size, request.settings, request.seed, store, identity, progress)
@@ -189,23 +206,16 @@ def learn(
             learned = learn_pattern(runs, sequences, grid, size, request.seed)
             topology = _of_pattern(learned.pattern, shape, grid, blocks, provenance)
             figures = _figures(learned)
-        retrieval, routers = None, None
-        if request.route == CONVERTED:
-            routers = measure_routers(model, sequences.calibrate, progress)
-        if request.route == LEARNED and tokenizer is not None:
-            retrieval = retrieve(model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress)
+        if request.route is not None:
+            retrieval = None
+            if request.route == LEARNED and tokenizer is not None:
+                retrieval = retrieve(
+                    model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress
+                )
+            routes = routed(model, runs, topology, retrieval, request.density, sequences, progress)
+            topology, figures["routes"] = routes.topology, routes.figures(retrieval)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
-    if routers is not None:
-        topology = converted(topology, routers)
-        figures["routes"] = {"heads": routed_heads(topology)}
-    if retrieval is not None:
-        topology = converted(lengthened(topology, retrieval.places, request.density), retrieval.routers)
-        figures["routes"] = {
-            "heads": routed_heads(topology),
-            "documents": retrieval.documents,
-            "agreement_of_halves": round(retrieval.agreement, 3),
-        }
     return _with_provenance(
         topology,
         {

@@ -27,7 +27,7 @@ def test_a_committed_pilot_is_of_the_topology_that_lies_here(file: Path) -> None
     assert dense is not None
     assert patched is not None
     assert patched.topology_sha256 == topology.sha256
-    asked = pilot.measured_of(pilot.checkpoint_of(name))
+    asked = pilot.measured_of(pilot.checkpoint_of(name), found.length)
     assert len(dense.losses) == 2 * int(asked[asked.index("--sequences") + 1])
     assert (window is None) == ("--no-window" in asked)
     if window is not None:

@@ -198,7 +198,7 @@ class Runs:
         compute: Callable[[torch.Tensor, torch.Tensor], Tensors],
         **key: object,
     ) -> list[Tensors]:
-        """Measures a step at a sparse model; `compute` gets a sequence and its last hidden states in the dense model."""
+        """Measures a step at a sparse model; `compute` gets a sequence and the dense model's last hidden states."""
 
         def find(tokens: torch.Tensor) -> Tensors:
             dense = self._once("dense", tokens, lambda: {"states": dense_states(self._model, tokens)})["states"]

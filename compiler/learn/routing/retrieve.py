@@ -1,4 +1,4 @@
-"""Learns which heads choose blocks by content: documents ─▶ gains of gates ─▶ heads, and text ─▶ ranges of keys."""
+"""Learns which heads bring back facts from afar: documents ─▶ gains of gates ─▶ heads."""
 
 import random
 from collections.abc import Sequence
@@ -10,11 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgeon.compiler.learn.measure.checkpoint_store import CheckpointStore, Tensors
 from surgeon.compiler.learn.patterns.pattern import Grid
 from surgeon.compiler.learn.routing.gates import GATES, Gains, Near, measure_gains, retrieval_scores
-from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.routed import NEAR_TOKENS, routed_places
 from surgeon.compiler.learn.texts.documents import Document, document_of
 from surgeon.compiler.system.terminal import Progress
-from surgeon.compiler.topology.router import LayerRouter
 from surgeon.runtime.errors import ModelError
 from surgeon.runtime.evaluate.processes import processes_of
 from surgeon.runtime.evaluate.tasks.prompts import Encoder
@@ -24,13 +22,12 @@ _QUESTIONS = 320  # tokens at a document's end that ask and answer
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The heads that retrieve, the quantisation of every layer's keys, and the number of documents that showed it.
+    """The heads that retrieve, and the number of documents that showed it.
 
     `agreement` is the share of these heads that each half of the documents finds by itself.
     """
 
     places: frozenset[tuple[int, int]]
-    routers: tuple[LayerRouter, ...]
     documents: int
     agreement: float
 
@@ -59,7 +56,7 @@ def retrieve(
             f"sequences of {sequences[0].shape[1]} tokens",
             "choose a larger --length or --measured-length",
         )
-    near = Near(grid.block_size, grid.sink, max(1, NEAR_TOKENS // grid.block_size))
+    near = Near(grid.block_size, grid.sink, max(1, max(NEAR_TOKENS) // grid.block_size))
 
     def measured(document: Document) -> Tensors:
         found = measure_gains(model, document, near)
@@ -78,4 +75,4 @@ def retrieve(
     places = routed_places(retrieval_scores(gains))
     halves = [routed_places(retrieval_scores(gains[half::2])) for half in range(2)]
     agreement = len(halves[0] & halves[1]) / max(1, len(places))
-    return Retrieval(places, measure_routers(model, sequences, progress), len(documents), agreement)
+    return Retrieval(places, len(documents), agreement)

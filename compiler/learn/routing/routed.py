@@ -13,8 +13,8 @@ from surgeon.runtime.errors import TopologyError
 LEAST_TOKENS = 352
 """Tokens that a head that retrieves chooses, at least: more would cost text twice as much."""
 
-NEAR_TOKENS = 128
-"""Tokens of a routed head's window."""
+NEAR_TOKENS = (64, 128)
+"""Tokens of a routed head's window, of which the learner takes the better for text that it was not learned on."""
 
 _LONGEST = 4.0  # times its learned length, a window
 
@@ -38,7 +38,7 @@ def lengthened(topology: Topology, places: frozenset[tuple[int, int]], density: 
         TopologyError: these windows alone exceed the density, or heads have clusters.
     """
     size = topology.block_size
-    least = max(1, NEAR_TOKENS // size) + max(1, LEAST_TOKENS // size)
+    least = max(1, max(NEAR_TOKENS) // size) + max(1, LEAST_TOKENS // size)
 
     def made(factor: float) -> Topology:
         def head(present: WindowHead, place: tuple[int, int]) -> WindowHead:
@@ -63,15 +63,15 @@ def lengthened(topology: Topology, places: frozenset[tuple[int, int]], density: 
     return made(float(factors[low]))
 
 
-def converted(topology: Topology, routers: Sequence[LayerRouter]) -> Topology:
-    """Lets every head choose as many blocks as its window has beyond `NEAR_TOKENS`, which stay its window.
+def converted(topology: Topology, routers: Sequence[LayerRouter], near_tokens: int) -> Topology:
+    """Lets every head choose as many blocks as its window has beyond the nearest tokens, which stay its window.
 
     No row reads fewer or more blocks than before.
 
     Raises:
         TopologyError: heads have clusters.
     """
-    near = max(1, NEAR_TOKENS // topology.block_size)
+    near = max(1, near_tokens // topology.block_size)
 
     def head(present: WindowHead, _place: tuple[int, int]) -> WindowHead:
         if present.window <= near or present.sink + present.window >= topology.num_blocks:

@@ -34,12 +34,15 @@ def texts(length: int = LENGTH) -> list[TokenText]:
     return [TokenText(name, name * 64, torch.randint(1, 90, (4 * length,), generator=generator)) for name in ("a", "b")]
 
 
-def windows(head_dim: int = 32, block_size: int = SIZE, num_blocks: int = LENGTH // SIZE) -> Topology:
+def windows(
+    head_dim: int = 32, block_size: int = SIZE, num_blocks: int = LENGTH // SIZE, purpose: str | None = None
+) -> Topology:
     heads = [topologies.window_head(1, window) for window in (30, 8, 12, 20)]
     made = topologies.build(
         [heads] * 3, num_kv_heads=2, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks
     )
-    return dataclasses.replace(made, model=dataclasses.replace(made.model, model_type=model_shape(model()).model_type))
+    shape = dataclasses.replace(made.model, model_type=model_shape(model()).model_type)
+    return dataclasses.replace(made, model=shape, provenance={} if purpose is None else {"for": purpose})
 
 
 REQUEST = Request(0.4, LENGTH, SIZE, route="learned")
@@ -52,14 +55,16 @@ def test_heads_that_retrieve_choose_enough_and_the_others_what_their_windows_had
     assert all(isinstance(head, WindowHead) for head in heads)
     enough = [head for head in heads if isinstance(head, WindowHead) and head.route >= 352 // SIZE]
     assert len(enough) >= len(heads) // 4
+    said = found.provenance
+    tokens = int(said["routes"]["way"].removesuffix(" near"))
+    assert tokens in (64, 128)
     for head in heads:
         assert isinstance(head, WindowHead)
-        assert head.window == 128 // SIZE if head.route else head.window <= 128 // SIZE
+        assert head.window == tokens // SIZE if head.route else head.window <= tokens // SIZE
     assert 0.37 < mean_density(found) <= 0.4
     assert found.router is not None
     for layer, router in zip(found.layers, found.router.layers, strict=True):
         assert (router is not None) == any(isinstance(head, WindowHead) and head.route for head in layer)
-    said = found.provenance
     assert said["windows_of"] == windows().sha256
     assert said["for"] == "text"
     assert said["routes"]["heads"] == sum(isinstance(head, WindowHead) and head.route > 0 for head in heads)
@@ -68,24 +73,40 @@ def test_heads_that_retrieve_choose_enough_and_the_others_what_their_windows_had
 
     again = learn(model(), texts(), request, EFFORT, tmp_path, tokenizer=letters())
     assert again.sha256 == found.sha256
-    assert again.provenance["steps"] == {"computed": 0, "found": 4}
+    assert again.provenance["steps"] == {"computed": 0, "found": 4 + 2 + 3 * 2}  # documents, dense states, three ways
 
 
-def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
+def test_conversion_needs_no_documents_and_keeps_the_density_and_what_follows_best() -> None:
     request = dataclasses.replace(REQUEST, route="convert", windows=windows())
     said: list[str] = []
     display = StageDisplay(said.append)
     found = learn(model(), texts(), request, EFFORT, progress=display)
-    assert said[0].startswith("1 stage, ")
-    assert "stage 1 of 1, measuring the ranges of keys" in said[1]
-    assert {head for layer in found.layers for head in layer} == {
-        WindowHead(1, 8, 22),
-        WindowHead(1, 8),
-        WindowHead(1, 8, 4),
-        WindowHead(1, 8, 12),
-    }
+    assert said[0].startswith("2 stages, ")
+    assert "stage 1 of 2, measuring the ranges of keys" in said[1]
+    assert any("stage 2 of 2, validating routes" in line for line in said)
+    routes = found.provenance["routes"]
+    divergences = routes["validation"]
+    assert set(divergences) == {"windows", "64 near", "128 near"}
+    assert routes["way"] == min(divergences, key=lambda way: divergences[way])
+    near = {"windows": 80, "64 near": 4, "128 near": 8}[routes["way"]]
+    expected = {(min(window, near), max(0, window - near)) for window in (30, 8, 12, 20)}
+    assert {(head.window, head.route) for layer in found.layers for head in layer if isinstance(head, WindowHead)} == (
+        expected
+    )
     assert mean_density(found) == mean_density(windows())
-    assert found.provenance["routes"] == {"heads": 9}
+    assert routes["heads"] == 3 * sum(route > 0 for _, route in expected)
+    assert found.provenance["steps"] == {"computed": 2 + 3 * 2, "found": 0}
+
+
+@pytest.mark.parametrize("purpose", ["answers", "text"])
+def test_windows_without_a_route_are_scaled_and_stay_for_what_they_were_learned_for(purpose: str) -> None:
+    given = windows(num_blocks=40, purpose=purpose)
+    found = learn(model(), texts(), Request(0.4, LENGTH, SIZE, windows=given), EFFORT)
+    assert {head for layer in found.layers for head in layer} == {WindowHead(1, 2 * each) for each in (30, 8, 12, 20)}
+    assert found.num_blocks == LENGTH // SIZE
+    assert found.router is None
+    assert found.provenance["for"] == purpose
+    assert found.provenance["windows_of"] == given.sha256
     assert found.provenance["steps"] == {"computed": 0, "found": 0}
 
 
@@ -94,10 +115,14 @@ def test_conversion_needs_no_documents_and_keeps_the_density() -> None:
     [
         ({"purpose": "answers"}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"route": "lerned"}, r"--route: expected convert or learned, got 'lerned'; leave it out for none"),
-        ({"cuts": True}, r"--route learned: expected --method budget and --for text, without --cuts"),
-        ({"method": "ultrametric"}, r"--route learned: expected --method budget and --for text, without --cuts"),
-        ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --route, and --block 32, as the"),
-        ({"windows": windows(), "route": None}, r"--windows: expected --route, and --block 16.*got no --route"),
+        ({"cuts": True, "windows": None}, r"--route learned: expected --method budget and --for text, without --cuts"),
+        ({"method": "ultrametric", "windows": None}, r"--route learned: expected --method budget and --for text, "),
+        ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --block 32, as the topology has it"),
+        ({"questions": True}, r"--windows: expected --method budget, without --cuts and --questions"),
+        (
+            {"route": None, "windows": windows(purpose="text"), "purpose": "answers"},
+            r"--windows: expected --for text, as",
+        ),
         ({"windows": windows(head_dim=64)}, r"--windows: expected a topology for ModelShape"),
     ],
     ids=str,

@@ -57,7 +57,7 @@ def test_clusters_are_refused() -> None:
 
 def test_conversion_keeps_the_number_of_blocks_that_every_row_reads() -> None:
     before = windows()
-    after = converted(before, [ROUTER] * 3)
+    after = converted(before, [ROUTER] * 3, 128)
     assert after.layers[0] == (WindowHead(1, 4, 86), WindowHead(1, 4, 36), WindowHead(1, 4, 1), WindowHead(1, 4, 26))
     assert after.layers[1] == (before.layers[1][0], *after.layers[0][1:])
     assert routed_heads(after) == 11
@@ -72,9 +72,9 @@ def test_short_windows_and_those_that_see_everything_are_not_converted() -> None
     before = topologies.build(
         [[topologies.window_head(1, window) for window in (3, 4, 63, 64)]], num_blocks=64, block_size=32
     )
-    assert converted(before, [ROUTER]) == before
+    assert converted(before, [ROUTER], 128) == before
     with pytest.raises(TopologyError, match=r"layers\[0\]\.heads\[0\]: expected a head without clusters"):
-        converted(topologies.one_cluster_topology(num_blocks=9), [ROUTER])
+        converted(topologies.one_cluster_topology(num_blocks=9), [ROUTER], 128)
 
 
 def test_the_best_quarter_is_routed() -> None:
