@@ -109,6 +109,13 @@ CASES = (
     Case("qwen2.5-coder-0.5b-12-answers-4096", 0.125, 4096, 16, 2048, (), QWEN_CODER_05B, 2),
     Case("qwen2.5-coder-0.5b-11-answers-8192", 0.125, 8192, 16, 2048, (), QWEN_CODER_05B, 1),
     *(
+        Case(name, density, length, block, 2048, ("--windows", f"{windows}.json"), QWEN_CODER_05B, 1)
+        for name, density, length, block, windows in (
+            ("qwen2.5-coder-0.5b-21-answers-8192", 0.25, 8192, 64, "qwen2.5-coder-0.5b-22-answers-4096"),
+            ("qwen2.5-coder-0.5b-11-answers-16384", 0.125, 16384, 16, "qwen2.5-coder-0.5b-11-answers-8192"),
+        )
+    ),
+    *(
         Case(
             f"smollm2-135m-{percent}-converted",
             percent / 100,

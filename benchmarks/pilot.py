@@ -31,6 +31,8 @@ TOPOLOGIES = ("smollm2-135m-10-answers", "smollm2-135m-15-answers", "smollm2-135
 MEASURED = ("--sequences", "6", "--tasks", "6", "--rounds", "6")
 MEASURED_LARGER = ("--sequences", "2", "--tasks", "6", "--rounds", "3", "--no-window", "--no-pattern")
 """A larger model's, which takes ten times as long."""
+MEASURED_LONG = ("--sequences", "1", "--tasks", "1", "--rounds", "1", "--no-window", "--no-pattern")
+"""Beyond 8,192 tokens, where a dense prompt of a larger model takes minutes: hardly more than a first look."""
 THRESHOLDS = ("--min-speedup", "1")
 """Beside those of retrieval and of the continuation, which `surgeon pilot` sets by itself."""
 SURGEON = "import sys; from surgeon.compiler.cli.main import main; sys.exit(main())"
@@ -88,8 +90,8 @@ def run_pilots(
         for name in names:
             checkpoint = checkpoint_of(name)
             model = model_folder(checkpoint, cache, console.print)
-            measured = (*measured_of(checkpoint), *chosen)
             topology = read_topology(topology_file(name))
+            measured = (*measured_of(checkpoint, length or topology.num_blocks * topology.block_size), *chosen)
             package = compile_package(topology, cache / "kernels" / name, targets=["cpu"], dtypes=[dtype])
             out = results / (f"pilot-{name}.json" if length is None else f"pilot-{name}-at-{length}.json")
             surgeon("pilot", str(model), str(package), *held_out, *measured, *THRESHOLDS, *kept, "--out", str(out))
@@ -103,9 +105,11 @@ def checkpoint_of(name: str) -> Checkpoint:
     return QWEN_CODER_05B if name.startswith(QWEN_CODER_05B.title.lower()) else SMOLLM2_135M
 
 
-def measured_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """How much of a model is measured, as options of `surgeon pilot`."""
-    return MEASURED if checkpoint == SMOLLM2_135M else MEASURED_LARGER
+def measured_of(checkpoint: Checkpoint, length: int) -> tuple[str, ...]:
+    """How much of a model is measured at this length, as options of `surgeon pilot`."""
+    if checkpoint == SMOLLM2_135M:
+        return MEASURED
+    return MEASURED_LARGER if length <= 8192 else MEASURED_LONG
 
 
 def topology_file(name: str) -> Path:
