@@ -69,7 +69,7 @@ def asked(name: str, topology: Topology) -> dict[str, Any]:
     model = load_model(folder)
     patch(model, load(package, strict=True), recall="pattern")
     length = topology.num_blocks * topology.block_size
-    settings = measured_of(checkpoint)
+    settings = measured_of(checkpoint, length)
     count, rounds = (int(settings[settings.index(option) + 1]) for option in ("--sequences", "--tasks"))
     lengths = fitting_lengths(tokenizer, length, TASKS)
     prompts = make_prompts(tokenizer, _fillers(tokenizer, length, count), lengths, rounds, tasks=TASKS)
