@@ -54,6 +54,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the windows of this topology, in its blocks and scaled to the length, instead of learning them",
     )
     parser.add_argument(
+        "--near",
+        type=positive,
+        metavar="TOKENS",
+        help="with --route: the tokens that stay a routed head's window; default: 64 or 128, whichever follows"
+        " validation text better",
+    )
+    parser.add_argument(
         "--questions",
         action="store_true",
         help="learn for answers also on text with hidden facts, which ends with questions about them, not only on plain"
@@ -128,6 +135,7 @@ def _run(arguments: argparse.Namespace) -> Iterable[str]:
         route=None if arguments.route == "none" else arguments.route,
         windows=windows,
         questions=arguments.questions,
+        near=arguments.near,
         settings=Settings(steps=arguments.steps, batch=arguments.batch, arity=arguments.arity),
     )
     request.grid(blocks)

@@ -20,6 +20,7 @@ from surgeon.compiler.learn.patterns.reach import blocks_of, measured_blocks
 from surgeon.compiler.learn.patterns.to_topology import pattern_topology, scaled
 from surgeon.compiler.learn.patterns.windows import uniform_windows
 from surgeon.compiler.learn.routing.retrieve import retrieve
+from surgeon.compiler.learn.routing.routed import NEAR_TOKENS
 from surgeon.compiler.learn.routing.ways import routed
 from surgeon.compiler.learn.texts.questions import with_questions
 from surgeon.compiler.learn.texts.text import Sequences, TokenText, divide
@@ -57,7 +58,8 @@ class Request:
     the heads that retrieve first get windows that are long enough for it, which the other heads' windows pay for. All
     rows follow such a pattern, so it is learned for text.
     `windows` is a topology whose windows are taken, scaled to the length, instead of being learned; its blocks have the
-    request's size. Without a route, they stay for what they were learned for.
+    request's size. Without a route, they stay for what they were learned for. `near` is the number of tokens that stay
+    the window of a head with a route; if it is None, those of `NEAR_TOKENS` that follow validation text best.
     """
 
     density: float
@@ -73,6 +75,7 @@ class Request:
     route: str | None = None
     windows: Topology | None = None
     questions: bool = False
+    near: int | None = None
 
     def grid(self, blocks: int) -> Grid:
         """The grid for sequences of so many blocks.
@@ -108,6 +111,10 @@ class Request:
                 "another of these",
                 "leave that out",
             )
+        if self.near is not None and (self.route is None or self.near < self.block_size):
+            raise TopologyError(
+                "--near", f"--route, and at least a block of {self.block_size} tokens", str(self.near), "leave it out"
+            )
         if self.purpose == ANSWERS and not budget:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
         text = TEXT in (self.purpose, self._windows_purpose) or self.route is not None or not budget
@@ -116,7 +123,7 @@ class Request:
 
     @property
     def _windows_purpose(self) -> str | None:
-        """What the given windows were learned for; None without any, or if they do not say."""
+        """The purpose that the given windows were learned for; None without any, or if they do not say."""
         return None if self.windows is None else self.windows.provenance.get("for")
 
     @property
@@ -212,7 +219,8 @@ def learn(
                 retrieval = retrieve(
                     model, tokenizer, sequences.calibrate, grid, request.seed, store, identity, progress
                 )
-            routes = routed(model, runs, topology, retrieval, request.density, sequences, progress)
+            near = NEAR_TOKENS if request.near is None else (request.near,)
+            routes = routed(model, runs, topology, retrieval, request.density, near, sequences, progress)
             topology, figures["routes"] = routes.topology, routes.figures(retrieval)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)

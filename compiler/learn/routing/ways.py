@@ -11,7 +11,7 @@ from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.routing.choosing import attending_as
 from surgeon.compiler.learn.routing.key_ranges import measure_routers
 from surgeon.compiler.learn.routing.retrieve import Retrieval
-from surgeon.compiler.learn.routing.routed import NEAR_TOKENS, converted, lengthened, routed_heads
+from surgeon.compiler.learn.routing.routed import converted, lengthened, routed_heads
 from surgeon.compiler.learn.texts.text import Sequences
 from surgeon.compiler.system.terminal import Progress
 from surgeon.compiler.topology.router import LayerRouter
@@ -33,7 +33,7 @@ class Routed:
     divergences: Mapping[str, float]
 
     def figures(self, retrieval: Retrieval | None) -> dict[str, Any]:
-        """What a topology's provenance says of its routes."""
+        """The figures of its routes for a topology's provenance."""
         found = {"heads": routed_heads(self.topology), "way": self.way, "validation": dict(self.divergences)}
         if retrieval is None:
             return found
@@ -46,23 +46,25 @@ def routed(
     windows: Topology,
     retrieval: Retrieval | None,
     density: float,
+    near_tokens: Sequence[int],
     sequences: Sequences,
     progress: Progress | None,
 ) -> Routed:
     """Routes the heads of a topology of windows, in the way that follows the dense model best.
 
-    Where heads were found to retrieve, they get the windows that this takes first, and are routed in any case; the
-    windows alone, at the density, are then measured for comparison. Otherwise routes have to be better than windows.
+    `near_tokens` are the numbers of tokens that may stay a routed head's window. Where heads were found to retrieve,
+    they get the windows that this takes first, and are routed in any case; the windows alone, at the density, are then
+    measured for comparison. Otherwise routes have to be better than windows.
 
     Raises:
         TopologyError: heads have clusters, or the density does not hold the windows of heads that retrieve.
     """
     routers = measure_routers(model, sequences.calibrate, progress)
     if retrieval is None:
-        return best_way(runs, windows, windows, routers, sequences.validate, may_stay=True)
+        return best_way(runs, windows, windows, routers, near_tokens, sequences.validate, may_stay=True)
     alone = lengthened(windows, frozenset(), density)
     enough = lengthened(windows, retrieval.places, density)
-    return best_way(runs, alone, enough, routers, sequences.validate, may_stay=False)
+    return best_way(runs, alone, enough, routers, near_tokens, sequences.validate, may_stay=False)
 
 
 def best_way(
@@ -70,6 +72,7 @@ def best_way(
     windows: Topology,
     routable: Topology,
     routers: Sequence[LayerRouter],
+    near_tokens: Sequence[int],
     sequences: Sequence[torch.Tensor],
     may_stay: bool,
 ) -> Routed:
@@ -80,7 +83,7 @@ def best_way(
     Raises:
         TopologyError: heads have clusters.
     """
-    near = {f"{tokens} near": converted(routable, routers, tokens) for tokens in NEAR_TOKENS}
+    near = {f"{tokens} near": converted(routable, routers, tokens) for tokens in near_tokens}
     ways = {WINDOWS: windows} | {way: made for way, made in near.items() if made.router is not None}
     found = {
         way: runs.validate_attention(attending_as(made), {"topology": made.sha256}, sequences, f"routes, {way}")

@@ -98,6 +98,12 @@ def test_conversion_needs_no_documents_and_keeps_the_density_and_what_follows_be
     assert found.provenance["steps"] == {"computed": 2 + 3 * 2, "found": 0}
 
 
+def test_near_tokens_that_are_given_are_the_only_ones_tried() -> None:
+    request = dataclasses.replace(REQUEST, route="convert", windows=windows(), near=32)
+    routes = learn(model(), texts(), request, EFFORT).provenance["routes"]
+    assert set(routes["validation"]) == {"windows", "32 near"}
+
+
 @pytest.mark.parametrize("purpose", ["answers", "text"])
 def test_windows_without_a_route_are_scaled_and_stay_for_what_they_were_learned_for(purpose: str) -> None:
     given = windows(num_blocks=40, purpose=purpose)
@@ -118,6 +124,8 @@ def test_windows_without_a_route_are_scaled_and_stay_for_what_they_were_learned_
         ({"cuts": True, "windows": None}, r"--route learned: expected --method budget and --for text, without --cuts"),
         ({"method": "ultrametric", "windows": None}, r"--route learned: expected --method budget and --for text, "),
         ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --block 32, as the topology has it"),
+        ({"near": 8}, r"--near: expected --route, and at least a block of 16 tokens, got 8; leave it out"),
+        ({"near": 64, "route": None}, r"--near: expected --route, and at least a block of 16 tokens, got 64"),
         ({"questions": True}, r"--windows: expected --method budget, without --cuts and --questions"),
         (
             {"route": None, "windows": windows(purpose="text"), "purpose": "answers"},

@@ -10,6 +10,7 @@ from surgeon.compiler.learn.measure.decoder import dense_states, sparse_divergen
 from surgeon.compiler.learn.measure.runs import Runs
 from surgeon.compiler.learn.patterns.pattern import Grid
 from surgeon.compiler.learn.routing.key_ranges import measure_routers
+from surgeon.compiler.learn.routing.routed import NEAR_TOKENS
 from surgeon.compiler.learn.routing.ways import best_way
 from surgeon.compiler.topology.topology import Topology
 
@@ -33,7 +34,7 @@ def test_the_divergence_of_windows_is_that_of_their_mask() -> None:
     routers = measure_routers(model, SEQUENCES)
     masks = [torch.from_numpy(given.block_mask(layer, BLOCKS)) for layer in range(3)]
     expected = [sparse_divergence(model, ids, dense_states(model, ids), masks) for ids in SEQUENCES]
-    found = best_way(runs(), given, given, routers, SEQUENCES, may_stay=True)
+    found = best_way(runs(), given, given, routers, NEAR_TOKENS, SEQUENCES, may_stay=True)
     assert found.divergences["windows"] == pytest.approx(sum(expected) / 2, rel=1e-4)
     assert found.way == min(found.divergences, key=lambda way: found.divergences[way])
     assert len(found.divergences) == 3
@@ -42,9 +43,9 @@ def test_the_divergence_of_windows_is_that_of_their_mask() -> None:
 def test_windows_that_see_everything_stay_if_they_may() -> None:
     routers = measure_routers(tiny_llama(), SEQUENCES)
     everything, few = windows(BLOCKS), windows(9)
-    kept = best_way(runs(), everything, few, routers, SEQUENCES, may_stay=True)
+    kept = best_way(runs(), everything, few, routers, NEAR_TOKENS, SEQUENCES, may_stay=True)
     assert (kept.way, kept.topology) == ("windows", everything)
-    routed = best_way(runs(), everything, few, routers, SEQUENCES, may_stay=False)
+    routed = best_way(runs(), everything, few, routers, NEAR_TOKENS, SEQUENCES, may_stay=False)
     assert routed.way in ("64 near", "128 near")
     assert routed.topology.router is not None
     assert routed.divergences == kept.divergences
@@ -52,7 +53,7 @@ def test_windows_that_see_everything_stay_if_they_may() -> None:
 
 
 def test_windows_too_short_to_be_converted_stay_in_any_case() -> None:
-    few = windows(4)
-    found = best_way(runs(), few, few, measure_routers(tiny_llama(), SEQUENCES), SEQUENCES, may_stay=False)
+    few, routers = windows(4), measure_routers(tiny_llama(), SEQUENCES)
+    found = best_way(runs(), few, few, routers, NEAR_TOKENS, SEQUENCES, may_stay=False)
     assert (found.way, found.topology) == ("windows", few)
     assert found.figures(None) == {"heads": 0, "way": "windows", "validation": dict(found.divergences)}
