@@ -122,7 +122,7 @@ CASES = (
             2048,
             block,
             2048,
-            ("--for", "text", "--route", "convert", "--windows", f"smollm2-135m-{percent}.json"),
+            ("--for", "text", "--route", "convert", "--near", "128", "--windows", f"smollm2-135m-{percent}.json"),
         )
         for percent, block in ((25, 64), (15, 32))
     ),
@@ -133,7 +133,7 @@ CASES = (
             length,
             32,
             2048,
-            ("--for", "text", "--retrieve", "--windows", "smollm2-135m-15.json"),
+            ("--for", "text", "--retrieve", "--near", "128", "--windows", "smollm2-135m-15.json"),
         )
         for suffix, length in (("", 2048), ("-4096", 4096), ("-8192", 8192))
     ),
@@ -146,7 +146,15 @@ CASES = (
             length,
             16,
             2048,
-            ("--for", "text", "--retrieve", "--windows", f"qwen2.5-coder-0.5b-{percent}-{length}.json"),
+            (
+                "--for",
+                "text",
+                "--retrieve",
+                "--near",
+                "128",
+                "--windows",
+                f"qwen2.5-coder-0.5b-{percent}-{length}.json",
+            ),
             QWEN_CODER_05B,
             sequences,
         )
