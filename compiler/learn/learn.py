@@ -95,6 +95,13 @@ class Request:
             raise TopologyError(
                 "--windows", "--method budget, without --cuts and --questions", "another of these", "leave that out"
             )
+        if self.windows is not None and self.route is not None and self.windows.router is not None:
+            raise TopologyError(
+                "--windows",
+                "with --route, a topology of windows alone",
+                "one that has routes",
+                "name the one that they were made of, or leave --route out",
+            )
         if self.windows is not None and self.route is None and self.purpose not in (None, self._windows_purpose):
             raise TopologyError(
                 "--windows",

@@ -45,6 +45,11 @@ def windows(
     return dataclasses.replace(made, model=shape, provenance={} if purpose is None else {"for": purpose})
 
 
+def routed_windows() -> Topology:
+    heads = [topologies.window_head(1, 8, route=4)] * 4
+    return topologies.build([heads] * 3, num_kv_heads=2, head_dim=32, block_size=SIZE, num_blocks=LENGTH // SIZE)
+
+
 REQUEST = Request(0.4, LENGTH, SIZE, route="learned")
 
 
@@ -126,6 +131,10 @@ def test_windows_without_a_route_are_scaled_and_stay_for_what_they_were_learned_
         ({"windows": windows(block_size=32, num_blocks=40)}, r"--windows: expected --block 32, as the topology has it"),
         ({"near": 8}, r"--near: expected --route, and at least a block of 16 tokens, got 8; leave it out"),
         ({"near": 64, "route": None}, r"--near: expected --route, and at least a block of 16 tokens, got 64"),
+        (
+            {"windows": routed_windows()},
+            r"--windows: expected with --route, a topology of windows alone, got one that has",
+        ),
         ({"questions": True}, r"--windows: expected --method budget, without --cuts and --questions"),
         (
             {"route": None, "windows": windows(purpose="text"), "purpose": "answers"},
