@@ -102,12 +102,10 @@ class Request:
                 "one that has routes",
                 "name the one that they were made of, or leave --route out",
             )
-        if self.windows is not None and self.route is None and self.purpose not in (None, self._windows_purpose):
+        learned_for = self._windows_purpose
+        if self.route is None and learned_for is not None and self.purpose not in (None, learned_for):
             raise TopologyError(
-                "--windows",
-                f"--for {self._windows_purpose}, as its windows",
-                f"--for {self.purpose}",
-                "leave --for out",
+                "--windows", f"--for {learned_for}, as its windows", f"--for {self.purpose}", "leave --for out"
             )
         if self.route not in (None, CONVERTED, LEARNED):
             raise TopologyError("--route", "convert or learned", short_repr(self.route), "leave it out for none")
@@ -124,7 +122,7 @@ class Request:
             )
         if self.purpose == ANSWERS and not budget:
             raise TopologyError("--for answers", "--method budget", f"--method {self.method}", "choose one of the two")
-        text = TEXT in (self.purpose, self._windows_purpose) or self.route is not None or not budget
+        text = TEXT in (self.purpose, learned_for) or self.route is not None or not budget
         make = Grid if text else Grid.for_answers
         return make(self.block_size, blocks, self.sink, self.density)
 
