@@ -36,13 +36,11 @@ def _another_model() -> str:
 
 def _also_found(pilot: Pilot) -> str:
     dense, patched = (column_of(pilot, name) for name in ("dense", "patched"))
-    found, without = (
-        f"{found_by(pilot, column)} numbers and {found_by(pilot, column, KEYS)}" for column in (patched, dense)
-    )
-    return (
-        f"With {visible(patched)} it found {found} of five keys in {lengths_of(pilot, 'and')} tokens, "
-        f"densely {without}."
-    )
+    asked = {question.task for question in pilot.questions}  # one of the two tasks, or both
+    kinds = [(task, kind) for task, kind in ((SINGLE, "numbers"), (KEYS, "of five keys")) if task in asked]
+    found = " and ".join(f"{found_by(pilot, patched, task)} {kind}" for task, kind in kinds)
+    without = " and ".join(found_by(pilot, dense, task) for task, _ in kinds)
+    return f"With {visible(patched)} it found {found} in {lengths_of(pilot, 'and')} tokens, densely {without}."
 
 
 def ways_back() -> str:
