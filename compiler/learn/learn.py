@@ -84,29 +84,7 @@ class Request:
             TopologyError: the method does not learn for the purpose.
         """
         budget = self.method == "budget"
-        if self.windows is not None and self.windows.block_size != self.block_size:
-            raise TopologyError(
-                "--windows",
-                f"--block {self.windows.block_size}, as the topology has it",
-                f"--block {self.block_size}",
-                "leave --block out",
-            )
-        if self.windows is not None and (not budget or self.cuts or self.questions):
-            raise TopologyError(
-                "--windows", "--method budget, without --cuts and --questions", "another of these", "leave that out"
-            )
-        if self.windows is not None and self.route is not None and self.windows.router is not None:
-            raise TopologyError(
-                "--windows",
-                "with --route, a topology of windows alone",
-                "one that has routes",
-                "name the one that they were made of, or leave --route out",
-            )
-        learned_for = self._windows_purpose
-        if self.route is None and learned_for is not None and self.purpose not in (None, learned_for):
-            raise TopologyError(
-                "--windows", f"--for {learned_for}, as its windows", f"--for {self.purpose}", "leave --for out"
-            )
+        learned_for = None if self.windows is None else self._checked_purpose(self.windows)
         if self.route not in (None, CONVERTED, LEARNED):
             raise TopologyError("--route", "convert or learned", short_repr(self.route), "leave it out for none")
         if self.route is not None and (self.purpose == ANSWERS or not budget or self.cuts):
@@ -126,10 +104,36 @@ class Request:
         make = Grid if text else Grid.for_answers
         return make(self.block_size, blocks, self.sink, self.density)
 
-    @property
-    def _windows_purpose(self) -> str | None:
-        """The purpose that the given windows were learned for; None without any, or if they do not say."""
-        return None if self.windows is None else self.windows.provenance.get("for")
+    def _checked_purpose(self, windows: Topology) -> str | None:
+        """The purpose that given windows were learned for, None if they do not say, once they fit the request.
+
+        Raises:
+            TopologyError: they do not.
+        """
+        if windows.block_size != self.block_size:
+            raise TopologyError(
+                "--windows",
+                f"--block {windows.block_size}, as the topology has it",
+                f"--block {self.block_size}",
+                "leave --block out",
+            )
+        if self.method != "budget" or self.cuts or self.questions:
+            raise TopologyError(
+                "--windows", "--method budget, without --cuts and --questions", "another of these", "leave that out"
+            )
+        if self.route is not None and windows.router is not None:
+            raise TopologyError(
+                "--windows",
+                "with --route, a topology of windows alone",
+                "one that has routes",
+                "name the one that they were made of, or leave --route out",
+            )
+        purpose: str | None = windows.provenance.get("for")
+        if self.route is None and purpose is not None and self.purpose not in (None, purpose):
+            raise TopologyError(
+                "--windows", f"--for {purpose}, as its windows", f"--for {self.purpose}", "leave --for out"
+            )
+        return purpose
 
     @property
     def measured_blocks(self) -> int:
@@ -229,20 +233,25 @@ def learn(
             topology, figures["routes"] = routes.topology, routes.figures(retrieval)
     own = (store.computed, store.found, time.process_time() - started_cpu + store.found_seconds)
     computed, found, cpu_seconds = processes_of(model).totals(own)
+    measured_on: dict[str, Any] = {
+        "measured_length": measured * request.block_size,
+        "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts],
+        "sequences": {
+            "calibrate": len(sequences.calibrate),
+            "validate": len(sequences.validate),
+            "refine": [len(fresh) for fresh in sequences.refine],
+            "with_questions": questions,
+        },
+    }
+    if request.windows is not None and request.route is None:  # nothing was measured but what their learner measured
+        measured_on = {name: value for name, value in request.windows.provenance.items() if name in measured_on}
     return _with_provenance(
         topology,
         {
             "seed": request.seed,
             "for": ANSWERS if grid.asking else TEXT,
             "density": round(mean_density(topology), 5),
-            "measured_length": measured * request.block_size,
-            "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts],
-            "sequences": {
-                "calibrate": len(sequences.calibrate),
-                "validate": len(sequences.validate),
-                "refine": [len(fresh) for fresh in sequences.refine],
-                "with_questions": questions,
-            },
+            **measured_on,
             **figures,
             "steps": {"computed": int(computed), "found": int(found)},
             "seconds": round(time.perf_counter() - started, 1),

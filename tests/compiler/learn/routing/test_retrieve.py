@@ -118,7 +118,13 @@ def test_windows_without_a_route_are_scaled_and_stay_for_what_they_were_learned_
     assert found.router is None
     assert found.provenance["for"] == purpose
     assert found.provenance["windows_of"] == given.sha256
+    assert "texts" not in found.provenance  # the windows do not say what they were learned on, and nothing was measured
     assert found.provenance["steps"] == {"computed": 0, "found": 0}
+    texts_of = {"texts": [{"name": "c"}], "measured_length": 640}
+    said = dataclasses.replace(given, provenance={**given.provenance, **texts_of})
+    assert (
+        learn(model(), texts(), Request(0.4, LENGTH, SIZE, windows=said), EFFORT).provenance.items() >= texts_of.items()
+    )
 
 
 @pytest.mark.parametrize(
