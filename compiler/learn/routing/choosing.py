@@ -44,7 +44,7 @@ def _attended(
     for kv_head in range(k.shape[1]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         rows = [constant(head).repeat_interleave(layer.block_size, dim=0) for head in heads]
-        _add_chosen(rows, layer, kv_head, q[0, heads.start : heads.stop], k[0, kv_head])
+        add_chosen(rows, layer, kv_head, q[0, heads.start : heads.stop], k[0, kv_head])
         seen = torch.stack(rows).to(q.device).repeat_interleave(layer.block_size, dim=2) & causal
         own = slice(heads.start, heads.stop)
         keys, values = (states[:, kv_head : kv_head + 1].expand(-1, group, -1, -1) for states in (k, v))
@@ -54,10 +54,18 @@ def _attended(
     return output
 
 
-def _add_chosen(
-    rows: Sequence[torch.Tensor], layer: LayerSchedule, kv_head: int, q: torch.Tensor, keys: torch.Tensor
+def add_chosen(
+    rows: Sequence[torch.Tensor],
+    layer: LayerSchedule,
+    kv_head: int,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    first_query: int = 0,
 ) -> None:
-    """Adds to the rows, bool `[length, blocks]` of each of a KV head's query heads, the blocks that these choose."""
+    """Adds to the rows, bool `[queries, blocks]` of each of a KV head's query heads, the blocks that these choose.
+
+    q is `[query heads, queries, head_dim]`, its first query the token `first_query` of the keys `[length, head_dim]`.
+    """
     first = kv_head * len(rows)
     schedules = layer.heads[first : first + len(rows)]
     if layer.router is None or not any(schedule.route for schedule in schedules):
@@ -66,6 +74,7 @@ def _add_chosen(
     nodes = nodes_of(keys.cpu(), centre, width)
     for mask, schedule, queries in zip(rows, schedules, q.cpu(), strict=True):
         if schedule.route:
-            for choices in choose(schedule, layer.block_size, 0, queries, nodes, width, None).values():
+            for choices in choose(schedule, layer.block_size, first_query, queries, nodes, width, None).values():
                 for choice in choices:
-                    mask[choice.queries.start : choice.queries.stop, list(choice.blocks)] = True
+                    own = slice(choice.queries.start - first_query, choice.queries.stop - first_query)
+                    mask[own, list(choice.blocks)] = True

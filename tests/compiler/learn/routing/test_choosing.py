@@ -7,7 +7,8 @@ import routing
 import topologies
 from models import SHAPE, masked_model, routed_topology, sparse_topology, tiny_llama, tokens
 from surgeon.compiler.learn.measure.attending import attending, last_states
-from surgeon.compiler.learn.routing.choosing import attending_as
+from surgeon.compiler.learn.routing.choosing import add_chosen, attending_as
+from surgeon.compiler.schedule.schedule import schedule_layers
 from surgeon.compiler.topology.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,6 +34,18 @@ def test_every_row_sees_the_mask_and_what_it_chooses(topology: Topology) -> None
         scores = (q[0] @ wide[0].transpose(1, 2) * SCALE).masked_fill(~tokens_seen, -torch.inf)
         expected = torch.softmax(scores, dim=-1) @ wide[1]
         torch.testing.assert_close(attend(layer, q, k, v, SCALE)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_query_chooses_alone() -> None:
+    layer = schedule_layers(BLOCKS_OF_32)[0]
+    drawn = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(heads, LENGTH, 32, generator=drawn) for heads in (4, 2))
+    seen = torch.zeros(4, 1, LENGTH // 32, dtype=torch.bool)
+    for kv_head in range(2):
+        own = slice(2 * kv_head, 2 * kv_head + 2)
+        add_chosen(list(seen[own]), layer, kv_head, q[own, -1:], k[kv_head], LENGTH - 1)
+    assert seen.any()
+    assert torch.equal(seen, routing.chosen_blocks(BLOCKS_OF_32, 0, q[:, -1:], k, LENGTH - 1))
 
 
 def test_a_model_computes_with_it() -> None:
