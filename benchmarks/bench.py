@@ -45,7 +45,7 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
     from rich.console import Console
 
     from measure.timing import machine
-    from suites import compile_gpu, decode, growth, prefill, whole_model
+    from suites import compile_gpu, decode, growth, prefill, routed, whole_model
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -67,6 +67,9 @@ def run(chosen: list[str], isa: str, threads: int) -> int:
         "model-short": whole_model.short_prompts,
         "model-decode": whole_model.decoding,
         "model-cache": whole_model.caching,
+        "routed-prefill": routed.prefill,
+        "routed-decode": routed.decode,
+        "model-routed": routed.whole_model,
     }
     if find_spec("vllm") is not None:  # in the environment of `make test-vllm`
         from suites import vllm_layer

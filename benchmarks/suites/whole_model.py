@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct, patched and dense: time to first token, decoding speed, and the worst case, short prompts."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -59,10 +60,10 @@ def ways_to_run(variant: str | None) -> Iterator[dict[str, object]]:
         row: dict[str, object] = {"length": length, "topology": name, "variant": package.cpu_variant}
         for way, model in compiled.items():
             started = time.perf_counter()
-            _prefill(model, length // 2)()
+            reader(model, length // 2)()
             row[f"{way}_compile_s"] = time.perf_counter() - started
         models: dict[str, Callable[..., Any]] = {"dense": dense, "patched": patched, **compiled}
-        calls = {way: _prefill(model, length) for way, model in models.items()}
+        calls = {way: reader(model, length) for way, model in models.items()}
         calls["traced"] = torch.inference_mode()(partial(traced, _prompt(length)))
         repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=60.0, least=3, most=15)
         for way, timing in interleaved(calls, repeats).items():
@@ -76,19 +77,22 @@ def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
     There are many calls, since the differences are a few hundredths, and single calls of a third of a second vary by
     more.
     """
-    dense, patched, _ = _models("smollm2-135m-25", variant)
-    for length in (64, 128, 256, 512, 1024, 2048):
-        yield _prefill_row(dense, patched, length, budget=45.0, most=60)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        dense, patched, _ = _models("smollm2-135m-25", variant, dtype=dtype)
+        for length in (64, 128, 256, 512, 1024, 2048):
+            row = _prefill_row(dense, patched, length, budget=45.0, most=60)
+            yield {"dtype": str(dtype).removeprefix("torch."), **row}
 
 
 def decoding(variant: str | None) -> Iterator[dict[str, object]]:
     """Tokens per second with a filled dynamic cache, one token per step."""
-    for length, name in LEARNED.items():
-        dense, patched, _ = _models(name, variant)
-        steps = 8
-        calls = {"dense": _decoder(dense, length, steps), "patched": _decoder(patched, length, steps)}
+    steps = 8
+    for dtype, (length, name) in itertools.product((torch.float32, torch.bfloat16), LEARNED.items()):
+        dense, patched, _ = _models(name, variant, dtype=dtype)
+        calls = {"dense": decoder(dense, length, steps), "patched": decoder(patched, length, steps)}
         times = interleaved(calls, 5)
         yield {
+            "dtype": str(dtype).removeprefix("torch."),
             "length": length,
             "dense_tokens_s": steps / times["dense"].median,
             "patched_tokens_s": steps / times["patched"].median,
@@ -105,9 +109,9 @@ def caching(variant: str | None, length: int = 8192, steps: int = 8) -> Iterator
     dense, patched, package = _models(name, variant)
     cache = SurgeonCache(package)
     calls = {
-        "dense": _decoder(dense, length, steps),
-        "patched": _decoder(patched, length, steps),
-        "surgeon_cache": _decoder(patched, length, steps, cache),
+        "dense": decoder(dense, length, steps),
+        "patched": decoder(patched, length, steps),
+        "surgeon_cache": decoder(patched, length, steps, cache),
     }
     _check_equal(patched, package, length)
     times = interleaved(calls, 5)
@@ -158,9 +162,9 @@ def _prefill_row(
     alone: PreTrainedModel | None = None,
 ) -> dict[str, object]:
     """Times both models on random tokens, and a third one, that follows the pattern alone, if there is one."""
-    calls = {"dense": _prefill(dense, length), "patched": _prefill(patched, length)}
+    calls = {"dense": reader(dense, length), "patched": reader(patched, length)}
     if alone:
-        calls["alone"] = _prefill(alone, length)
+        calls["alone"] = reader(alone, length)
     repeats = repeats_for(sum(seconds_of(call) for call in calls.values()), budget=budget, least=3, most=most)
     times = interleaved(calls, repeats)
     row: dict[str, object] = {
@@ -184,12 +188,12 @@ def _prompt(length: int) -> torch.Tensor:
     return torch.randint(1000, 40000, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _prefill(model: Callable[..., Any], length: int) -> Callable[[], object]:
+def reader(model: Callable[..., Any], length: int) -> Callable[[], object]:
     """A call that fills a new cache with random tokens, and computes the logits of the last one."""
     return torch.inference_mode()(partial(model, input_ids=_prompt(length), logits_to_keep=1))
 
 
-def _decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
+def decoder(model: PreTrainedModel, length: int, steps: int, cache: Any = None) -> Callable[[], object]:
     """A call that takes `steps` tokens in turn after a cache of `length`, and then crops the cache again."""
     tokens = _prompt(length + steps)
     with torch.inference_mode():
