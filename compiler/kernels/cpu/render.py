@@ -25,6 +25,7 @@ _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 _NODES_AT_ONCE = 64
 _UNITS_AT_ONCE = 8
+_WORTH_PACKING = 16  # units
 _TOKENS_AT_ONCE = 64
 _WITHOUT_CONTRACTIONS = "-ffp-contract=off"  # else sums of products would depend on the instruction set
 
@@ -97,10 +98,14 @@ def _render_tiles(variant: TileVariant, routed: bool) -> dict[str, str]:
 def _render_router(variants: tuple[Variant | TileVariant, ...], dtypes: dict[str, str]) -> dict[str, str]:
     return {
         "route.h": render_template(
-            "cpu/router/route.h.jinja", nodes_at_once=_NODES_AT_ONCE, units_at_once=_UNITS_AT_ONCE
+            "cpu/router/route.h.jinja",
+            nodes_at_once=_NODES_AT_ONCE,
+            units_at_once=_UNITS_AT_ONCE,
+            worth_packing=_WORTH_PACKING,
         ),
         "chosen.h": render_template("cpu/router/chosen.h.jinja"),
         "scores.h": render_template("cpu/router/scores.h.jinja"),
+        "packed.h": render_template("cpu/router/packed.h.jinja"),
         "choose.h": render_template("cpu/router/choose.h.jinja", node_shift=NODE.bit_length() - 1),
         **{
             f"router_{variant.name}.cpp": render_template(
