@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inputs import topologies as patterns
 from inputs.topologies import Shape
+from measure.dtypes import name_of
 from measure.timing import interleaved, repeats_for, seconds_of
 from suites.prefill import TOLERANCE
 from surgeon.runtime.operands import Operands
@@ -70,7 +71,7 @@ def against_sdpa(variant: str | None) -> Iterator[dict[str, object]]:
             "heads": f"{heads}/{kv_heads}",
             "head_dim": head_dim,
             "length": length,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "density": density,
             "share_of_blocks": round(share, 4),
             "ours_us": ours * 1e6,
@@ -133,7 +134,7 @@ def short_call(variant: str | None) -> Iterator[dict[str, object]]:
         }
         with torch.inference_mode():
             times = interleaved(calls, 300, partial(large.add_, 1.0))
-        row: dict[str, object] = {"dtype": str(dtype).removeprefix("torch."), "keys": keys, "read_bytes": read.nbytes}
+        row: dict[str, object] = {"dtype": name_of(dtype), "keys": keys, "read_bytes": read.nbytes}
         for name, timing in times.items():
             row |= {f"{name}_us": timing.median * 1e6, f"{name}_min_us": timing.minimum * 1e6}
             row[f"{name}_cpu_us"] = timing.cpu * 1e6

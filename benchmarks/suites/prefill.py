@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inputs import topologies as patterns
 from inputs.topologies import Shape
+from measure.dtypes import name_of
 from measure.timing import gemm_flops, gemm_operations, interleaved, repeats_for, seconds_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -101,7 +102,7 @@ def _row(
         "head_dim": shape.head_dim,
         "block": shape.block_size,
         "length": length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(dtype),
         "density": round(density, 4),
         "ours_ms": times["ours"].median * 1e3,
         "ours_min_ms": times["ours"].minimum * 1e3,

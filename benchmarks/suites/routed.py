@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from committed import TOPOLOGIES
 from inputs.checkpoints import QWEN_CODER_05B, load_model, load_tokenizer, model_folder
 from inputs.texts import real_text, windows
+from measure.dtypes import name_of
 from measure.timing import interleaved
 from suites.prefill import TOLERANCE
 from suites.whole_model import decoder, reader
@@ -63,7 +64,7 @@ def prefill(variant: str | None) -> Iterator[dict[str, object]]:
                 "sdpa": partial(_whole_sdpa, states),
             }
             times = interleaved(calls, 5)
-            row: dict[str, object] = {"length": length, "dtype": _name(dtype)}
+            row: dict[str, object] = {"length": length, "dtype": name_of(dtype)}
             row |= {f"{name}_density": round(value, 4) for name, value in density.items()}
             for name, timing in times.items():
                 row |= {f"{name}_ms": timing.median * 1e3, f"{name}_cpu_ms": timing.cpu * 1e3}
@@ -92,7 +93,7 @@ def decode(variant: str | None) -> Iterator[dict[str, object]]:
                 "folded": partial(_folded, states),
             }
             times = interleaved(calls, 30)
-            row: dict[str, object] = {"length": length, "dtype": _name(dtype)}
+            row: dict[str, object] = {"length": length, "dtype": name_of(dtype)}
             row |= {f"{name}_us": timing.median / len(states) * 1e6 for name, timing in times.items()}
             row |= {
                 "times_folded": times["folded"].median / times["routed"].median,
@@ -127,10 +128,6 @@ def whole_model(variant: str | None, steps: int = 8) -> Iterator[dict[str, objec
 
 def _folder() -> Path:
     return model_folder(QWEN_CODER_05B, cache_folder())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _pair(length: int, variant: str | None) -> Iterator[Compiled]:

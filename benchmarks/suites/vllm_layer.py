@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from inputs.topologies import compiled
 from measure.checked import WrongResultError
+from measure.dtypes import name_of
 from measure.timing import Timing, interleaved
 from suites.prefill import TOLERANCE
 from surgeon.compiler import Topology, read_topology
@@ -105,7 +106,7 @@ class Step:
     @property
     def dtype_name(self) -> str:
         """The dtype without its module."""
-        return str(self.q.dtype).removeprefix("torch.")
+        return name_of(self.q.dtype)
 
     def pages(self) -> torch.Tensor:
         """An empty cache, `[pages, KV heads, page tokens, 2 * head_dim]`."""

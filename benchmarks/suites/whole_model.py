@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from inputs.checkpoints import SMOLLM2_135M, load_model, model_folder
+from measure.dtypes import name_of
 from measure.peak_memory import peak_bytes
 from measure.timing import interleaved, repeats_for, seconds_of
 from surgeon.compiler import compile_package, read_topology
@@ -81,7 +82,7 @@ def short_prompts(variant: str | None) -> Iterator[dict[str, object]]:
         dense, patched, _ = _models("smollm2-135m-25", variant, dtype=dtype)
         for length in (64, 128, 256, 512, 1024, 2048):
             row = _prefill_row(dense, patched, length, budget=45.0, most=60)
-            yield {"dtype": str(dtype).removeprefix("torch."), **row}
+            yield {"dtype": name_of(dtype), **row}
 
 
 def decoding(variant: str | None) -> Iterator[dict[str, object]]:
@@ -92,7 +93,7 @@ def decoding(variant: str | None) -> Iterator[dict[str, object]]:
         calls = {"dense": decoder(dense, length, steps), "patched": decoder(patched, length, steps)}
         times = interleaved(calls, 5)
         yield {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "length": length,
             "dense_tokens_s": steps / times["dense"].median,
             "patched_tokens_s": steps / times["patched"].median,
