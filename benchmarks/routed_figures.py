@@ -19,7 +19,7 @@ def routed() -> Iterator[tuple[str, str]]:
     for row in suite("routed-decode")["rows"]:
         yield (
             f"{_TITLE}, routed heads: attention for one token behind {row['length']:,}, {row['dtype']}",
-            f"{row['times_folded']:.2f}x SDPA whose queries are a group's heads (windows of the same density "
+            f"{row['times_folded']:.2f}x SDPA whose queries are a group's heads (windows of about the same density "
             f"{row['windows_times_folded']:.2f}x); {row['routed_mb']:.0f} MB read, windows {row['windows_mb']:.0f}, "
             f"dense {row['dense_mb']:.0f}",
         )

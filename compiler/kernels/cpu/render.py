@@ -25,7 +25,7 @@ _OPERATIONS_PER_THREAD = 20e6
 _BYTES_PER_THREAD = 0.5e6
 _NODES_AT_ONCE = 64
 _UNITS_AT_ONCE = 8
-_WORTH_PACKING = 16  # units
+_WORTH_PACKING = 16  # units, over which the cost of packing is spread
 _TOKENS_AT_ONCE = 64
 _WITHOUT_CONTRACTIONS = "-ffp-contract=off"  # else sums of products would depend on the instruction set
 
@@ -106,6 +106,7 @@ def _render_router(variants: tuple[Variant | TileVariant, ...], dtypes: dict[str
         "chosen.h": render_template("cpu/router/chosen.h.jinja"),
         "scores.h": render_template("cpu/router/scores.h.jinja"),
         "packed.h": render_template("cpu/router/packed.h.jinja"),
+        "pick.h": render_template("cpu/router/pick.h.jinja"),
         "choose.h": render_template("cpu/router/choose.h.jinja", node_shift=NODE.bit_length() - 1),
         **{
             f"router_{variant.name}.cpp": render_template(
